@@ -1,0 +1,308 @@
+"""What a run is: its fields, their checks, its command line, and its JSON.
+
+Only the standard library is imported here, so that `--help` and every mistake in a flag answer at once.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import math
+import os
+import re
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+PRESETS = ("mini",)
+EXIT_OK, EXIT_FAILURE, EXIT_MISTAKE, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+
+class UserError(ValueError):
+    """A mistake that its maker can mend: one line that says what is wrong, where, and what to do."""
+
+
+class RunFailed(RuntimeError):
+    """A run that cannot go on through no mistake in its flags: one line that says why and what to do."""
+
+
+def flag(default, help: str, *, group: str, type=None, choices=None, nargs=None, shapes_run: bool = True):
+    """A dataclass field that is also a command-line flag.
+
+    `shapes_run` tells whether a changed value would change the weights: such a run cannot be resumed with it.
+    """
+    metadata = {
+        "help": help,
+        "group": group,
+        "type": type or default.__class__,
+        "choices": choices,
+        "nargs": nargs,
+        "shapes_run": shapes_run,
+    }
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class SamplingConfig:
+    """How text is drawn. The names and meanings are those of `generate()`; an unset control does nothing."""
+
+    temperature: float = flag(1.0, "divides the logits; 0 takes the likeliest token (greedy)", group="sampling", shapes_run=False)
+    top_k: int = flag(0, "keep the k likeliest tokens; 0 keeps all", group="sampling", shapes_run=False)
+    top_p: float = flag(1.0, "keep the smallest set of tokens whose probability reaches p; 1 keeps all", group="sampling", shapes_run=False)
+    repetition_penalty: float = flag(1.0, "divides the positive logits of tokens already in the text and multiplies the negative; 1 is off", group="sampling", shapes_run=False)
+    max_new_tokens: int = flag(100, "tokens to draw after the prompt", group="sampling", shapes_run=False)
+    num_return_sequences: int = flag(1, "texts to draw for each prompt", group="sampling", shapes_run=False)
+
+    def mistakes(self) -> list[str]:
+        """All that is wrong with the values, one phrase each."""
+        checks = [
+            (self.temperature >= 0, f"temperature is {self.temperature}, must be 0 or more"),
+            (self.top_k >= 0, f"top_k is {self.top_k}, must be 0 (off) or more"),
+            (0 < self.top_p <= 1, f"top_p is {self.top_p}, must be above 0 and at most 1"),
+            (self.repetition_penalty > 0, f"repetition_penalty is {self.repetition_penalty}, must be above 0"),
+            (self.max_new_tokens >= 1, f"max_new_tokens is {self.max_new_tokens}, must be 1 or more"),
+            (self.num_return_sequences >= 1, f"num_return_sequences is {self.num_return_sequences}, must be 1 or more"),
+            (
+                self.temperature > 0 or self.num_return_sequences == 1,
+                "temperature 0 is greedy and gives one text: num_return_sequences above 1 contradicts it",
+            ),
+        ]
+        return [message for ok, message in checks if not ok] + _not_finite(self)
+
+
+@dataclass
+class GenerateConfig(SamplingConfig):
+    """A call of `scripts/generate.py`."""
+
+    model: str = flag("mori_brain_final", "a folder with a model and its tokenizer, or a name on the hub", group="model")
+    trust_remote_code: bool = flag(False, "run the Python code that a model brings along", group="model")
+    prompt: list[str] = flag([""], "text to go on from; several make several answers, an empty one starts from nothing", group="sampling", type=str, nargs="+")
+    seed: int = flag(0, "seed of the sampler; each prompt starts from it anew", group="sampling")
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1 ...", group="device")
+    json: bool = flag(False, "print one JSON list of {prompt, text, new_token_ids} and nothing else", group="output")
+
+    def mistakes(self) -> list[str]:
+        """All that is wrong with the values, one phrase each."""
+        return super().mistakes() + _bad_seed(self.seed) + _bad_device(self.device)
+
+
+@dataclass
+class TrainConfig(SamplingConfig):
+    """A run of `scripts/train.py`. Names are those of `TrainingArguments` and `generate()` where the same thing exists."""
+
+    model: str = flag("mini", "'mini' (a small GPT-2 made from scratch), a folder, or a name on the hub", group="model")
+    dropout: float | None = flag(None, "sets every dropout of the model; unset keeps its own", group="model", type=float)
+    trust_remote_code: bool = flag(False, "run the Python code that a model brings along", group="model")
+
+    corpus: list[str] = flag([], "text files, folders of *.txt, or globs; unset takes the transcripts that ship with mori", group="corpus", type=str, nargs="+", shapes_run=False)  # its hash decides
+    block_size: int = flag(128, "tokens in one training window", group="corpus")
+    held_out_fraction: float = flag(0.05, "share of the tokens, at the end of the corpus, kept for evaluation (at least one block)", group="corpus")
+
+    per_device_train_batch_size: int = flag(4, "windows in one micro-batch on each device", group="training")
+    gradient_accumulation_steps: int = flag(1, "micro-batches in one optimizer step", group="training")
+    num_train_epochs: float = flag(5.0, "passes over the training windows", group="training")
+    max_steps: int = flag(-1, "optimizer steps; overrides num_train_epochs when positive", group="training")
+    learning_rate: float | None = flag(None, "peak learning rate; unset is 5e-5, or 1e-3 for a model made from scratch", group="training", type=float)
+    lr_scheduler_type: str = flag("linear", "how the learning rate falls after the warm-up", group="training", choices=("linear", "cosine", "constant"))
+    warmup_steps: float = flag(0.0, "steps of linear warm-up; below 1 it is a share of all steps", group="training")
+    weight_decay: float = flag(0.0, "decoupled weight decay, on all but biases and norms", group="training")
+    adam_beta1: float = flag(0.9, "AdamW's first moment decay", group="training")
+    adam_beta2: float = flag(0.999, "AdamW's second moment decay", group="training")
+    adam_epsilon: float = flag(1e-8, "AdamW's epsilon", group="training")
+    max_grad_norm: float = flag(1.0, "clip the gradient to this norm; 0 is off", group="training")
+    max_nonfinite_steps: int = flag(20, "stop after this many steps in a row whose gradient was not finite (such steps are never taken)", group="training", shapes_run=False)
+    seed: int = flag(42, "seed of the weights, the order of the windows and the dropout", group="training")
+
+    precision: str = flag("auto", "arithmetic of the forward pass; auto is bf16 or fp16 on a GPU and fp32 on a CPU", group="device", choices=("auto", "fp32", "bf16", "fp16"))
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1 ...", group="device", shapes_run=False)
+
+    logging_steps: int = flag(10, "log every so many steps", group="logging", shapes_run=False)
+    eval_steps: float = flag(0.1, "evaluate and sample every so many steps; below 1 it is a share of all steps", group="logging", shapes_run=False)
+    per_device_eval_batch_size: int = flag(8, "windows in one batch of the evaluation", group="logging", shapes_run=False)
+    save_steps: float = flag(0.1, "save a checkpoint every so many steps; below 1 it is a share of all steps", group="logging", shapes_run=False)
+    save_total_limit: int = flag(2, "checkpoints to keep, the best one besides", group="logging", shapes_run=False)
+
+    output_dir: str = flag("mori_brain_final", "where the trained model goes", group="output", shapes_run=False)
+    logging_dir: str = flag("runs", "the folder of all runs, for tensorboard --logdir", group="output", shapes_run=False)
+    run_name: str = flag("", "this run's folder in logging_dir; unset is made of the model's and the corpus' names", group="output", shapes_run=False)
+    resume_from_checkpoint: str = flag("auto", "auto goes on where the run stopped, none starts anew (the old run is set aside), or the path of a checkpoint", group="output", shapes_run=False)
+
+    prompt: list[str] = flag(["Halo semua, selamat datang di stream kali ini kita akan"], "prompts of the samples drawn at each evaluation", group="sampling", type=str, nargs="+", shapes_run=False)
+    # The course's own sampling recipe.
+    temperature: float = flag(0.9, "divides the logits; 0 takes the likeliest token (greedy)", group="sampling", shapes_run=False)
+    top_k: int = flag(50, "keep the k likeliest tokens; 0 keeps all", group="sampling", shapes_run=False)
+    top_p: float = flag(0.95, "keep the smallest set of tokens whose probability reaches p; 1 keeps all", group="sampling", shapes_run=False)
+
+    def resolve(self) -> "TrainConfig":
+        """A copy with every default that depends on another field filled in."""
+        made = dataclasses.replace(self)
+        if made.learning_rate is None:
+            made.learning_rate = 1e-3 if made.model in PRESETS else 5e-5
+        if not made.run_name:
+            corpus = "-".join(Path(name).stem.strip("*.") or "text" for name in made.corpus[:2]) or "transcripts"
+            made.run_name = re.sub(r"[^\w.-]+", "-", f"{Path(made.model).name}-{corpus}")
+        return made
+
+    def mistakes(self) -> list[str]:
+        """All that is wrong with the values, one phrase each."""
+        positive = (
+            "block_size", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs",
+            "per_device_eval_batch_size", "logging_steps", "eval_steps", "save_steps", "save_total_limit",
+            "adam_epsilon", "max_nonfinite_steps",
+        )  # fmt: skip
+        found = [f"{name} is {getattr(self, name)}, must be above 0" for name in positive if not getattr(self, name) > 0]
+        not_negative = ("warmup_steps", "weight_decay", "max_grad_norm")
+        found += [f"{name} is {getattr(self, name)}, must be 0 or more" for name in not_negative if getattr(self, name) < 0]
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                found.append(f"{name} is {getattr(self, name)}, must be at least 0 and below 1")
+        for name in ("eval_steps", "save_steps", "warmup_steps"):
+            if getattr(self, name) > 1 and getattr(self, name) % 1:
+                found.append(f"{name} is {getattr(self, name)}, must be whole, or a share below 1")
+        for name, choices in ((f.name, f.metadata["choices"]) for f in fields(self) if f.metadata["choices"]):
+            if getattr(self, name) not in choices:
+                found.append(f"{name} is {getattr(self, name)!r}, must be one of {', '.join(choices)}")
+        checks = [
+            (self.learning_rate is None or self.learning_rate > 0, f"learning_rate is {self.learning_rate}, must be above 0"),
+            (self.dropout is None or 0 <= self.dropout < 1, f"dropout is {self.dropout}, must be at least 0 and below 1"),
+            (0 < self.held_out_fraction < 1, f"held_out_fraction is {self.held_out_fraction}, must be between 0 and 1"),
+            (self.max_steps == -1 or self.max_steps > 0, f"max_steps is {self.max_steps}, must be above 0, or -1 to count epochs"),
+            (
+                not (self.max_steps > 0 and self.warmup_steps > self.max_steps),
+                f"warmup_steps {self.warmup_steps:g} is more than max_steps {self.max_steps}",
+            ),
+            (bool(self.resume_from_checkpoint), "resume_from_checkpoint is empty, must be auto, none or a path"),
+            (bool(self.output_dir), "output_dir is empty"),
+            (bool(self.logging_dir), "logging_dir is empty"),
+            (
+                not re.search(r"[/\\]", self.run_name) and self.run_name not in (".", ".."),
+                f"run_name {self.run_name!r} must be one folder's name; its parent is logging_dir",
+            ),
+        ]
+        found += [message for ok, message in checks if not ok]
+        return found + super().mistakes() + _bad_seed(self.seed) + _bad_device(self.device)
+
+    def to_json(self) -> str:
+        """The config as JSON text."""
+        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "TrainConfig":
+        """The config that `to_json` wrote. Raises UserError for a field that does not exist."""
+        values = json.loads(text)
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if unknown:
+            raise UserError(f"the config has fields that do not exist: {', '.join(unknown)}")
+        return cls(**values)
+
+    def differences(self, other: "TrainConfig") -> list[str]:
+        """The fields in which two runs differ so that their weights would: `name (this, other)`."""
+        return [
+            f"{f.name} ({getattr(self, f.name)!r}, {getattr(other, f.name)!r})"
+            for f in fields(self)
+            if f.metadata["shapes_run"] and getattr(self, f.name) != getattr(other, f.name)
+        ]
+
+
+def steps_of(value: float, total: int) -> int:
+    """A number of steps that may be given as a share of `total` (`TrainingArguments` rounds the share up too)."""
+    return int(value) if value >= 1 else math.ceil(value * total)
+
+
+def _not_finite(config) -> list[str]:
+    numbers = ((f.name, getattr(config, f.name)) for f in fields(config))
+    return [f"{name} is {value}" for name, value in numbers if isinstance(value, float) and not math.isfinite(value)]
+
+
+def _bad_seed(seed: int) -> list[str]:
+    return [] if 0 <= seed < 2**32 else [f"seed is {seed}, must be between 0 and 2**32 - 1"]
+
+
+def _bad_device(device: str) -> list[str]:
+    return [] if re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device) else [f"device {device!r} is not auto, cpu, mps, cuda or cuda:N"]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message)
+
+
+def _parser(cls, description: str) -> _Parser:
+    parser = _Parser(
+        description=description,
+        usage="%(prog)s [--flag VALUE ...]",
+        allow_abbrev=False,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser._optionals.title = "help"
+    groups = {}
+    for f in sorted(fields(cls), key=lambda f: GROUP_ORDER.index(f.metadata["group"])):
+        meta = f.metadata
+        if meta["group"] not in groups:
+            groups[meta["group"]] = parser.add_argument_group(meta["group"])
+        group = groups[meta["group"]]
+        if meta["type"] is bool:
+            group.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=f"{meta['help']}\n(default: off)")
+            continue
+        default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
+        shown = "unset" if default in (None, "", []) else " ".join(map(repr, default)) if isinstance(default, list) else default
+        group.add_argument(
+            f"--{f.name}",
+            type=meta["type"],
+            choices=meta["choices"],
+            nargs=meta["nargs"],
+            default=argparse.SUPPRESS,
+            metavar=None if meta["choices"] else meta["type"].__name__.upper(),
+            help=f"{meta['help']}\n(default: {shown})".replace("%", "%%"),
+        )
+    return parser
+
+
+GROUP_ORDER = ["model", "corpus", "training", "device", "logging", "sampling", "output"]
+
+
+def parse(cls, description: str, argv: list[str] | None = None):
+    """Read a config of class `cls` from the command line (`sys.argv` by default).
+
+    Flags are the names of the fields; `-` and `_` are the same. All mistakes are reported together.
+    Raises UserError for an unknown flag (with the nearest one that exists) or for values that cannot be.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    argv = [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), word) for word in argv]
+    parser = _parser(cls, description)
+    values, unknown = parser.parse_known_args(argv)
+    if unknown:
+        names = [f"--{f.name}" for f in fields(cls)]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], names, 1, 0.5)
+        raise UserError(f"unknown flag {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; --help lists the flags"))
+    return checked(cls(**vars(values)))
+
+
+def checked(config):
+    """`config` itself, when nothing is wrong with its values; UserError with every mistake in one line when something is."""
+    mistakes = config.mistakes()
+    if mistakes:
+        raise UserError("; ".join(dict.fromkeys(mistakes)))
+    return config
+
+
+def run_door(name: str, main) -> None:
+    """Run a script's `main()` and leave with its exit code; a user's mistake is one line on standard error and code 2."""
+    try:
+        code = main() or EXIT_OK
+    except UserError as mistake:
+        if os.environ.get("RANK", "0") == "0":  # under torchrun all ranks see the same mistake
+            print(f"{name}: error: {mistake}", file=sys.stderr)
+        code = EXIT_MISTAKE
+    except RunFailed as failure:
+        print(f"{name}: failed: {failure}", file=sys.stderr)
+        code = EXIT_FAILURE
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted", file=sys.stderr)
+        code = EXIT_INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = EXIT_OK
+    sys.exit(code)

@@ -1,0 +1,130 @@
+"""Load a model and its tokenizer: from the hub, from a folder, or made from scratch; and the model with its loss."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedTokenizerFast
+
+from .config import PRESETS, UserError
+from .loss import cross_entropy_sum
+
+END_OF_TEXT = "<|endoftext|>"
+MINI_VOCABULARY = 4096
+
+
+class CausalLMLoss(nn.Module):
+    """The model and its loss in one module, so that a wrapper (DDP, autocast) sees both.
+
+    `forward(input_ids, labels)`, both `(B, T)` with labels shifted already, returns the sum of the token losses.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        logits = self.model(input_ids=input_ids, use_cache=False).logits  # (B, T, V)
+        return cross_entropy_sum(logits, labels)
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary: int = MINI_VOCABULARY) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer (Sennrich et al., 2016; Radford et al., 2019) learned from `texts`: no text is unknown to it."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        min_frequency=2,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
+
+
+def mini_config(vocabulary: int) -> GPT2Config:
+    """The shape of the preset `mini`: a GPT-2 that learns a small corpus on a CPU in minutes."""
+    return GPT2Config(
+        vocab_size=vocabulary, n_positions=512, n_embd=256, n_layer=4, n_head=8, bos_token_id=0, eos_token_id=0
+    )
+
+
+def load_tokenizer(name: str, texts: Iterable[str], trust_remote_code: bool = False):
+    """The tokenizer of the model `name`; for a preset one that is learned from `texts`.
+
+    Raises UserError where `name` is no model that can be reached.
+    """
+    if name in PRESETS:
+        return train_tokenizer(texts)
+    return _found(name, "tokenizer", lambda: AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code))
+
+
+def load_config(name: str, tokenizer, *, dropout: float | None = None, trust_remote_code: bool = False):
+    """The configuration of the model `name`; `dropout`, where given, replaces every dropout probability in it."""
+    if name in PRESETS:
+        config = mini_config(len(tokenizer))
+    else:
+        config = _found(name, "model", lambda: AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code))
+    if dropout is not None:
+        for field, value in config.to_dict().items():
+            if field.endswith(("dropout", "pdrop")) and isinstance(value, float):
+                setattr(config, field, dropout)
+    return config
+
+
+def load_model(name: str, config, trust_remote_code: bool = False) -> nn.Module:
+    """The model in fp32, in training mode; a preset's weights are drawn from PyTorch's global generator."""
+    if name in PRESETS:
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+    return _found(
+        name,
+        "model",
+        lambda: AutoModelForCausalLM.from_pretrained(
+            name, config=config, dtype=torch.float32, trust_remote_code=trust_remote_code
+        ),
+    ).train()
+
+
+def context_length(config) -> int | None:
+    """The longest text that the model can see, in tokens; None where it has no such limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_fits(config, *, block_size: int, max_id: int) -> None:
+    """Raise UserError where the windows or the token ids do not fit the model."""
+    context, vocabulary = context_length(config), config.get_text_config().vocab_size
+    if context and block_size > context:
+        raise UserError(f"block_size {block_size} is longer than the model's context of {context}; use --block_size {context} or less")
+    if max_id >= vocabulary:
+        raise UserError(
+            f"the tokenizer gives token id {max_id}, but the model has embeddings for {vocabulary}; "
+            "tokenizer and model do not belong together"
+        )
+
+
+def save(model: nn.Module, tokenizer, folder: Path) -> None:
+    """Write model and tokenizer so that `AutoModelForCausalLM` and `AutoTokenizer` load them from `folder`."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _found(name: str, what: str, load):
+    """`load()`, with transformers' long explanations of what is missing or broken made into one line."""
+    folder = Path(name).expanduser()
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise UserError(f"model folder {name} has no config.json; it must hold a model as save_pretrained() writes it")
+    if not folder.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise UserError(f"model folder {name} does not exist")
+    transformers.logging.set_verbosity_error()
+    try:
+        return load()
+    except (OSError, ValueError, KeyError, RuntimeError, json.JSONDecodeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        where = "the folder" if folder.is_dir() else f"the hub, presets ({', '.join(PRESETS)}) and folders here"
+        raise UserError(f"cannot load the {what} {name} (looked in {where}): {reason}") from None

@@ -1,0 +1,115 @@
+"""What people look at during a run: TensorBoard, `metrics.jsonl`, the progress bar. Numbers arrive already reduced."""
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+class Monitor:
+    """Writes the numbers of one run; a silent one (`enabled=False`, for ranks above 0) has the same methods.
+
+    Args:
+        run_dir: the run's folder; TensorBoard's events and `metrics.jsonl` go there.
+        first_step: the step the run goes on from. What was logged after it belongs to work that was lost, and is cut.
+        total_steps: the length of the progress bar.
+    """
+
+    def __init__(self, run_dir: Path, *, first_step: int, total_steps: int, enabled: bool):
+        self.enabled = enabled
+        if not enabled:
+            return
+        self._path = run_dir / "metrics.jsonl"
+        _cut_after(self._path, first_step)
+        self._lines = self._path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(run_dir), purge_step=first_step + 1 if first_step else None)
+        self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, file=sys.stderr)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Log `values`, keyed by TensorBoard tag (`train/loss`), at `step`."""
+        if not self.enabled:
+            return
+        for tag, value in values.items():
+            self._board.add_scalar(tag, value, step)
+        self._lines.write(json.dumps({"step": step, **values}) + "\n")
+        self._lines.flush()
+
+    def text(self, step: int, tag: str, text: str) -> None:
+        """Show a text in TensorBoard, word for word."""
+        if self.enabled:
+            self._board.add_text(tag, "\n".join("    " + line for line in text.splitlines()), step)
+            self._board.flush()
+
+    def progress(self, step: int, **shown) -> None:
+        """Move the bar to `step`, with a few figures beside it."""
+        if self.enabled:
+            self._bar.set_postfix(shown, refresh=False)
+            self._bar.update(step - self._bar.n)
+
+    def say(self, message: str) -> None:
+        """Print a line above the bar."""
+        if self.enabled:
+            tqdm.write(message, file=sys.stdout)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        if self.enabled:
+            self._bar.close()
+            self._board.close()
+            self._lines.close()
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The whole lines of a `metrics.jsonl`; a last line that a kill cut short is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _cut_after(path: Path, step: int) -> None:
+    kept = [json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= step]
+    staged = path.with_suffix(".tmp")
+    staged.write_text("".join(kept), encoding="utf-8")
+    staged.replace(path)
+
+
+class Throughput:
+    """Tokens per second of training alone: the clock stops while something else (evaluation, saving) has the machine."""
+
+    def __init__(self, tokens: int = 0, seconds: float = 0.0):
+        self.tokens, self.seconds = tokens, seconds
+        self._mark_tokens, self._mark_seconds = tokens, seconds
+        self._started = None
+
+    def start(self) -> None:
+        """Training begins or goes on."""
+        self._started = time.perf_counter()
+
+    def stop(self) -> None:
+        """Training pauses."""
+        self.seconds += time.perf_counter() - self._started
+        self._started = None
+
+    def since_last(self) -> float:
+        """Tokens per second since the last call."""
+        if self._started is not None:
+            self.stop()
+            self.start()
+        tokens, seconds = self.tokens - self._mark_tokens, self.seconds - self._mark_seconds
+        self._mark_tokens, self._mark_seconds = self.tokens, self.seconds
+        return tokens / seconds if seconds else 0.0
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory held so far: of the GPU where we run on one, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

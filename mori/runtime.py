@@ -1,0 +1,162 @@
+"""Where we run: device, ranks, random state, autocast and gradient scaling."""
+
+import contextlib
+import os
+import random
+from dataclasses import dataclass
+
+import numpy
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .config import UserError
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Runtime:
+    """The device and this process' place among its peers."""
+
+    device: torch.device
+    rank: int
+    world_size: int
+    precision: str
+
+    @property
+    def is_main(self) -> bool:
+        """True on the rank that prints and writes."""
+        return self.rank == 0
+
+    def autocast(self):
+        """The context of every forward pass: mixed precision, or nothing in fp32."""
+        if self.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=_DTYPES[self.precision])
+
+    def grad_scaler(self) -> torch.amp.GradScaler:
+        """Scales the loss so that fp16 gradients do not vanish (Micikevicius et al., 2018, arXiv:1710.03740); else does nothing."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+
+    def parallel(self, model: nn.Module) -> nn.Module:
+        """The model in DistributedDataParallel, when there are several ranks."""
+        if self.world_size == 1:
+            return model
+        return DistributedDataParallel(model, device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+    def no_sync(self, model: nn.Module, skip: bool):
+        """The context of a micro-batch whose gradients (`skip`) are not yet exchanged between ranks."""
+        return model.no_sync() if skip and self.world_size > 1 else contextlib.nullcontext()
+
+    def all_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over all ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value) -> list:
+        """What every rank holds, in the order of ranks."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def main_first(self, action):
+        """Run `action` on the main rank, then on the others; the main rank's UserError is raised on all."""
+        result, mistake = None, None
+        if self.is_main:
+            try:
+                result = action()
+            except UserError as raised:
+                mistake = raised
+        mistake = self.gather(mistake)[0]
+        if mistake:
+            raise mistake
+        return result if self.is_main else action()
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all that was asked of it."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def close(self) -> None:
+        """Leave the group of ranks."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def start(device: str = "auto", precision: str = "fp32") -> Runtime:
+    """Find the device, join the other ranks (those of `torchrun`, by its environment variables), and settle the precision.
+
+    `auto` precision is bf16 on a GPU that computes in it, fp16 on an older one, fp32 on a CPU.
+    Raises UserError where the device does not exist.
+    """
+    world_size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    chosen = _device(device, local_rank)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    if precision == "auto":
+        precision = "fp32"
+        if chosen.type == "cuda":
+            precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return Runtime(chosen, dist.get_rank() if world_size > 1 else 0, world_size, precision)
+
+
+def _device(name: str, local_rank: int) -> torch.device:
+    count = torch.cuda.device_count()
+    if name == "auto":
+        name = "cuda" if count else "cpu"
+    if name == "cuda":
+        name = f"cuda:{local_rank}"
+    device = torch.device(name)
+    if device.type == "cuda" and device.index >= count:
+        raise UserError(f"device {name} does not exist: this machine has {count} GPU(s); use --device cpu or auto")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device mps does not exist on this machine; use --device cpu or auto")
+    return device
+
+
+def set_seed(seed: int) -> None:
+    """Seed Python, NumPy and PyTorch on every device."""
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def rng_state() -> dict:
+    """The state of every random generator that a model may draw from, as plain JSON values."""
+    version, python, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = numpy.random.get_state()
+    state = {
+        "python": [version, list(python), gauss],
+        "numpy": [keys.tolist(), position, has_gauss, cached],
+        "torch": bytes(torch.get_rng_state()).hex(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = bytes(torch.cuda.get_rng_state()).hex()
+    return state
+
+
+def set_rng_state(state: dict) -> None:
+    """Put back what `rng_state` gave."""
+    version, python, gauss = state["python"]
+    random.setstate((version, tuple(python), gauss))
+    keys, position, has_gauss, cached = state["numpy"]
+    numpy.random.set_state(("MT19937", keys, position, has_gauss, cached))
+    torch.set_rng_state(_bytes(state["torch"]))
+    if torch.cuda.is_available() and "cuda" in state:
+        torch.cuda.set_rng_state(_bytes(state["cuda"]))
+
+
+def _bytes(hexadecimal: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray.fromhex(hexadecimal), dtype=torch.uint8)

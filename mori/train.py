@@ -1,0 +1,295 @@
+"""The training loop, from top to bottom.
+
+`train` checks and makes everything ready, then loops; a single optimizer step stands between two rules.
+"""
+
+import json
+import math
+import shutil
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch.nn.utils import clip_grad_norm_
+
+from . import checkpoint, corpus, data, optim, prepare, runtime
+from . import model as models
+from .config import RunFailed, TrainConfig, checked, steps_of
+from .evaluate import evaluate
+from .generate import check_prompts, generate
+from .monitor import Monitor, Throughput, peak_memory_bytes
+
+
+@dataclass
+class Progress:
+    """Where a run stands: all of its state but the tensors and the random generators. Every checkpoint holds it."""
+
+    step: int = 0
+    before: dict | None = None  # the evaluation at step 0
+    best: dict | None = None  # the evaluation with the lowest loss
+    after: dict | None = None  # the newest evaluation
+    samples_before: list[str] = field(default_factory=list)
+    samples_after: list[str] = field(default_factory=list)
+    unlogged_losses: list[float] = field(default_factory=list)
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    tokens: int = 0
+    train_seconds: float = 0.0
+    wall_seconds: float = 0.0
+
+
+def train(config: TrainConfig) -> dict:
+    """Train as `config` says; returns the run's summary, which is also in `summary.json`.
+
+    Whatever a user can get wrong is found before the first slow thing begins, and raises UserError. Raises RunFailed
+    where the run cannot go on: the gradient is not finite again and again, or the model cannot be written.
+    """
+    started = time.perf_counter()
+    config = checked(config).resolve()
+    documents = corpus.read_documents(corpus.find_files(config.corpus))
+    run_dir, output_dir = Path(config.logging_dir) / config.run_name, Path(config.output_dir)
+    prepare.check_writable(run_dir, output_dir)
+    where = runtime.start(config.device, config.precision)
+
+    # What we train, and on what.
+    runtime.set_seed(config.seed)
+    tokenizer = models.load_tokenizer(config.model, (d.text for d in documents), config.trust_remote_code)
+    model_config = models.load_config(
+        config.model, tokenizer, dropout=config.dropout, trust_remote_code=config.trust_remote_code
+    )
+    check_prompts(config.prompt, tokenizer, model_config)
+    text = prepare.prepare_text(config, documents, tokenizer, model_config, where)
+    batches = data.Batches(
+        len(text.train),
+        batch_size=config.per_device_train_batch_size,
+        accumulation=config.gradient_accumulation_steps,
+        seed=config.seed,
+        rank=where.rank,
+        world_size=where.world_size,
+    )
+    total_steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * batches.steps_per_epoch)
+    warmup_steps = steps_of(config.warmup_steps, total_steps)
+    eval_every, save_every = steps_of(config.eval_steps, total_steps), steps_of(config.save_steps, total_steps)
+
+    identity = {"config": asdict(config), "precision": where.precision, "world_size": where.world_size, **text.hashes}
+    resumed = where.main_first(lambda: prepare.find_checkpoint(config, run_dir, identity))
+    model = models.load_model(config.model, model_config, config.trust_remote_code).to(where.device)
+    module = models.CausalLMLoss(model)
+    optimizer = optim.adamw(
+        model,
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+    )
+    scaler = where.grad_scaler()
+    runtime.set_seed(config.seed + where.rank)
+    progress = _restore(resumed, model, optimizer, scaler, where) if resumed else Progress()
+    parallel = where.parallel(module)
+    parameters = list(model.parameters())
+    parallel.train()
+
+    if where.is_main:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.json").write_text(config.to_json(), encoding="utf-8")
+        _write_json(run_dir / "environment.json", prepare.environment(where))
+        _write_json(run_dir / "ledger.json", asdict(text.ledger))
+        _introduce(config, where, model, text.ledger, batches, total_steps, run_dir, resumed)
+    monitor = Monitor(run_dir, first_step=progress.step, total_steps=total_steps, enabled=where.is_main)
+    speed = Throughput(progress.tokens, progress.train_seconds)
+    earlier_seconds = progress.wall_seconds
+
+    # Written on the device in every step, read by the host only when logging or saving.
+    earlier_losses = torch.tensor(progress.unlogged_losses)
+    losses = torch.zeros(config.logging_steps + len(earlier_losses), device=where.device)
+    losses[: len(earlier_losses)] = earlier_losses
+    skipped = torch.tensor([float(progress.skipped_steps), float(progress.skipped_in_a_row)], device=where.device)
+    first_unlogged = progress.step - len(progress.unlogged_losses)
+
+    def take_stock() -> None:
+        """Evaluate on the held-out text and draw the samples; neither moves the training's random numbers."""
+        found = evaluate(
+            module, text.held_out, text.held_out_bytes, batch_size=config.per_device_eval_batch_size, runtime=where
+        )
+        progress.after = {"step": progress.step, **asdict(found)}
+        monitor.scalars(progress.step, {f"eval/{name}": value for name, value in asdict(found).items()})
+        if progress.best is None or found.loss < progress.best["loss"]:
+            progress.best = progress.after
+        if where.is_main:
+            names = ("temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens", "num_return_sequences", "seed")
+            with where.autocast():
+                drawn = generate(model, tokenizer, config.prompt, **{name: getattr(config, name) for name in names})
+            progress.samples_after = [sample.prompt + sample.text for sample in drawn]
+            for number, sample in enumerate(progress.samples_after):
+                monitor.text(progress.step, f"samples/{number}", sample)
+        monitor.say(f"step {progress.step}: held-out loss {found.loss:.4f}, perplexity {found.perplexity:.2f}, {found.bits_per_byte:.4f} bits per byte")
+        if progress.step == 0:
+            progress.before, progress.samples_before = progress.after, progress.samples_after
+
+    def log(grad_norm: torch.Tensor, lr: float) -> None:
+        """Read the interval's numbers from the device, write them, and stop a run that only skips."""
+        nonlocal first_unlogged
+        interval = where.all_sum(losses.clone())[: progress.step - first_unlogged].tolist()
+        losses.zero_()
+        first_unlogged = progress.step
+        loss = sum(interval) / len(interval) / where.world_size
+        progress.skipped_steps, progress.skipped_in_a_row = map(int, skipped.tolist())
+        values = {
+            "train/loss": loss,
+            "train/grad_norm": grad_norm.item(),
+            "train/learning_rate": lr,
+            "train/epoch": batches.epoch(progress.step),
+            "train/skipped_steps": progress.skipped_steps,
+            "perf/tokens_per_second": speed.since_last(),
+            "perf/peak_memory_bytes": peak_memory_bytes(where.device),
+        }
+        monitor.scalars(progress.step, values)
+        monitor.progress(progress.step, loss=f"{loss:.4f}", tok_s=f"{values['perf/tokens_per_second']:.0f}")
+        if progress.skipped_in_a_row >= config.max_nonfinite_steps:
+            raise RunFailed(
+                f"the gradient was not finite in {progress.skipped_in_a_row} steps in a row, up to step {progress.step} "
+                f"(loss {loss}); none of them was taken. Lower --learning_rate or use --precision fp32"
+            )
+
+    def save_checkpoint() -> None:
+        """Save all that the run needs to go on as if it had never stopped."""
+        progress.unlogged_losses = losses[: progress.step - first_unlogged].tolist()
+        progress.skipped_steps, progress.skipped_in_a_row = map(int, skipped.tolist())
+        progress.tokens, progress.train_seconds = speed.tokens, speed.seconds
+        progress.wall_seconds = earlier_seconds + time.perf_counter() - started
+        ranks = where.gather({"rng": runtime.rng_state(), "unlogged_losses": progress.unlogged_losses})
+        if where.is_main:
+            state = {**identity, "progress": asdict(progress), "ranks": ranks, "scaler": scaler.state_dict()}
+            root = run_dir / "checkpoints"
+            try:
+                checkpoint.save(
+                    root, progress.step, model=model.state_dict(), optimizer=optimizer.state_dict(), state=state
+                )
+                checkpoint.prune(root, config.save_total_limit, progress.best["step"])
+            except OSError as error:
+                monitor.say(f"WARNING: no checkpoint at step {progress.step}: {error}; training goes on")
+
+    if progress.step == 0:
+        take_stock()
+        monitor.say("\n".join(["before:", *progress.samples_before]))
+
+    while progress.step < total_steps:
+        speed.start()
+        # ------------------------------------------------------------------------------------------------ one step
+        step = progress.step
+        micro_batches, n_targets = data.load_step(text.train, batches[step], pin=where.device.type == "cuda")
+        # All valid targets of the step, over micro-batches and ranks; DDP averages gradients, so its share of them.
+        divisor = where.all_sum(n_targets.to(where.device, non_blocking=True)) / where.world_size
+        for number, (input_ids, labels) in enumerate(micro_batches, start=1):
+            input_ids = input_ids.to(where.device, non_blocking=True)  # (B, T)
+            labels = labels.to(where.device, non_blocking=True)  # (B, T)
+            with where.no_sync(parallel, skip=number < len(micro_batches)):
+                with where.autocast():
+                    loss = parallel(input_ids, labels) / divisor
+                scaler.scale(loss).backward()
+            losses[step - first_unlogged] += loss.detach()
+
+        lr = optim.learning_rate(
+            step,
+            peak=config.learning_rate,
+            schedule=config.lr_scheduler_type,
+            warmup_steps=warmup_steps,
+            total_steps=total_steps,
+        )
+        optim.set_learning_rate(optimizer, lr)
+        scaler.unscale_(optimizer)
+        grad_norm = clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
+        nonfinite = optim.skip_unless_finite(optimizer, grad_norm)
+        skipped[0] += nonfinite
+        skipped[1] = (skipped[1] + 1) * nonfinite
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        progress.step += 1
+        # ---------------------------------------------------------------------------------------------------------
+        speed.tokens += batches.windows_in(step) * config.block_size
+        last = progress.step == total_steps
+        if progress.step % config.logging_steps == 0 or last:
+            log(grad_norm, lr)
+        speed.stop()
+        if progress.step % eval_every == 0 or last:
+            take_stock()
+        if progress.step % save_every == 0 or last:
+            save_checkpoint()
+
+    monitor.say("\n".join(["after:", *progress.samples_after]))
+    monitor.close()
+    summary = {
+        "run_name": config.run_name,
+        "model": config.model,
+        "ledger": asdict(text.ledger),
+        "eval": {"before": progress.before, "best": progress.best, "after": progress.after},
+        "samples": {"before": progress.samples_before, "after": progress.samples_after},
+        "steps": total_steps,
+        "skipped_steps": progress.skipped_steps,
+        "wall_seconds": earlier_seconds + time.perf_counter() - started,
+        "tokens_per_second": speed.tokens / speed.seconds if speed.seconds else 0.0,
+        "peak_memory_bytes": peak_memory_bytes(where.device),
+        "output_dir": str(output_dir),
+    }
+    if where.is_main:
+        _publish(model, tokenizer, output_dir)
+        _write_json(run_dir / "summary.json", summary)
+        print(
+            f"{total_steps} steps in {summary['wall_seconds']:.0f} s, {summary['tokens_per_second']:.0f} tokens/s; "
+            f"held-out loss {progress.before['loss']:.4f} -> {progress.after['loss']:.4f} "
+            f"(best {progress.best['loss']:.4f} at step {progress.best['step']})\n"
+            f"the brain is in {output_dir}/; talk to it: "
+            f"python scripts/generate.py --model {output_dir} --prompt {json.dumps(config.prompt[0], ensure_ascii=False)}"
+        )
+    where.barrier()
+    where.close()
+    return summary
+
+
+def _restore(folder: Path, model, optimizer, scaler, where: runtime.Runtime) -> Progress:
+    """Put a checkpoint's tensors, scaler and random state in place; returns where the run stood."""
+    state = checkpoint.load_state(folder)
+    checkpoint.load_tensors(folder, model, optimizer)
+    scaler.load_state_dict(state["scaler"])
+    mine = state["ranks"][where.rank]
+    runtime.set_rng_state(mine["rng"])
+    return Progress(**{**state["progress"], "unlogged_losses": mine["unlogged_losses"]})
+
+
+def _publish(model, tokenizer, output_dir: Path) -> None:
+    """Put the trained model at `output_dir` once it is complete on disk; the one before stays as `<name>.previous`."""
+    staged = output_dir.with_name(f".{output_dir.name}.partial")
+    shutil.rmtree(staged, ignore_errors=True)
+    try:
+        models.save(model, tokenizer, staged)
+        checkpoint.replace_folder(staged, output_dir)
+    except OSError as error:
+        raise RunFailed(
+            f"cannot write the trained model to {output_dir}: {error}; the last checkpoint holds it: "
+            "make room and run the same command again"
+        ) from None
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def _introduce(config, where, model, ledger, batches, total_steps, run_dir, resumed) -> None:
+    """Say what is read, what is trained, and where it goes."""
+    found = prepare.environment(where)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    layout = f"{config.per_device_train_batch_size} windows x {config.gradient_accumulation_steps} x {where.world_size} rank(s)"
+    print(
+        f"mori {found['mori']}, torch {found['torch']}, transformers {found['transformers']}; "
+        f"{where.device}, {where.precision}, {found['threads']} threads\n"
+        f"reads   {ledger}\n"
+        f"model   {config.model}, {size / 1e6:.1f} M parameters\n"
+        f"trains  {total_steps} steps ({batches.steps_per_epoch} an epoch) of {layout} x {config.block_size} tokens\n"
+        f"writes  {run_dir}/ (tensorboard --logdir {config.logging_dir}), the brain to {config.output_dir}/"
+        + (f"\nresumes {resumed}" if resumed else ""),
+        flush=True,
+    )
+
+
+def _write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,15 @@
+#!/usr/bin/env python
+"""Let a model go on from a prompt."""
+
+from mori.config import GenerateConfig, parse, run_door
+
+
+def main():
+    config = parse(GenerateConfig, __doc__)
+    from mori.generate import speak
+
+    speak(config)
+
+
+if __name__ == "__main__":
+    run_door("generate.py", main)
