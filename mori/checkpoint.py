@@ -53,7 +53,7 @@ def save(root: Path, step: int, *, model: dict, optimizer: dict, state: dict) ->
         save_file(moments, staged / "optimizer.safetensors")
         _write_json(staged / "state.json", {**state, "step": step, "param_groups": optimizer["param_groups"]})
         files = {path.name: _described(path) for path in sorted(staged.iterdir())}
-        _write_json(staged / _MANIFEST, {"format": _FORMAT, "files": files})
+        _write_json(staged / _MANIFEST, {"format": _FORMAT, "files": files, "seal": _seal(files)})
         for path in staged.iterdir():
             path.chmod(0o666 & ~_umask())  # safetensors writes 0600
             sync(path)
@@ -73,6 +73,8 @@ def verify(folder: Path) -> None:
         expected = manifest["files"].items()
         if manifest["format"] != _FORMAT:
             raise CorruptCheckpoint(f"{folder} has format {manifest['format']}, this mori reads {_FORMAT}")
+        if manifest["seal"] != _seal(manifest["files"]):
+            raise CorruptCheckpoint(f"{folder / _MANIFEST} is not what was written (its seal differs)")
         for name, described in expected:
             if Path(name).name != name:
                 raise CorruptCheckpoint(f"{folder / _MANIFEST} names a file outside its folder: {name}")
@@ -184,6 +186,10 @@ def _distinct(tensors: dict[str, torch.Tensor], copy: bool = True) -> dict[str, 
 def _described(path: Path) -> dict:
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": _sha256(file)}
+
+
+def _seal(files: dict) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(file) -> str:

@@ -68,7 +68,10 @@ def find_files(corpus: list[str]) -> list[Path]:
         else:
             raise UserError(f"corpus {name} does not exist; give a text file, a folder of *.txt, or a glob")
         found += files
-    return list({path.resolve(): path for path in reversed(found)}.values())[::-1]
+    first: dict[Path, Path] = {}
+    for path in found:
+        first.setdefault(path.resolve(), path)
+    return list(first.values())
 
 
 def _hidden(relative: Path) -> bool:

@@ -1,11 +1,13 @@
 """Load a model and its tokenizer: from the hub, from a folder, or made from scratch; and the model with its loss."""
 
-import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
+import huggingface_hub
 import torch
 import transformers
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedTokenizerFast
@@ -13,8 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Co
 from .config import PRESETS, UserError
 from .loss import cross_entropy_sum
 
+# The base of all errors of the HTTP client, whichever client this release of huggingface_hub brings.
+_HUB_ERRORS = (OSError, *huggingface_hub.errors.HfHubHTTPError.__bases__)
 END_OF_TEXT = "<|endoftext|>"
-MINI_VOCABULARY = 4096
+MINI_VOCABULARY = 8192
 
 
 class CausalLMLoss(nn.Module):
@@ -62,7 +66,7 @@ def load_tokenizer(name: str, texts: Iterable[str], trust_remote_code: bool = Fa
     """
     if name in PRESETS:
         return train_tokenizer(texts)
-    return _found(name, "tokenizer", lambda: AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code))
+    return _found(name, lambda: AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code))
 
 
 def load_config(name: str, tokenizer, *, dropout: float | None = None, trust_remote_code: bool = False):
@@ -70,7 +74,7 @@ def load_config(name: str, tokenizer, *, dropout: float | None = None, trust_rem
     if name in PRESETS:
         config = mini_config(len(tokenizer))
     else:
-        config = _found(name, "model", lambda: AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code))
+        config = _found(name, lambda: AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code))
     if dropout is not None:
         for field, value in config.to_dict().items():
             if field.endswith(("dropout", "pdrop")) and isinstance(value, float):
@@ -84,7 +88,6 @@ def load_model(name: str, config, trust_remote_code: bool = False) -> nn.Module:
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
     return _found(
         name,
-        "model",
         lambda: AutoModelForCausalLM.from_pretrained(
             name, config=config, dtype=torch.float32, trust_remote_code=trust_remote_code
         ),
@@ -114,17 +117,35 @@ def save(model: nn.Module, tokenizer, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _found(name: str, what: str, load):
-    """`load()`, with transformers' long explanations of what is missing or broken made into one line."""
+def check_reachable(name: str) -> None:
+    """Raise UserError, at once, where `name` is no preset, no folder with a model, and no model on the hub."""
     folder = Path(name).expanduser()
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise UserError(f"model folder {name} has no config.json; it must hold a model as save_pretrained() writes it")
-    if not folder.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+    if name in PRESETS or (folder / "config.json").is_file():
+        return
+    if folder.exists():
+        raise UserError(f"model {name} has no config.json; give a folder that holds a model as save_pretrained() writes it")
+    if name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise UserError(f"model folder {name} does not exist")
+    if isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
+        return
+    try:
+        huggingface_hub.HfApi().model_info(name, timeout=10)
+    except _HUB_ERRORS as error:
+        raise UserError(
+            f"model {name} is no preset ({', '.join(PRESETS)}), no folder here, and the hub does not give it: {_one_line(error)}"
+        ) from None
+
+
+def _found(name: str, load):
+    """`load()`, with transformers' long explanations of what is missing or broken made into one line."""
+    check_reachable(name)
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     try:
         return load()
-    except (OSError, ValueError, KeyError, RuntimeError, json.JSONDecodeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        where = "the folder" if folder.is_dir() else f"the hub, presets ({', '.join(PRESETS)}) and folders here"
-        raise UserError(f"cannot load the {what} {name} (looked in {where}): {reason}") from None
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"cannot load model {name}: {_one_line(error)}") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,97 @@
+"""The rules of the house: who may import whom, and what is not done anywhere."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+FLOORS = {
+    "config": 0, "loss": 0, "optim": 0, "sampling": 0, "monitor": 0,
+    "corpus": 1, "data": 1, "runtime": 1, "model": 1,
+    "checkpoint": 2, "generate": 2, "evaluate": 2,
+    "prepare": 3,
+    "train": 4,
+}  # fmt: skip
+OUTSIDE = {
+    "config": set(),
+    "loss": {"torch"},
+    "optim": {"torch"},
+    "sampling": {"torch"},
+    "monitor": {"torch", "tqdm"},
+    "corpus": {"numpy"},
+    "data": {"torch", "numpy"},
+    "runtime": {"torch", "numpy"},
+    "model": {"torch", "transformers", "tokenizers", "safetensors", "huggingface_hub"},
+    "checkpoint": {"torch", "safetensors"},
+    "generate": {"torch"},
+    "evaluate": {"torch"},
+    "prepare": {"torch", "transformers"},
+    "train": {"torch"},
+}
+STANDARD = {
+    "argparse", "collections", "contextlib", "dataclasses", "difflib", "glob", "hashlib", "json", "math", "os", "pathlib",
+    "platform", "random", "re", "resource", "shutil", "sys", "time",
+}  # fmt: skip
+ROOMS = sorted(path.stem for path in (ROOT / "mori").glob("*.py") if path.stem != "__init__")
+
+
+def imports(path: Path) -> tuple[set[str], set[str]]:
+    """The rooms and the packages that a file imports, anywhere in it."""
+    rooms, packages = set(), set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.level or node.module.split(".")[0] == "mori"):
+            module = node.module or ""
+            module = module if node.level else module.partition(".")[2]
+            rooms |= {module} if module else {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            packages.add(node.module.split(".")[0])
+        elif isinstance(node, ast.Import):
+            packages |= {alias.name.split(".")[0] for alias in node.names}
+    return rooms - {"__version__"}, packages
+
+
+def test_every_room_has_its_floor():
+    assert ROOMS == sorted(FLOORS) == sorted(OUTSIDE)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_from_floors_below(room):
+    rooms, packages = imports(ROOT / "mori" / f"{room}.py")
+    assert all(FLOORS[other] < FLOORS[room] for other in rooms), rooms
+    assert packages - STANDARD <= OUTSIDE[room]
+
+
+def test_the_package_itself_imports_nothing():
+    assert imports(ROOT / "mori" / "__init__.py") == (set(), set())
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("*.py")), ids=lambda path: path.name)
+def test_doors_import_no_library_before_the_flags_are_right(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    top = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    assert all(isinstance(node, ast.ImportFrom) and node.module == "mori.config" for node in top)
+
+
+@pytest.mark.parametrize("path", sorted([*(ROOT / "mori").glob("*.py"), *(ROOT / "scripts").glob("*.py")]), ids=lambda p: p.name)
+def test_what_is_not_done_anywhere(path):
+    source = path.read_text(encoding="utf-8")
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None and getattr(node.type, "id", "") not in ("Exception", "BaseException")
+    for word in ("pickle", "torch.load(", "torch.save(", '== "cuda:', "exec(", "eval(config"):
+        assert word not in source, word
+    if path.stem != "compare":
+        assert "Trainer(" not in source and "accelerate" not in source
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_public_functions_say_what_they_do(room):
+    tree = ast.parse((ROOT / "mori" / f"{room}.py").read_text(encoding="utf-8"))
+    assert ast.get_docstring(tree)
+    for node in tree.body:
+        members = [node, *node.body] if isinstance(node, ast.ClassDef) and not node.name.startswith("_") else [node]
+        for member in members:
+            if isinstance(member, (ast.FunctionDef, ast.ClassDef)) and not member.name.startswith("_") and member.name != "forward":
+                assert ast.get_docstring(member), member.name

@@ -1,0 +1,136 @@
+import json
+import os
+import stat
+
+import pytest
+import torch
+from torch import nn
+
+from mori import checkpoint
+from mori.config import UserError
+
+
+class Tied(nn.Module):
+    """A model whose head is its embedding, with a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
+        self.head.weight = self.embedding.weight
+        self.register_buffer("seen", torch.tensor(3))
+
+    def forward(self, ids):
+        return self.head(self.embedding(ids))
+
+
+def make(steps: int, seed: int):
+    torch.manual_seed(seed)
+    model = Tied()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    for _ in range(steps):
+        model(torch.arange(7)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+@pytest.fixture
+def saved(tmp_path):
+    for step in (1, 2, 3):
+        model, optimizer = make(step, 0)
+        checkpoint.save(
+            tmp_path, step, model=model.state_dict(), optimizer=optimizer.state_dict(), state={"note": step}
+        )
+    return tmp_path
+
+
+def test_what_is_loaded_is_what_was_saved(saved):
+    expected_model, expected_optimizer = make(3, 0)
+    model, optimizer = make(0, 1)
+    folder = checkpoint.newest(saved, pytest.fail)
+    checkpoint.load_tensors(folder, model, optimizer)
+    assert torch.equal(model.head.weight, expected_model.head.weight) and model.head.weight is model.embedding.weight
+    for a, b in zip(optimizer.state.values(), expected_optimizer.state.values(), strict=True):
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert checkpoint.load_state(folder)["note"] == 3
+
+
+def test_files_have_the_permissions_of_the_umask(saved):
+    old = os.umask(0o027)
+    try:
+        model, optimizer = make(1, 0)
+        folder = checkpoint.save(saved, 9, model=model.state_dict(), optimizer=optimizer.state_dict(), state={})
+    finally:
+        os.umask(old)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o640}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "delete", "empty"])
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(saved, name, damage):
+    path = saved / "step-00000003" / name
+    raw = bytearray(path.read_bytes())
+    if damage == "delete":
+        path.unlink()
+    elif damage == "flip":
+        raw[len(raw) // 2] ^= 1
+        path.write_bytes(raw)
+    else:
+        path.write_bytes(raw[: len(raw) // 2] if damage == "cut" else b"")
+    said = []
+    assert checkpoint.newest(saved, said.append).name == "step-00000002"
+    assert (saved / "step-00000003.corrupt").is_dir()
+    assert len(said) == 1 and name in said[0]
+
+
+def test_with_none_whole_the_run_is_not_started_over(saved):
+    for folder in checkpoint.published(saved):
+        (folder / "state.json").write_text("{}")
+    for _ in range(2):
+        with pytest.raises(UserError, match="no whole checkpoint"):
+            checkpoint.newest(saved, lambda message: None)
+    assert checkpoint.newest(saved / "nowhere", pytest.fail) is None
+
+
+def test_a_manifest_cannot_name_a_file_elsewhere(saved):
+    path = saved / "step-00000003" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["files"]["../step-00000002/state.json"] = manifest["files"]["state.json"]
+    manifest["seal"] = checkpoint._seal(manifest["files"])
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(checkpoint.CorruptCheckpoint, match="outside"):
+        checkpoint.verify(path.parent)
+
+
+def test_another_models_checkpoint_is_refused(saved):
+    other = nn.Linear(4, 7)
+    with pytest.raises(UserError, match="another model"):
+        checkpoint.load_tensors(saved / "step-00000003", other, torch.optim.AdamW(other.parameters()))
+
+
+def test_a_failed_save_leaves_nothing_behind(saved, monkeypatch):
+    model, optimizer = make(1, 0)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "sync", full)
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.save(saved, 4, model=model.state_dict(), optimizer=optimizer.state_dict(), state={})
+    assert [p.name for p in sorted(saved.iterdir())] == ["step-00000001", "step-00000002", "step-00000003"]
+
+
+def test_pruning_keeps_the_newest_and_the_best(saved):
+    checkpoint.prune(saved, keep=1, best_step=1)
+    assert [p.name for p in checkpoint.published(saved)] == ["step-00000001", "step-00000003"]
+
+
+def test_a_folder_is_replaced_and_the_old_one_stays_beside_it(tmp_path):
+    final = tmp_path / "brain"
+    for content in ("one", "two", "three"):
+        staged = tmp_path / "staged"
+        staged.mkdir()
+        (staged / "w").write_text(content)
+        checkpoint.replace_folder(staged, final)
+    assert (final / "w").read_text() == "three" and (tmp_path / "brain.previous" / "w").read_text() == "two"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["brain", "brain.previous"]

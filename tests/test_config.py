@@ -1,0 +1,98 @@
+import json
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+from conftest import ROOT, door
+
+from mori.config import GenerateConfig, TrainConfig, UserError, checked, parse, steps_of
+
+
+def test_help_imports_no_torch_and_shows_every_flag_with_its_default():
+    code = (
+        "import sys, runpy; sys.argv = ['train.py', '--help']\n"
+        "try: runpy.run_path(sys.argv[0] if False else 'scripts/train.py', run_name='__main__')\n"
+        "except SystemExit as end: assert not end.code\n"
+        "assert not {'torch', 'numpy', 'transformers'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for f in fields(TrainConfig):
+        assert f"--{f.name}" in done.stdout
+    assert done.stdout.count("(default: ") == len(fields(TrainConfig))
+    for group in ("model:", "corpus:", "training:", "device:", "logging:", "sampling:", "output:"):
+        assert f"\n{group}\n" in done.stdout
+
+
+def test_dashes_and_underscores_are_the_same():
+    words = ["--max-steps", "3", "--per_device-train_batch-size=2", "--prompt", "a-b", "c_d"]
+    config = parse(TrainConfig, "", words)
+    assert (config.max_steps, config.per_device_train_batch_size, config.prompt) == (3, 2, ["a-b", "c_d"])
+
+
+def test_every_mistake_is_reported_at_once():
+    with pytest.raises(UserError) as error:
+        checked(TrainConfig(block_size=0, top_p=2.0, learning_rate=-1.0, seed=-3, max_steps=0, device="gpu", warmup_steps=1.5))
+    for name in ("block_size", "top_p", "learning_rate", "seed", "max_steps", "device", "warmup_steps"):
+        assert name in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changed, named",
+    [
+        ({"max_steps": 5, "warmup_steps": 9}, "warmup_steps"),
+        ({"temperature": 0.0, "num_return_sequences": 2}, "greedy"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"learning_rate": float("inf")}, "learning_rate is inf"),
+        ({"run_name": "a/b"}, "run_name"),
+        ({"held_out_fraction": 1.0}, "held_out_fraction"),
+        ({"adam_beta2": 1.0}, "adam_beta2"),
+        ({"precision": "int8"}, "precision"),
+    ],
+)
+def test_contradictions_are_named(changed, named):
+    with pytest.raises(UserError, match=named):
+        checked(TrainConfig(**changed))
+
+
+def test_unknown_flag_comes_with_the_nearest_one():
+    done = door("train.py", "--learning-rat", "1")
+    assert done.returncode == 2
+    assert done.stderr == "train.py: error: unknown flag --learning_rat; did you mean --learning_rate?\n"
+
+
+def test_values_of_the_wrong_kind_are_one_line():
+    for words in (["--max_steps", "many"], ["--precision", "int8"], ["--corpus"]):
+        done = door("train.py", *words)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_json_round_trip_and_unknown_field():
+    config = TrainConfig(corpus=["a", "b"], max_steps=7, dropout=0.25)
+    assert TrainConfig.from_json(config.to_json()) == config
+    with pytest.raises(UserError, match="no_such"):
+        TrainConfig.from_json(json.dumps({"no_such": 1}))
+
+
+def test_only_what_shapes_the_weights_counts_as_a_difference():
+    a = TrainConfig(max_steps=7, logging_steps=3)
+    assert a.differences(TrainConfig(max_steps=7, logging_steps=4, output_dir="x")) == []
+    assert a.differences(TrainConfig(max_steps=8)) == ["max_steps (7, 8)"]
+
+
+def test_resolved_defaults():
+    assert TrainConfig().resolve().learning_rate == 1e-3
+    assert TrainConfig(model="some/name").resolve().learning_rate == 5e-5
+    assert TrainConfig(model="some/name", corpus=["dir/mori_corpus.txt"]).resolve().run_name == "name-mori_corpus"
+    assert TrainConfig().resolve().run_name == "mini-transcripts"
+
+
+def test_steps_as_a_share():
+    assert [steps_of(0.1, 195), steps_of(7, 195), steps_of(1, 195), steps_of(0.0, 5)] == [20, 7, 1, 0]
+
+
+def test_generate_sets_nothing_by_default():
+    config = GenerateConfig()
+    assert (config.temperature, config.top_k, config.top_p, config.repetition_penalty) == (1.0, 0, 1.0, 1.0)

@@ -1,0 +1,158 @@
+import json
+
+import numpy
+import pytest
+from conftest import REAL_CORPUS, needs_corpus
+from transformers import PreTrainedTokenizerFast
+
+from mori.config import UserError
+from mori.corpus import SHIPPED, TokenFile, encode, find_files, read_documents, text_bytes_from
+from mori.model import train_tokenizer
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def test_files_come_in_a_fixed_order_and_none_twice(tmp_path):
+    for name in ("b.txt", "a.txt", "sub/c.txt", ".hidden/d.txt", "e.md"):
+        write(tmp_path / name, "x")
+    in_folder = [str(p.relative_to(tmp_path)) for p in find_files([str(tmp_path)])]
+    assert in_folder == ["a.txt", "b.txt", "sub/c.txt"]
+    mixed = find_files([str(tmp_path / "b.txt"), str(tmp_path / "*.txt"), str(tmp_path / "e.md")])
+    assert [p.name for p in mixed] == ["b.txt", "a.txt", "e.md"]
+    assert [p.name for p in find_files([str(tmp_path / "**/c.txt")])] == ["c.txt"]
+    assert len(find_files([])) >= 10
+
+
+def test_shipped_transcripts_are_enough_and_all_different():
+    documents = read_documents(find_files([]))
+    assert len(documents) >= 10 and sum(d.bytes for d in documents) >= 60_000
+    paragraphs = [line for d in documents for line in d.text.splitlines() if line]
+    assert len(paragraphs) == len(set(paragraphs))
+
+
+def test_byte_order_mark_and_line_ends(tmp_path):
+    plain, dressed = write(tmp_path / "a", "satu\ndua"), write(tmp_path / "b", b"\xef\xbb\xbfsatu\r\ndua")
+    a, b = read_documents([plain, dressed])
+    assert a.text == b.text == "satu\ndua"
+    assert (a.bytes, b.bytes) == (8, 12)
+
+
+@pytest.mark.parametrize(
+    "content, named",
+    [
+        (b"", "empty"),
+        (b" \n\t\n", "empty"),
+        (b"abc\0def", "offset 3"),
+        ("aé".encode() + b"\xff tail", "byte 0xff at offset 3"),
+        ("halo".encode("utf-16"), "UTF-16"),
+    ],
+)
+def test_what_is_no_text_is_named(tmp_path, content, named):
+    with pytest.raises(UserError, match=named) as error:
+        read_documents([write(tmp_path / "t.txt", content)])
+    assert "t.txt" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_is_not_there_is_named(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name, named in (("none.txt", "does not exist"), ("empty", "holds no"), ("*.md", "matches no file")):
+        with pytest.raises(UserError, match=named):
+            find_files([str(tmp_path / name)])
+
+
+def test_token_file_holds_every_token_and_the_end_of_each_document(tmp_path, tokenizer):
+    documents = read_documents([write(tmp_path / "a", "halo dunia " * 50), write(tmp_path / "b", "apa kabar?")])
+    tokens = TokenFile.make(documents, tokenizer, tmp_path / "cache")
+    whole = []
+    for document in documents:
+        whole += tokenizer(document.text)["input_ids"] + [tokenizer.eos_token_id]
+    assert tokens.ids.tolist() == whole
+    assert tokens.ids.dtype == numpy.uint16 and not tokens.ids.flags.writeable
+    assert tokens.header["documents"][1]["first_token"] == len(tokenizer(documents[0].text)["input_ids"]) + 1
+    assert tokenizer.decode(tokens.ids.tolist()).split(tokenizer.eos_token) == [d.text for d in documents] + [""]
+
+
+def test_nothing_is_truncated_whatever_the_tokenizer_says(tokenizer):
+    limited = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, model_max_length=8, eos_token="<|endoftext|>")
+    limited.backend_tokenizer.enable_truncation(4)
+    limited.backend_tokenizer.enable_padding(length=4000)
+    text = "halo semua apa kabar " * 40
+    ids = encode(limited, text)
+    assert len(ids) > 100 and tokenizer.decode(ids) == text
+
+
+def test_token_file_is_reused_only_for_the_same_corpus_and_tokenizer(tmp_path, tokenizer):
+    documents = read_documents([write(tmp_path / "a", "halo dunia " * 50)])
+    first = TokenFile.make(documents, tokenizer, tmp_path / "cache")
+    made_at = first.path.stat().st_mtime_ns
+    assert TokenFile.make(documents, tokenizer, tmp_path / "cache").path.stat().st_mtime_ns == made_at
+    other_text = read_documents([write(tmp_path / "a", "halo dunia! " * 50)])
+    assert TokenFile.make(other_text, tokenizer, tmp_path / "cache").path != first.path
+    other_tokenizer = train_tokenizer(["lain sekali " * 9], 300)
+    assert TokenFile.make(documents, other_tokenizer, tmp_path / "cache").path != first.path
+
+
+@pytest.mark.parametrize("damage", ["cut", "magic", "header", "hash"])
+def test_a_damaged_token_file_is_made_again(tmp_path, tokenizer, damage):
+    documents = read_documents([write(tmp_path / "a", "halo dunia " * 50)])
+    first = TokenFile.make(documents, tokenizer, tmp_path / "cache")
+    ids, raw = first.ids.tolist(), bytearray(first.path.read_bytes())
+    if damage == "cut":
+        raw = raw[:-3]
+    elif damage == "magic":
+        raw[0] ^= 1
+    elif damage == "header":
+        raw[8:16] = (1 << 60).to_bytes(8, "little")
+    else:
+        raw = raw.replace(first.header["corpus_sha256"].encode(), b"0" * 64)
+    first.path.write_bytes(raw)
+    assert TokenFile.make(documents, tokenizer, tmp_path / "cache").ids.tolist() == ids
+
+
+def test_large_vocabularies_get_wide_ids(tmp_path):
+    class Words:
+        """A tokenizer with 70,000 words and no fast backend."""
+
+        eos_token_id = bos_token_id = None
+
+        def __len__(self):
+            return 70_000
+
+        def get_vocab(self):
+            return {"w": 69_999}
+
+        def __call__(self, text, **_):
+            return {"input_ids": [69_999] * len(text.split())}
+
+    tokens = TokenFile.make(read_documents([write(tmp_path / "a", "a b c")]), Words(), tmp_path)
+    assert tokens.ids.tolist() == [69_999] * 3 and tokens.ids.dtype == numpy.uint32
+
+
+def test_bytes_behind_a_token(tmp_path, tokenizer):
+    texts = ["halo dunia, apa kabar?", "héllo 🌧 hujan"]
+    documents = read_documents([write(tmp_path / str(n), text) for n, text in enumerate(texts)])
+    tokens = TokenFile.make(documents, tokenizer, tmp_path / "cache")
+    ends = len(tokenizer(texts[0])["input_ids"])
+    assert text_bytes_from(0, tokens, documents, tokenizer) == sum(len(t.encode()) for t in texts)
+    assert text_bytes_from(ends, tokens, documents, tokenizer) == len(texts[1].encode())
+    assert text_bytes_from(ends + 1, tokens, documents, tokenizer) == len(texts[1].encode())
+    tail = tokenizer.decode(tokens.ids[3:ends].tolist())
+    assert text_bytes_from(3, tokens, documents, tokenizer) == len(tail) + len(texts[1].encode())
+
+
+@needs_corpus
+def test_the_real_corpus_loses_nothing(tmp_path):
+    documents = read_documents(find_files([str(REAL_CORPUS)]))
+    assert "\n" not in documents[0].text and documents[0].bytes == 1_590_325
+    tokenizer = train_tokenizer([documents[0].text], 1000)
+    tokens = TokenFile.make(documents, tokenizer, tmp_path)
+    assert tokenizer.decode(tokens.ids[:-1].tolist()) == documents[0].text
+    assert json.loads(json.dumps(tokens.header))["count"] == len(tokens) > 400_000
+
+
+def test_shipped_transcripts_are_packaged():
+    assert SHIPPED.is_dir()

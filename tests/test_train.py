@@ -1,0 +1,417 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, STORIES, assert_equal_weights, door, flags, needs_stories, weights
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+import mori.train
+from mori import model as models
+from mori import optim
+from mori.config import RunFailed, TrainConfig, UserError
+from mori.monitor import read_metrics
+from mori.train import train
+
+
+def test_a_run_leaves_what_is_promised(run_train, settings, tmp_path):
+    summary = run_train()
+    run_dir = tmp_path / "runs" / "run"
+    assert json.loads((run_dir / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    ledger = summary["ledger"]
+    assert ledger["tokens"] == ledger["train_tokens"] + ledger["held_out_tokens"] + ledger["dropped_tokens"]
+    assert ledger["dropped_tokens"] < 16 and ledger["documents"] == 1
+    assert ledger["bytes"] == Path(settings["corpus"][0]).stat().st_size
+    for name in ("before", "best", "after"):
+        assert {"loss", "perplexity", "bits_per_byte"} <= set(summary["eval"][name])
+    assert summary["eval"]["after"]["loss"] < summary["eval"]["before"]["loss"]
+    assert summary["steps"] == 12 and summary["tokens_per_second"] > 0 and summary["peak_memory_bytes"] > 0
+    assert summary["samples"]["before"][0].startswith("Halo") and summary["samples"]["after"][0].startswith("Halo")
+    assert TrainConfig.from_json((run_dir / "config.json").read_text()).max_steps == 12
+    assert json.loads((run_dir / "environment.json").read_text())["torch"] == torch.__version__
+    assert [p.name for p in sorted((run_dir / "checkpoints").iterdir())] == ["step-00000008", "step-00000012"]
+
+    board = EventAccumulator(str(run_dir), size_guidance={"tensors": 0})
+    board.Reload()
+    tags = {"train/loss", "train/grad_norm", "train/learning_rate", "train/epoch", "perf/tokens_per_second"}
+    tags |= {"eval/loss", "eval/perplexity", "eval/bits_per_byte", "perf/peak_memory_bytes"}
+    assert tags <= set(board.Tags()["scalars"])
+    assert len(board.Tensors("samples/0/text_summary")) == 3  # at steps 0, 6 and 12
+    logged = read_metrics(run_dir / "metrics.jsonl")
+    assert [line["step"] for line in logged if "train/loss" in line] == list(range(1, 13))
+    assert [line["step"] for line in logged if "eval/loss" in line] == [0, 6, 12]
+    shown = [event.value for event in board.Scalars("train/loss")]
+    assert shown == pytest.approx([line["train/loss"] for line in logged if "train/loss" in line])
+
+
+def test_the_brain_loads_with_transformers_alone(settings, tmp_path, monkeypatch):
+    trained = {}
+    save = models.save
+    monkeypatch.setattr(models, "save", lambda model, *rest: (trained.update(model=model), save(model, *rest)))
+    train(TrainConfig(**settings))
+    brain = AutoModelForCausalLM.from_pretrained(tmp_path / "brain").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "brain")
+    input_ids = tokenizer("Halo semua, selamat datang", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(brain(input_ids).logits, trained["model"].eval()(input_ids).logits)
+    spoken = pipeline("text-generation", model=str(tmp_path / "brain"))("Halo", max_new_tokens=4)
+    assert spoken[0]["generated_text"].startswith("Halo")
+    code = (
+        "import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T\n"
+        f"M.from_pretrained({str(tmp_path / 'brain')!r}); T.from_pretrained({str(tmp_path / 'brain')!r})\n"
+        "assert not [m for m in sys.modules if m.split('.')[0] == 'mori']"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+
+
+def test_the_brain_before_stays_beside_the_new_one(run_train, settings, tmp_path):
+    run_train(max_steps=2)
+    first = weights(tmp_path / "brain")
+    run_train(max_steps=3, run_name="second")
+    previous = weights(tmp_path / "brain.previous")
+    assert all(torch.equal(first[name], previous[name]) for name in first)
+    assert not list(tmp_path.glob(".brain*"))
+
+
+def test_evaluation_equals_the_models_own_loss(run_train, settings, tmp_path):
+    """Transformers' own shifted mean over the held-out tokens, window by window."""
+    summary = run_train(max_steps=1, learning_rate=1e-9)
+    tokenizer = AutoTokenizer.from_pretrained(settings["model"])
+    text = Path(settings["corpus"][0]).read_text()
+    ids = tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]
+    held_out = ids[summary["ledger"]["train_tokens"] + summary["ledger"]["dropped_tokens"] :]
+    assert len(held_out) == summary["ledger"]["held_out_tokens"]
+    model = AutoModelForCausalLM.from_pretrained(settings["model"]).eval()
+    nats = 0.0
+    for first in range(0, len(held_out) - 1, 16):
+        window = torch.tensor([held_out[first : first + 17]])
+        with torch.no_grad():
+            nats += model(window, labels=window).loss.double().item() * (window.size(1) - 1)
+    found = summary["eval"]["before"]
+    assert found["loss"] == pytest.approx(nats / (len(held_out) - 1), rel=1e-5)
+    size = len(tokenizer.decode(held_out[1:-1]).encode())
+    assert found["bits_per_byte"] == pytest.approx(nats / 0.6931471805599453 / size, rel=1e-5)
+    assert found["perplexity"] == pytest.approx(2.718281828459045 ** found["loss"])
+
+
+def test_drawing_samples_and_evaluating_does_not_move_the_training(run_train, tmp_path):
+    run_train(output_dir=str(tmp_path / "a"), run_name="a", eval_steps=1, num_return_sequences=3)
+    run_train(output_dir=str(tmp_path / "b"), run_name="b", eval_steps=12, prompt=["lain sekali"])
+    assert_equal_weights(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_every_precision_trains_and_resumes_on_the_cpu(run_train, tmp_path, precision):
+    """The scaler's state counts too: an injected overflow before the checkpoint makes it differ from a fresh one."""
+    options = {"precision": precision, "gradient_accumulation_steps": 2, "logging_steps": 5}
+    summary = run_train(**options, output_dir=str(tmp_path / "whole"), run_name="whole")
+    assert summary["eval"]["after"]["loss"] < summary["eval"]["before"]["loss"]
+    _stop_after(7, lambda: run_train(**options))
+    run_train(**options)
+    assert_equal_weights(tmp_path / "whole", tmp_path / "brain")
+    whole, resumed = (read_metrics(tmp_path / "runs" / name / "metrics.jsonl") for name in ("whole", "run"))
+    numbers = ("step", "train/loss", "train/grad_norm", "train/learning_rate", "eval/loss")
+    assert [[line.get(n) for n in numbers] for line in whole] == [[line.get(n) for n in numbers] for line in resumed]
+
+
+class Stop(Exception):
+    """Stands for a power cut."""
+
+
+def _stop_after(step: int, run) -> None:
+    """Run until `step` optimizer steps are begun, and break off in the middle of the next."""
+    taken, real = [], optim.set_learning_rate
+
+    def counted(*arguments):
+        taken.append(1)
+        if len(taken) > step:
+            raise Stop
+        real(*arguments)
+
+    optim.set_learning_rate = counted
+    try:
+        with pytest.raises(Stop):
+            run()
+    finally:
+        optim.set_learning_rate = real
+
+
+def test_fp16_overflow_is_skipped_and_the_scale_is_restored(run_train, settings, tmp_path, monkeypatch):
+    """A scale so large that the first steps overflow: they are skipped, and resuming remembers the smaller scale."""
+    from mori.runtime import Runtime
+
+    scalers = []
+
+    def large(self):
+        scalers.append(torch.amp.GradScaler("cpu", init_scale=2.0**40))
+        return scalers[-1]
+
+    monkeypatch.setattr(Runtime, "grad_scaler", large)
+    options = {"precision": "fp16", "max_nonfinite_steps": 40, "max_steps": 40, "save_steps": 35}
+    _stop_after(36, lambda: run_train(**options))
+    lowered = scalers[0].get_scale()
+    assert lowered < 2.0**40
+    summary = run_train(**options)
+    assert scalers[1].get_scale() <= lowered
+    assert 0 < summary["skipped_steps"] < 40
+    assert all(value.isfinite().all() for value in weights(tmp_path / "brain").values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_gradients_that_are_never_finite_stop_the_run_and_spoil_nothing(run_train, tmp_path, monkeypatch, precision):
+    real, calls = models.cross_entropy_sum, []
+
+    def poisoned(logits, labels):
+        calls.append(torch.is_grad_enabled())
+        loss = real(logits, labels)
+        return loss * torch.nan if sum(calls) > 5 else loss
+
+    monkeypatch.setattr(models, "cross_entropy_sum", poisoned)
+    with pytest.raises(RunFailed, match="3 steps in a row, up to step 8.*loss nan"):
+        run_train(precision=precision, max_nonfinite_steps=3, eval_steps=100, save_steps=1)
+    logged = read_metrics(tmp_path / "runs" / "run" / "metrics.jsonl")
+    assert logged[-1]["train/skipped_steps"] == 3 and logged[-1]["train/loss"] != logged[-1]["train/loss"]
+    from safetensors.torch import load_file
+
+    for path in (tmp_path / "runs" / "run" / "checkpoints").glob("*/*.safetensors"):
+        assert all(value.isfinite().all() for value in load_file(path).values())
+    assert not (tmp_path / "brain").exists()
+
+
+def first_gradient(config: TrainConfig) -> dict[str, torch.Tensor]:
+    """The gradient of the first step in float64, as the loop itself makes it, read just before the update."""
+    real_load, real_skip, found = models.load_model, optim.skip_unless_finite, {}
+
+    def load(*arguments):
+        found["model"] = real_load(*arguments).double()
+        return found["model"]
+
+    def skip(optimizer, grad_norm):
+        found.setdefault("gradient", {n: p.grad.clone() for n, p in found["model"].named_parameters()})
+        return real_skip(optimizer, grad_norm)
+
+    models.load_model, optim.skip_unless_finite = load, skip
+    try:
+        train(config)
+    finally:
+        models.load_model, optim.skip_unless_finite = real_load, real_skip
+    return found["gradient"]
+
+
+LAYOUTS = {"1x8": (1, 8), "2x4": (2, 4), "4x2": (4, 2), "8x1": (8, 1)}
+
+
+@pytest.mark.parametrize("windows", [8, 7, 5])
+def test_accumulation_gives_the_gradient_of_the_whole_step(settings, tmp_path, windows):
+    """8 windows in four layouts, and a short group of 7 and 5; the whole in one batch is the measure."""
+    tokenizer = AutoTokenizer.from_pretrained(settings["model"])
+    text = Path(settings["corpus"][0]).read_text()
+    ids = tokenizer(text)["input_ids"][: windows * 16 + 1 + 17 - 1]
+    (tmp_path / "short.txt").write_text(tokenizer.decode(ids))
+    gradients = {}
+    for name, (batch_size, accumulation) in {"whole": (windows, 1), **LAYOUTS}.items():
+        changed = {
+            "corpus": [str(tmp_path / "short.txt")], "held_out_fraction": 0.01, "dropout": 0.0, "max_grad_norm": 0.0,
+            "max_steps": 1, "per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation,
+            "run_name": name,
+        }  # fmt: skip
+        gradients[name] = first_gradient(TrainConfig(**{**settings, **changed}))
+    for name in LAYOUTS:
+        for parameter, expected in gradients["whole"].items():
+            difference = (gradients[name][parameter] - expected).norm() / expected.norm()
+            assert difference < 1e-12, (name, parameter)
+
+
+def test_two_processes_give_the_gradient_of_one(settings, tmp_path):
+    script = (
+        "import sys, torch; sys.path.insert(0, 'tests'); from test_train import first_gradient\n"
+        "from mori.config import TrainConfig\n"
+        "from safetensors.torch import save_file; import os\n"
+        "g = first_gradient(TrainConfig.from_json(open(sys.argv[1]).read()))\n"
+        "save_file(g, sys.argv[2] + os.environ['RANK'])\n"
+    )
+    (tmp_path / "script.py").write_text(script)
+    from safetensors.torch import load_file
+
+    changed = {"dropout": 0.0, "max_grad_norm": 0.0, "max_steps": 1, "per_device_train_batch_size": 8}
+    expected = first_gradient(TrainConfig(**{**settings, **changed}))
+    for batch_size, accumulation in ((1, 4), (2, 2), (4, 1)):
+        layout = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+        config = TrainConfig(**{**settings, **changed, **layout, "run_name": f"two-{batch_size}"})
+        (tmp_path / "config.json").write_text(config.to_json())
+        command = ["torchrun", "--nproc-per-node=2", "--master-port=0", "--standalone", str(tmp_path / "script.py")]
+        command = [sys.executable, "-m", "torch.distributed.run", *command[1:]]
+        command += [str(tmp_path / "config.json"), str(tmp_path / "gradient")]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        for rank in "01":
+            found = load_file(tmp_path / f"gradient{rank}")
+            for name, value in expected.items():
+                assert (found[name] - value).norm() / value.norm() < 1e-12, (batch_size, rank, name)
+
+
+def test_torchrun_trains_resumes_and_speaks_once(settings, tmp_path):
+    """An epoch of two ranks ends with a step in which one rank has nothing left."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "scripts/train.py"]
+    for name, steps in (("whole", 0), ("run", 1)):
+        brain = str(tmp_path / f"brain-{name}")
+        words = flags({**settings, "num_train_epochs": 2, "run_name": name, "output_dir": brain, "max_steps": -1})
+        command = torchrun + words + ["--save_steps", "3"]
+        if steps:
+            process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+            _wait_for(tmp_path / "runs" / name / "checkpoints" / "step-00000003" / "manifest.json", process)
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("reads ") == 1
+    assert_equal_weights(tmp_path / "brain-whole", tmp_path / "brain-run")
+
+
+def _wait_for(path: Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < deadline, "the run ended before its checkpoint"
+        time.sleep(0.005)
+
+
+def test_killed_and_started_again_it_ends_with_the_same_weights(settings, tmp_path):
+    """SIGKILL after a checkpoint; dropout on, accumulation 2, a save that falls between two log lines."""
+    words = flags({**settings, "gradient_accumulation_steps": 2, "max_steps": 40, "save_steps": 7, "logging_steps": 5})
+    whole = door("train.py", *words, "--run_name", "whole", "--output_dir", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    for checkpoint in ("step-00000007", "step-00000021"):
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "scripts" / "train.py"), *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        _wait_for(tmp_path / "runs" / "run" / "checkpoints" / checkpoint / "manifest.json", process)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    done = door("train.py", *words)
+    assert done.returncode == 0 and "resumes" in done.stdout, done.stderr
+    assert_equal_weights(tmp_path / "whole", tmp_path / "brain")
+    both = [read_metrics(tmp_path / "runs" / name / "metrics.jsonl") for name in ("whole", "run")]
+    losses = [[(line["step"], line["train/loss"]) for line in lines if "train/loss" in line] for lines in both]
+    assert losses[0] == losses[1]
+
+
+def test_a_finished_run_is_not_trained_again(run_train, tmp_path):
+    first = run_train()
+    before = weights(tmp_path / "brain")
+    again = run_train()
+    assert again["eval"] == first["eval"] and again["samples"] == first["samples"]
+    assert all(torch.equal(value, before[name]) for name, value in weights(tmp_path / "brain").items())
+
+
+def test_a_run_with_other_settings_is_not_resumed(run_train, text_file, tmp_path):
+    run_train(max_steps=4)
+    with pytest.raises(UserError, match=r"learning_rate \(0.001, 0.002\)"):
+        run_train(max_steps=4, learning_rate=2e-3)
+    other = tmp_path / "other.txt"
+    other.write_text(text_file.read_text() + " lain")
+    with pytest.raises(UserError, match="corpus_sha256"):
+        run_train(max_steps=4, corpus=[str(other)])
+    run_train(max_steps=4, learning_rate=2e-3, resume_from_checkpoint="none")
+    assert (tmp_path / "runs" / "run.1" / "summary.json").exists()  # the old run is set aside
+
+
+def test_a_checkpoint_can_be_named(run_train, tmp_path):
+    run_train(save_total_limit=9)
+    named = tmp_path / "runs" / "run" / "checkpoints" / "step-00000004"
+    run_train(run_name="from4", output_dir=str(tmp_path / "from4"), resume_from_checkpoint=str(named))
+    assert_equal_weights(tmp_path / "brain", tmp_path / "from4")
+    with pytest.raises(UserError, match="not a folder"):
+        run_train(resume_from_checkpoint=str(tmp_path / "none"))
+
+
+def test_the_best_checkpoint_is_kept(run_train, tmp_path):
+    """A learning rate far too high makes the first evaluation the best, and only one newer checkpoint may stay."""
+    summary = run_train(max_steps=12, save_steps=2, eval_steps=2, learning_rate=0.3, save_total_limit=1, warmup_steps=6)
+    best = summary["eval"]["best"]["step"]
+    assert best < 12
+    kept = sorted(p.name for p in (tmp_path / "runs" / "run" / "checkpoints").iterdir())
+    assert kept == sorted({f"step-{step:08d}" for step in (best, 12) if step})
+
+
+@pytest.mark.parametrize(
+    "changed, named",
+    [
+        ({"corpus": ["no/such.txt"]}, "does not exist"),
+        ({"model": "./no-such-model"}, "does not exist"),
+        ({"model": "no-such-model"}, "no preset"),
+        ({"block_size": 65}, "longer than the model's context of 64"),
+        ({"block_size": 64, "held_out_fraction": 0.99}, "needs at least"),
+        ({"output_dir": __file__}, "is a file"),
+        ({"logging_dir": __file__ + "/runs"}, "is a file"),
+        ({"prompt": ["halo semua " * 40]}, "context is 64"),
+        ({"device": "cuda:77"}, "does not exist"),
+        ({"block_size": 0, "seed": -1}, "block_size.*seed"),
+    ],
+)
+def test_mistakes_leave_nothing_behind(run_train, tmp_path, changed, named):
+    with pytest.raises(UserError, match=named) as error:
+        run_train(**changed)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "runs" / "run").exists() and not (tmp_path / "brain").exists()
+
+
+def test_ids_beyond_the_embedding_are_refused(run_train, small_model, tmp_path):
+    cropped = AutoModelForCausalLM.from_pretrained(small_model)
+    cropped.resize_token_embeddings(100)
+    cropped.save_pretrained(tmp_path / "cropped")
+    AutoTokenizer.from_pretrained(small_model).save_pretrained(tmp_path / "cropped")
+    with pytest.raises(UserError, match="token id 319, but the model has embeddings for 100"):
+        run_train(model=str(tmp_path / "cropped"))
+
+
+def test_what_is_no_model_is_not_replaced(run_train, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="no model and would be replaced"):
+        run_train(output_dir=str(tmp_path / "mine"))
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_broken_model_folder_is_one_line(run_train, small_model, tmp_path):
+    for name, content in (("config.json", "{"), ("model.safetensors", "junk"), ("tokenizer.json", "{}")):
+        folder = tmp_path / name
+        folder.mkdir()
+        for path in small_model.iterdir():
+            (folder / path.name).write_bytes(content.encode() if path.name == name else path.read_bytes())
+        with pytest.raises(UserError, match="cannot load model") as error:
+            run_train(model=str(folder))
+        assert "\n" not in str(error.value)
+
+
+def test_a_disk_that_fills_up_does_not_stop_the_training(run_train, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(mori.train.checkpoint, "save", full)
+    run_train(max_steps=4)
+    assert "WARNING: no checkpoint at step 4" in capsys.readouterr().out
+
+
+def test_the_preset_learns_its_own_tokenizer(settings, tmp_path):
+    del settings["model"], settings["learning_rate"]
+    summary = train(TrainConfig(**{**settings, "max_steps": 2}))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "brain")
+    text = Path(settings["corpus"][0]).read_text()
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert len(tokenizer(text)["input_ids"]) + 1 == summary["ledger"]["tokens"]
+
+
+@needs_stories
+def test_a_pretrained_model_starts_far_better_than_a_random_one(run_train, tmp_path):
+    """On its own kind of text, 260K parameters that were trained know far more than ln(512) = 6.24 nats."""
+    story = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. " * 30
+    (tmp_path / "story.txt").write_text(story)
+    summary = run_train(model=str(STORIES), corpus=[str(tmp_path / "story.txt")], block_size=64, max_steps=6)
+    assert summary["eval"]["before"]["loss"] < 3.0
+    assert summary["eval"]["after"]["loss"] < summary["eval"]["before"]["loss"]
