@@ -15,7 +15,16 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 PRESETS = ("mini",)
+GROUP_ORDER = ["model", "corpus", "training", "device", "logging", "sampling", "output"]
 EXIT_OK, EXIT_FAILURE, EXIT_MISTAKE, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+
+# What a resumed run may change: none of it touches the weights. (The corpus is compared by its hash.)
+MAY_CHANGE = frozenset(
+    "corpus device output_dir logging_dir run_name resume_from_checkpoint logging_steps eval_steps save_steps "
+    "save_total_limit per_device_eval_batch_size max_nonfinite_steps prompt temperature top_k top_p "
+    "repetition_penalty max_new_tokens num_return_sequences".split()
+)
 
 
 class UserError(ValueError):
@@ -26,34 +35,36 @@ class RunFailed(RuntimeError):
     """A run that cannot go on through no mistake in its flags: one line that says why and what to do."""
 
 
-def flag(default, help: str, *, group: str, type=None, choices=None, nargs=None, shapes_run: bool = True):
-    """A dataclass field that is also a command-line flag.
-
-    `shapes_run` tells whether a changed value would change the weights: such a run cannot be resumed with it.
-    """
-    metadata = {
-        "help": help,
-        "group": group,
-        "type": type or default.__class__,
-        "choices": choices,
-        "nargs": nargs,
-        "shapes_run": shapes_run,
-    }
+def flag(group: str, default, help: str, choices=None):
+    """A dataclass field that is also a command-line flag; a default of None is a number that depends on other fields."""
+    metadata = {"group": group, "help": help, "choices": choices}
+    metadata["type"] = str if isinstance(default, list) else float if default is None else type(default)
+    metadata["nargs"] = "+" if isinstance(default, list) else None
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def same_flag(cls, name: str, default):
+    """The flag `name` of another config class, with another default."""
+    meta = cls.__dataclass_fields__[name].metadata
+    return flag(meta["group"], default, meta["help"], meta["choices"])
 
 
 @dataclass
 class SamplingConfig:
     """How text is drawn. The names and meanings are those of `generate()`; an unset control does nothing."""
 
-    temperature: float = flag(1.0, "divides the logits; 0 takes the likeliest token (greedy)", group="sampling", shapes_run=False)
-    top_k: int = flag(0, "keep the k likeliest tokens; 0 keeps all", group="sampling", shapes_run=False)
-    top_p: float = flag(1.0, "keep the smallest set of tokens whose probability reaches p; 1 keeps all", group="sampling", shapes_run=False)
-    repetition_penalty: float = flag(1.0, "divides the positive logits of tokens already in the text and multiplies the negative; 1 is off", group="sampling", shapes_run=False)
-    max_new_tokens: int = flag(100, "tokens to draw after the prompt", group="sampling", shapes_run=False)
-    num_return_sequences: int = flag(1, "texts to draw for each prompt", group="sampling", shapes_run=False)
+    temperature: float = flag("sampling", 1.0, "divides the logits; 0 takes the likeliest token (greedy)")
+    top_k: int = flag("sampling", 0, "keep the k likeliest tokens; 0 keeps all")
+    top_p: float = flag("sampling", 1.0, "keep the smallest set of tokens whose probability reaches p; 1 keeps all")
+    repetition_penalty: float = flag(
+        "sampling",
+        1.0,
+        "divides the positive logits of tokens already in the text and multiplies the negative; 1 is off",
+    )
+    max_new_tokens: int = flag("sampling", 100, "tokens to draw after the prompt")
+    num_return_sequences: int = flag("sampling", 1, "texts to draw for each prompt")
 
     def mistakes(self) -> list[str]:
         """All that is wrong with the values, one phrase each."""
@@ -76,12 +87,14 @@ class SamplingConfig:
 class GenerateConfig(SamplingConfig):
     """A call of `scripts/generate.py`."""
 
-    model: str = flag("mori_brain_final", "a folder with a model and its tokenizer, or a name on the hub", group="model")
-    trust_remote_code: bool = flag(False, "run the Python code that a model brings along", group="model")
-    prompt: list[str] = flag([""], "text to go on from; several make several answers, an empty one starts from nothing", group="sampling", type=str, nargs="+")
-    seed: int = flag(0, "seed of the sampler; each prompt starts from it anew", group="sampling")
-    device: str = flag("auto", "auto, cpu, cuda, cuda:1 ...", group="device")
-    json: bool = flag(False, "print one JSON list of {prompt, text, new_token_ids} and nothing else", group="output")
+    model: str = flag("model", "mori_brain_final", "a folder with a model and its tokenizer, or a name on the hub")
+    trust_remote_code: bool = flag("model", False, "run the Python code that a model brings along")
+    prompt: list[str] = flag(
+        "sampling", [""], "text to go on from; several make several answers, an empty one starts from nothing"
+    )
+    seed: int = flag("sampling", 0, "seed of the sampler; each prompt starts from it anew")
+    device: str = flag("device", "auto", "auto, cpu, cuda, cuda:1 ...")
+    json: bool = flag("output", False, "print one JSON list of {prompt, text, new_token_ids} and nothing else")
 
     def mistakes(self) -> list[str]:
         """All that is wrong with the values, one phrase each."""
@@ -92,54 +105,87 @@ class GenerateConfig(SamplingConfig):
 class TrainConfig(SamplingConfig):
     """A run of `scripts/train.py`. Names are those of `TrainingArguments` and `generate()` where the same thing exists."""
 
-    model: str = flag("mini", "'mini' (a small GPT-2 made from scratch), a folder, or a name on the hub", group="model")
-    dropout: float | None = flag(None, "sets every dropout of the model; unset keeps its own", group="model", type=float)
-    trust_remote_code: bool = flag(False, "run the Python code that a model brings along", group="model")
+    model: str = flag("model", "mini", "'mini' (a small GPT-2 made from scratch), a folder, or a name on the hub")
+    dropout: float | None = flag("model", None, "sets every dropout of the model; unset keeps its own")
+    trust_remote_code: bool = flag("model", False, "run the Python code that a model brings along")
 
-    corpus: list[str] = flag([], "text files, folders of *.txt, or globs; unset takes the transcripts that ship with mori", group="corpus", type=str, nargs="+", shapes_run=False)  # its hash decides
-    block_size: int = flag(128, "tokens in one training window", group="corpus")
-    held_out_fraction: float = flag(0.05, "share of the tokens, at the end of the corpus, kept for evaluation (at least one block)", group="corpus")
+    corpus: list[str] = flag(
+        "corpus", [], "text files, folders of *.txt, or globs; unset takes the transcripts that ship with mori"
+    )
+    block_size: int = flag("corpus", 128, "tokens in one training window")
+    held_out_fraction: float = flag(
+        "corpus", 0.05, "share of the tokens, at the end of the corpus, kept for evaluation (at least one block)"
+    )
 
-    per_device_train_batch_size: int = flag(4, "windows in one micro-batch on each device", group="training")
-    gradient_accumulation_steps: int = flag(1, "micro-batches in one optimizer step", group="training")
-    num_train_epochs: float = flag(5.0, "passes over the training windows", group="training")
-    max_steps: int = flag(-1, "optimizer steps; overrides num_train_epochs when positive", group="training")
-    learning_rate: float | None = flag(None, "peak learning rate; unset is 5e-5, or 1e-3 for a model made from scratch", group="training", type=float)
-    lr_scheduler_type: str = flag("linear", "how the learning rate falls after the warm-up", group="training", choices=("linear", "cosine", "constant"))
-    warmup_steps: float = flag(0.0, "steps of linear warm-up; below 1 it is a share of all steps", group="training")
-    weight_decay: float = flag(0.0, "decoupled weight decay, on all but biases and norms", group="training")
-    adam_beta1: float = flag(0.9, "AdamW's first moment decay", group="training")
-    adam_beta2: float = flag(0.999, "AdamW's second moment decay", group="training")
-    adam_epsilon: float = flag(1e-8, "AdamW's epsilon", group="training")
-    max_grad_norm: float = flag(1.0, "clip the gradient to this norm; 0 is off", group="training")
-    max_nonfinite_steps: int = flag(20, "stop after this many steps in a row whose gradient was not finite (such steps are never taken)", group="training", shapes_run=False)
-    seed: int = flag(42, "seed of the weights, the order of the windows and the dropout", group="training")
+    per_device_train_batch_size: int = flag("training", 4, "windows in one micro-batch on each device")
+    gradient_accumulation_steps: int = flag("training", 1, "micro-batches in one optimizer step")
+    num_train_epochs: float | None = flag(
+        "training", None, "passes over the training windows; unset is 5, or 10 for a model made from scratch"
+    )
+    max_steps: int = flag("training", -1, "optimizer steps; overrides num_train_epochs when positive")
+    learning_rate: float | None = flag(
+        "training", None, "peak learning rate; unset is 5e-5, or 1e-3 for a model made from scratch"
+    )
+    lr_scheduler_type: str = flag(
+        "training", "linear", "how the learning rate falls after the warm-up", ("linear", "cosine", "constant")
+    )
+    warmup_steps: float = flag("training", 0.0, "steps of linear warm-up; below 1 it is a share of all steps")
+    weight_decay: float = flag("training", 0.0, "decoupled weight decay, on all but biases and norms")
+    adam_beta1: float = flag("training", 0.9, "AdamW's first moment decay")
+    adam_beta2: float = flag("training", 0.999, "AdamW's second moment decay")
+    adam_epsilon: float = flag("training", 1e-8, "AdamW's epsilon")
+    max_grad_norm: float = flag("training", 1.0, "clip the gradient to this norm; 0 is off")
+    max_nonfinite_steps: int = flag(
+        "training", 20, "stop after this many steps in a row whose gradient was not finite (such steps are never taken)"
+    )
+    seed: int = flag("training", 42, "seed of the weights, the order of the windows and the dropout")
 
-    precision: str = flag("auto", "arithmetic of the forward pass; auto is bf16 or fp16 on a GPU and fp32 on a CPU", group="device", choices=("auto", "fp32", "bf16", "fp16"))
-    device: str = flag("auto", "auto, cpu, cuda, cuda:1 ...", group="device", shapes_run=False)
+    precision: str = flag(
+        "device",
+        "auto",
+        "arithmetic of the forward pass; auto is bf16 or fp16 on a GPU and fp32 on a CPU",
+        ("auto", "fp32", "bf16", "fp16"),
+    )
+    device: str = flag("device", "auto", "auto, cpu, cuda, cuda:1 ...")
 
-    logging_steps: int = flag(10, "log every so many steps", group="logging", shapes_run=False)
-    eval_steps: float = flag(0.1, "evaluate and sample every so many steps; below 1 it is a share of all steps", group="logging", shapes_run=False)
-    per_device_eval_batch_size: int = flag(8, "windows in one batch of the evaluation", group="logging", shapes_run=False)
-    save_steps: float = flag(0.1, "save a checkpoint every so many steps; below 1 it is a share of all steps", group="logging", shapes_run=False)
-    save_total_limit: int = flag(2, "checkpoints to keep, the best one besides", group="logging", shapes_run=False)
+    logging_steps: int = flag("logging", 10, "log every so many steps")
+    eval_steps: float = flag(
+        "logging", 0.1, "evaluate and sample every so many steps; below 1 it is a share of all steps"
+    )
+    per_device_eval_batch_size: int = flag("logging", 8, "windows in one batch of the evaluation")
+    save_steps: float = flag(
+        "logging", 0.1, "save a checkpoint every so many steps; below 1 it is a share of all steps"
+    )
+    save_total_limit: int = flag("logging", 2, "checkpoints to keep, the best one besides")
 
-    output_dir: str = flag("mori_brain_final", "where the trained model goes", group="output", shapes_run=False)
-    logging_dir: str = flag("runs", "the folder of all runs, for tensorboard --logdir", group="output", shapes_run=False)
-    run_name: str = flag("", "this run's folder in logging_dir; unset is made of the model's and the corpus' names", group="output", shapes_run=False)
-    resume_from_checkpoint: str = flag("auto", "auto goes on where the run stopped, none starts anew (the old run is set aside), or the path of a checkpoint", group="output", shapes_run=False)
+    output_dir: str = flag("output", "mori_brain_final", "where the trained model goes")
+    logging_dir: str = flag("output", "runs", "the folder of all runs, for tensorboard --logdir")
+    run_name: str = flag(
+        "output", "", "this run's folder in logging_dir; unset is made of the model's and the corpus' names"
+    )
+    resume_from_checkpoint: str = flag(
+        "output",
+        "auto",
+        "auto goes on where the run stopped, none starts anew (the old run is set aside), or the path of a checkpoint",
+    )
 
-    prompt: list[str] = flag(["Halo semua, selamat datang di stream kali ini kita akan"], "prompts of the samples drawn at each evaluation", group="sampling", type=str, nargs="+", shapes_run=False)
-    # The course's own sampling recipe.
-    temperature: float = flag(0.9, "divides the logits; 0 takes the likeliest token (greedy)", group="sampling", shapes_run=False)
-    top_k: int = flag(50, "keep the k likeliest tokens; 0 keeps all", group="sampling", shapes_run=False)
-    top_p: float = flag(0.95, "keep the smallest set of tokens whose probability reaches p; 1 keeps all", group="sampling", shapes_run=False)
+    prompt: list[str] = flag(
+        "sampling",
+        ["Halo semua, selamat datang di stream kali ini kita akan"],
+        "prompts of the samples drawn at each evaluation",
+    )
+    # The sampling recipe of the course.
+    temperature: float = same_flag(SamplingConfig, "temperature", 0.9)
+    top_k: int = same_flag(SamplingConfig, "top_k", 50)
+    top_p: float = same_flag(SamplingConfig, "top_p", 0.95)
 
     def resolve(self) -> "TrainConfig":
         """A copy with every default that depends on another field filled in."""
         made = dataclasses.replace(self)
         if made.learning_rate is None:
             made.learning_rate = 1e-3 if made.model in PRESETS else 5e-5
+        if made.num_train_epochs is None:
+            made.num_train_epochs = 10.0 if made.model in PRESETS else 5.0
         if not made.run_name:
             corpus = "-".join(Path(name).stem.strip("*.") or "text" for name in made.corpus[:2]) or "transcripts"
             made.run_name = re.sub(r"[^\w.-]+", "-", f"{Path(made.model).name}-{corpus}")
@@ -148,13 +194,17 @@ class TrainConfig(SamplingConfig):
     def mistakes(self) -> list[str]:
         """All that is wrong with the values, one phrase each."""
         positive = (
-            "block_size", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs",
+            "block_size", "per_device_train_batch_size", "gradient_accumulation_steps",
             "per_device_eval_batch_size", "logging_steps", "eval_steps", "save_steps", "save_total_limit",
             "adam_epsilon", "max_nonfinite_steps",
         )  # fmt: skip
-        found = [f"{name} is {getattr(self, name)}, must be above 0" for name in positive if not getattr(self, name) > 0]
+        found = [
+            f"{name} is {getattr(self, name)}, must be above 0" for name in positive if not getattr(self, name) > 0
+        ]
         not_negative = ("warmup_steps", "weight_decay", "max_grad_norm")
-        found += [f"{name} is {getattr(self, name)}, must be 0 or more" for name in not_negative if getattr(self, name) < 0]
+        found += [
+            f"{name} is {getattr(self, name)}, must be 0 or more" for name in not_negative if getattr(self, name) < 0
+        ]
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 found.append(f"{name} is {getattr(self, name)}, must be at least 0 and below 1")
@@ -165,10 +215,23 @@ class TrainConfig(SamplingConfig):
             if getattr(self, name) not in choices:
                 found.append(f"{name} is {getattr(self, name)!r}, must be one of {', '.join(choices)}")
         checks = [
-            (self.learning_rate is None or self.learning_rate > 0, f"learning_rate is {self.learning_rate}, must be above 0"),
-            (self.dropout is None or 0 <= self.dropout < 1, f"dropout is {self.dropout}, must be at least 0 and below 1"),
+            (
+                self.learning_rate is None or self.learning_rate > 0,
+                f"learning_rate is {self.learning_rate}, must be above 0",
+            ),
+            (
+                self.num_train_epochs is None or self.num_train_epochs > 0,
+                f"num_train_epochs is {self.num_train_epochs}, must be above 0",
+            ),
+            (
+                self.dropout is None or 0 <= self.dropout < 1,
+                f"dropout is {self.dropout}, must be at least 0 and below 1",
+            ),
             (0 < self.held_out_fraction < 1, f"held_out_fraction is {self.held_out_fraction}, must be between 0 and 1"),
-            (self.max_steps == -1 or self.max_steps > 0, f"max_steps is {self.max_steps}, must be above 0, or -1 to count epochs"),
+            (
+                self.max_steps == -1 or self.max_steps > 0,
+                f"max_steps is {self.max_steps}, must be above 0, or -1 to count epochs",
+            ),
             (
                 not (self.max_steps > 0 and self.warmup_steps > self.max_steps),
                 f"warmup_steps {self.warmup_steps:g} is more than max_steps {self.max_steps}",
@@ -202,7 +265,7 @@ class TrainConfig(SamplingConfig):
         return [
             f"{f.name} ({getattr(self, f.name)!r}, {getattr(other, f.name)!r})"
             for f in fields(self)
-            if f.metadata["shapes_run"] and getattr(self, f.name) != getattr(other, f.name)
+            if f.name not in MAY_CHANGE and getattr(self, f.name) != getattr(other, f.name)
         ]
 
 
@@ -221,7 +284,11 @@ def _bad_seed(seed: int) -> list[str]:
 
 
 def _bad_device(device: str) -> list[str]:
-    return [] if re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device) else [f"device {device!r} is not auto, cpu, mps, cuda or cuda:N"]
+    return (
+        []
+        if re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device)
+        else [f"device {device!r} is not auto, cpu, mps, cuda or cuda:N"]
+    )
 
 
 class _Parser(argparse.ArgumentParser):
@@ -244,10 +311,21 @@ def _parser(cls, description: str) -> _Parser:
             groups[meta["group"]] = parser.add_argument_group(meta["group"])
         group = groups[meta["group"]]
         if meta["type"] is bool:
-            group.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=f"{meta['help']}\n(default: off)")
+            group.add_argument(
+                f"--{f.name}",
+                action=argparse.BooleanOptionalAction,
+                default=argparse.SUPPRESS,
+                help=f"{meta['help']}\n(default: off)",
+            )
             continue
         default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
-        shown = "unset" if default in (None, "", []) else " ".join(map(repr, default)) if isinstance(default, list) else default
+        shown = (
+            "unset"
+            if default in (None, "", [])
+            else " ".join(map(repr, default))
+            if isinstance(default, list)
+            else default
+        )
         group.add_argument(
             f"--{f.name}",
             type=meta["type"],
@@ -258,9 +336,6 @@ def _parser(cls, description: str) -> _Parser:
             help=f"{meta['help']}\n(default: {shown})".replace("%", "%%"),
         )
     return parser
-
-
-GROUP_ORDER = ["model", "corpus", "training", "device", "logging", "sampling", "output"]
 
 
 def parse(cls, description: str, argv: list[str] | None = None):
@@ -276,7 +351,9 @@ def parse(cls, description: str, argv: list[str] | None = None):
     if unknown:
         names = [f"--{f.name}" for f in fields(cls)]
         near = difflib.get_close_matches(unknown[0].split("=")[0], names, 1, 0.5)
-        raise UserError(f"unknown flag {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; --help lists the flags"))
+        raise UserError(
+            f"unknown flag {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; --help lists the flags")
+        )
     return checked(cls(**vars(values)))
 
 

@@ -56,7 +56,9 @@ def find_files(corpus: list[str]) -> list[Path]:
         if path.is_dir():
             files = sorted(p for p in path.rglob("*.txt") if p.is_file() and not _hidden(p.relative_to(path)))
             if not files:
-                raise UserError(f"corpus folder {name} holds no *.txt file; put the transcripts there as .txt, or name the files")
+                raise UserError(
+                    f"corpus folder {name} holds no *.txt file; put the transcripts there as .txt, or name the files"
+                )
         elif path.is_file():
             files = [path]
         elif path.exists():

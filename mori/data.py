@@ -65,7 +65,9 @@ class Batches:
     data is the step's number: resuming neither replays nor stores anything.
     """
 
-    def __init__(self, windows: int, *, batch_size: int, accumulation: int, seed: int, rank: int = 0, world_size: int = 1):
+    def __init__(
+        self, windows: int, *, batch_size: int, accumulation: int, seed: int, rank: int = 0, world_size: int = 1
+    ):
         self.windows, self.batch_size, self.accumulation, self.seed = windows, batch_size, accumulation, seed
         self.rank, self.world_size = rank, world_size
         self.windows_per_step = batch_size * accumulation * world_size

@@ -21,7 +21,9 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(module: CausalLMLoss, dataset: ShiftedDataset, text_bytes: int, *, batch_size: int, runtime: Runtime) -> Evaluation:
+def evaluate(
+    module: CausalLMLoss, dataset: ShiftedDataset, text_bytes: int, *, batch_size: int, runtime: Runtime
+) -> Evaluation:
     """Score every target of `dataset` once; ranks share the work.
 
     Only the summed loss and the count are kept, in float64. Bits per byte does not depend on the tokenizer, so models

@@ -23,7 +23,9 @@ class Completion:
 
 
 @torch.no_grad()
-def decode(model: nn.Module, input_ids: torch.Tensor, sampler: Sampler, max_new_tokens: int, eos_ids: set[int]) -> list[list[int]]:
+def decode(
+    model: nn.Module, input_ids: torch.Tensor, sampler: Sampler, max_new_tokens: int, eos_ids: set[int]
+) -> list[list[int]]:
     """Draw tokens after `input_ids` `(B, S)` until every row has ended or has `max_new_tokens`; the new ids of each row.
 
     A row ends at a token of `eos_ids`, which is left out. Models without a key-value cache read the whole text each time.
@@ -80,7 +82,9 @@ def generate(
         input_ids = torch.tensor([ids] * num_return_sequences, device=device)
         for row in decode(model, input_ids, sampler, min(max_new_tokens, room), _eos_ids(model, tokenizer)):
             whole = tokenizer.decode(ids + row, skip_special_tokens=True)
-            start = len(tokenizer.decode(ids, skip_special_tokens=True))  # decoded alone, a text may lose its first space
+            start = len(
+                tokenizer.decode(ids, skip_special_tokens=True)
+            )  # decoded alone, a text may lose its first space
             made.append(Completion(prompt, whole[start:], row))
     model.train(was_training)
     return made
@@ -96,7 +100,9 @@ def _prompt_ids(prompt: str, tokenizer, context: int | None) -> list[int]:
     ids = tokenizer(prompt)["input_ids"] if prompt else []
     if not ids:
         if tokenizer.bos_token_id is None:
-            raise UserError("the prompt is empty and this model has no beginning-of-text token to start from; give a --prompt")
+            raise UserError(
+                "the prompt is empty and this model has no beginning-of-text token to start from; give a --prompt"
+            )
         ids = [tokenizer.bos_token_id]
     if context and len(ids) > context:
         raise UserError(f"the prompt has {len(ids)} tokens, the model's context is {context}; make the prompt shorter")
@@ -113,7 +119,9 @@ def _eos_ids(model: nn.Module, tokenizer) -> set[int]:
 def speak(config: GenerateConfig) -> None:
     """`scripts/generate.py`: load the model, and print what it says after each prompt."""
     if config.model in PRESETS:
-        raise UserError(f"{config.model} is a model to be trained; give --model the folder where scripts/train.py left its brain")
+        raise UserError(
+            f"{config.model} is a model to be trained; give --model the folder where scripts/train.py left its brain"
+        )
     place = runtime.start(config.device)
     tokenizer = load_tokenizer(config.model, (), config.trust_remote_code)
     model_config = load_config(config.model, tokenizer, trust_remote_code=config.trust_remote_code)

@@ -103,7 +103,9 @@ def check_fits(config, *, block_size: int, max_id: int) -> None:
     """Raise UserError where the windows or the token ids do not fit the model."""
     context, vocabulary = context_length(config), config.get_text_config().vocab_size
     if context and block_size > context:
-        raise UserError(f"block_size {block_size} is longer than the model's context of {context}; use --block_size {context} or less")
+        raise UserError(
+            f"block_size {block_size} is longer than the model's context of {context}; use --block_size {context} or less"
+        )
     if max_id >= vocabulary:
         raise UserError(
             f"the tokenizer gives token id {max_id}, but the model has embeddings for {vocabulary}; "
@@ -123,7 +125,9 @@ def check_reachable(name: str) -> None:
     if name in PRESETS or (folder / "config.json").is_file():
         return
     if folder.exists():
-        raise UserError(f"model {name} has no config.json; give a folder that holds a model as save_pretrained() writes it")
+        raise UserError(
+            f"model {name} has no config.json; give a folder that holds a model as save_pretrained() writes it"
+        )
     if name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise UserError(f"model folder {name} does not exist")
     if isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):

@@ -13,7 +13,10 @@ _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Two groups: weights that decay, and those that do not (biases, norms), the latter with weight decay 0."""
     in_layer_norm = {
-        id(parameter) for module in model.modules() if isinstance(module, nn.LayerNorm) for parameter in module.parameters()
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, nn.LayerNorm)
+        for parameter in module.parameters()
     }
     decay, no_decay = [], []
     for name, parameter in model.named_parameters():
@@ -23,7 +26,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
 
 
-def adamw(model: nn.Module, *, lr: float, weight_decay: float, betas: tuple[float, float], eps: float) -> torch.optim.AdamW:
+def adamw(
+    model: nn.Module, *, lr: float, weight_decay: float, betas: tuple[float, float], eps: float
+) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter, 2019, arXiv:1711.05101) in PyTorch's fused kernel.
 
     The fused kernel also skips its update where `optimizer.found_inf` is 1, without asking the host.

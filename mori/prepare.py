@@ -1,5 +1,6 @@
 """What happens before the first step: the text made ready, the folders looked at, the checkpoint to go on from found."""
 
+import json
 import platform
 import sys
 from dataclasses import dataclass, fields
@@ -25,7 +26,9 @@ class Text:
     hashes: dict[str, str]
 
 
-def prepare_text(config: TrainConfig, documents: list[corpus.Document], tokenizer, model_config, where: Runtime) -> Text:
+def prepare_text(
+    config: TrainConfig, documents: list[corpus.Document], tokenizer, model_config, where: Runtime
+) -> Text:
     """Tokenize the documents (or find them tokenized), and cut the tokens into training and held-out windows.
 
     Raises UserError where the corpus is too short, or block or token ids do not fit the model.
@@ -69,7 +72,9 @@ def check_writable(run_dir: Path, output_dir: Path) -> None:
             raise UserError(f"{name}: cannot write in {parent}: {error.strerror}") from None
     for folder in (output_dir, output_dir.with_name(output_dir.name + ".previous")):
         if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").exists():
-            raise UserError(f"output_dir: {folder} holds something that is no model and would be replaced; choose another folder")
+            raise UserError(
+                f"output_dir: {folder} holds something that is no model and would be replaced; choose another folder"
+            )
 
 
 def find_checkpoint(config: TrainConfig, run_dir: Path, identity: dict) -> Path | None:
@@ -80,14 +85,18 @@ def find_checkpoint(config: TrainConfig, run_dir: Path, identity: dict) -> Path 
     root = run_dir / "checkpoints"
     if config.resume_from_checkpoint == "none":
         if run_dir.exists():
-            run_dir.rename(next(p for n in range(1, 10_000) if not (p := run_dir.with_name(f"{run_dir.name}.{n}")).exists()))
+            run_dir.rename(
+                next(p for n in range(1, 10_000) if not (p := run_dir.with_name(f"{run_dir.name}.{n}")).exists())
+            )
         return None
     if config.resume_from_checkpoint == "auto":
         folder = checkpoint.newest(root, lambda message: print(message, file=sys.stderr))
     else:
         folder = Path(config.resume_from_checkpoint)
         if not folder.is_dir():
-            raise UserError(f"resume_from_checkpoint: {folder} is not a folder; give auto, none, or a checkpoint's folder")
+            raise UserError(
+                f"resume_from_checkpoint: {folder} is not a folder; give auto, none, or a checkpoint's folder"
+            )
         try:
             checkpoint.verify(folder)
         except checkpoint.CorruptCheckpoint as error:
@@ -104,6 +113,16 @@ def find_checkpoint(config: TrainConfig, run_dir: Path, identity: dict) -> Path 
             "Use those settings, another --run_name, or --resume_from_checkpoint none (the old run is set aside)"
         )
     return folder
+
+
+def finished_summary(run_dir: Path, output_dir: Path, resumed: Path | None, total_steps: int) -> dict | None:
+    """The summary of a run that has nothing left to do, its model in place; else None."""
+    path = run_dir / "summary.json"
+    if resumed and checkpoint.load_state(resumed)["step"] == total_steps and path.exists():
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        if summary["output_dir"] == str(output_dir) and (output_dir / "config.json").exists():
+            return summary
+    return None
 
 
 def environment(where: Runtime) -> dict:

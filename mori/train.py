@@ -68,12 +68,22 @@ def train(config: TrainConfig) -> dict:
         rank=where.rank,
         world_size=where.world_size,
     )
-    total_steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * batches.steps_per_epoch)
+    total_steps = (
+        config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * batches.steps_per_epoch)
+    )
     warmup_steps = steps_of(config.warmup_steps, total_steps)
     eval_every, save_every = steps_of(config.eval_steps, total_steps), steps_of(config.save_steps, total_steps)
 
     identity = {"config": asdict(config), "precision": where.precision, "world_size": where.world_size, **text.hashes}
     resumed = where.main_first(lambda: prepare.find_checkpoint(config, run_dir, identity))
+    if finished := prepare.finished_summary(run_dir, output_dir, resumed, total_steps):
+        if where.is_main:
+            print(
+                f"{run_dir} is finished ({total_steps} steps), its brain is in {output_dir}/. To train again, use another "
+                "--run_name, or --resume_from_checkpoint none (the old run is set aside)"
+            )
+        where.close()
+        return finished
     model = models.load_model(config.model, model_config, config.trust_remote_code).to(where.device)
     module = models.CausalLMLoss(model)
     optimizer = optim.adamw(
@@ -117,13 +127,23 @@ def train(config: TrainConfig) -> dict:
         if progress.best is None or found.loss < progress.best["loss"]:
             progress.best = progress.after
         if where.is_main:
-            names = ("temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens", "num_return_sequences", "seed")
+            names = (
+                "temperature",
+                "top_k",
+                "top_p",
+                "repetition_penalty",
+                "max_new_tokens",
+                "num_return_sequences",
+                "seed",
+            )
             with where.autocast():
                 drawn = generate(model, tokenizer, config.prompt, **{name: getattr(config, name) for name in names})
             progress.samples_after = [sample.prompt + sample.text for sample in drawn]
             for number, sample in enumerate(progress.samples_after):
                 monitor.text(progress.step, f"samples/{number}", sample)
-        monitor.say(f"step {progress.step}: held-out loss {found.loss:.4f}, perplexity {found.perplexity:.2f}, {found.bits_per_byte:.4f} bits per byte")
+        monitor.say(
+            f"step {progress.step}: held-out loss {found.loss:.4f}, perplexity {found.perplexity:.2f}, {found.bits_per_byte:.4f} bits per byte"
+        )
         if progress.step == 0:
             progress.before, progress.samples_before = progress.after, progress.samples_after
 

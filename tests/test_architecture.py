@@ -73,7 +73,9 @@ def test_doors_import_no_library_before_the_flags_are_right(path):
     assert all(isinstance(node, ast.ImportFrom) and node.module == "mori.config" for node in top)
 
 
-@pytest.mark.parametrize("path", sorted([*(ROOT / "mori").glob("*.py"), *(ROOT / "scripts").glob("*.py")]), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", sorted([*(ROOT / "mori").glob("*.py"), *(ROOT / "scripts").glob("*.py")]), ids=lambda p: p.name
+)
 def test_what_is_not_done_anywhere(path):
     source = path.read_text(encoding="utf-8")
     tree = ast.parse(source)
@@ -93,5 +95,9 @@ def test_public_functions_say_what_they_do(room):
     for node in tree.body:
         members = [node, *node.body] if isinstance(node, ast.ClassDef) and not node.name.startswith("_") else [node]
         for member in members:
-            if isinstance(member, (ast.FunctionDef, ast.ClassDef)) and not member.name.startswith("_") and member.name != "forward":
+            if (
+                isinstance(member, (ast.FunctionDef, ast.ClassDef))
+                and not member.name.startswith("_")
+                and member.name != "forward"
+            ):
                 assert ast.get_docstring(member), member.name

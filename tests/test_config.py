@@ -33,7 +33,11 @@ def test_dashes_and_underscores_are_the_same():
 
 def test_every_mistake_is_reported_at_once():
     with pytest.raises(UserError) as error:
-        checked(TrainConfig(block_size=0, top_p=2.0, learning_rate=-1.0, seed=-3, max_steps=0, device="gpu", warmup_steps=1.5))
+        checked(
+            TrainConfig(
+                block_size=0, top_p=2.0, learning_rate=-1.0, seed=-3, max_steps=0, device="gpu", warmup_steps=1.5
+            )
+        )
     for name in ("block_size", "top_p", "learning_rate", "seed", "max_steps", "device", "warmup_steps"):
         assert name in str(error.value)
     assert "\n" not in str(error.value)

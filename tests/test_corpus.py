@@ -77,7 +77,9 @@ def test_token_file_holds_every_token_and_the_end_of_each_document(tmp_path, tok
 
 
 def test_nothing_is_truncated_whatever_the_tokenizer_says(tokenizer):
-    limited = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, model_max_length=8, eos_token="<|endoftext|>")
+    limited = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, model_max_length=8, eos_token="<|endoftext|>"
+    )
     limited.backend_tokenizer.enable_truncation(4)
     limited.backend_tokenizer.enable_padding(length=4000)
     text = "halo semua apa kabar " * 40

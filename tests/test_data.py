@@ -39,7 +39,9 @@ def test_split_shares_no_token_and_holds_out_at_least_a_block():
         split(21, 10, 0.05)
 
 
-@pytest.mark.parametrize("windows, batch_size, accumulation, world_size", [(37, 4, 2, 1), (37, 2, 2, 2), (16, 4, 2, 2), (5, 4, 2, 4)])
+@pytest.mark.parametrize(
+    "windows, batch_size, accumulation, world_size", [(37, 4, 2, 1), (37, 2, 2, 2), (16, 4, 2, 2), (5, 4, 2, 4)]
+)
 def test_every_epoch_visits_every_window_once(windows, batch_size, accumulation, world_size):
     ranks = [
         Batches(windows, batch_size=batch_size, accumulation=accumulation, seed=3, rank=rank, world_size=world_size)

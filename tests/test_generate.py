@@ -22,7 +22,9 @@ def small(small_model):
 
 @needs_stories
 def test_greedy_decoding_gives_the_published_text():
-    done = door("generate.py", "--model", STORIES, "--prompt", "", "--temperature", "0", "--max_new_tokens", "200", "--json")
+    done = door(
+        "generate.py", "--model", STORIES, "--prompt", "", "--temperature", "0", "--max_new_tokens", "200", "--json"
+    )
     assert done.returncode == 0, done.stderr
     [answer] = json.loads(done.stdout)
     assert answer["text"].startswith(PUBLISHED) and answer["prompt"] == ""
@@ -117,7 +119,9 @@ def test_json_is_all_that_standard_output_holds(small_model):
     assert answers[0]["prompt"] + answers[0]["text"] in shown
 
 
-@pytest.mark.parametrize("words, named", [(["--model", "mini"], "to be trained"), (["--model", "./none"], "does not exist")])
+@pytest.mark.parametrize(
+    "words, named", [(["--model", "mini"], "to be trained"), (["--model", "./none"], "does not exist")]
+)
 def test_mistakes_are_one_line(words, named):
     done = door("generate.py", *words)
     assert done.returncode == 2 and named in done.stderr and done.stderr.count("\n") == 1 and not done.stdout

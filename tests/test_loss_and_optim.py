@@ -71,9 +71,7 @@ def test_a_step_that_is_not_finite_changes_nothing(bad):
     torch.manual_seed(0)
     model, untouched = nn.Linear(4, 4), nn.Linear(4, 4)
     untouched.load_state_dict(model.state_dict())
-    optimizers = [
-        optim.adamw(m, lr=0.1, weight_decay=0.1, betas=(0.9, 0.999), eps=1e-8) for m in (model, untouched)
-    ]
+    optimizers = [optim.adamw(m, lr=0.1, weight_decay=0.1, betas=(0.9, 0.999), eps=1e-8) for m in (model, untouched)]
     for value in (1.0, bad, 2.0):
         for m, optimizer in zip((model, untouched), optimizers, strict=True):
             if m is untouched and value is bad:

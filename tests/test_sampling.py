@@ -41,7 +41,12 @@ def test_together_in_the_order_of_generate():
     rows = random_rows(1000, 320, 5)
     input_ids = torch.randint(0, 320, (1000, 12), generator=torch.Generator().manual_seed(1))
     theirs = rows.clone()
-    for processor in (RepetitionPenaltyLogitsProcessor(1.2), TemperatureLogitsWarper(0.7), TopKLogitsWarper(50), TopPLogitsWarper(0.95)):
+    for processor in (
+        RepetitionPenaltyLogitsProcessor(1.2),
+        TemperatureLogitsWarper(0.7),
+        TopKLogitsWarper(50),
+        TopPLogitsWarper(0.95),
+    ):
         theirs = processor(input_ids, theirs)
     sampler = Sampler(temperature=0.7, top_k=50, top_p=0.95, repetition_penalty=1.2)
     assert torch.equal(sampler.filtered(rows, input_ids), theirs)

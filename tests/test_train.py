@@ -264,7 +264,9 @@ def test_torchrun_trains_resumes_and_speaks_once(settings, tmp_path):
         words = flags({**settings, "num_train_epochs": 2, "run_name": name, "output_dir": brain, "max_steps": -1})
         command = torchrun + words + ["--save_steps", "3"]
         if steps:
-            process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+            process = subprocess.Popen(
+                command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+            )
             _wait_for(tmp_path / "runs" / name / "checkpoints" / "step-00000003" / "manifest.json", process)
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -288,7 +290,9 @@ def test_killed_and_started_again_it_ends_with_the_same_weights(settings, tmp_pa
     assert whole.returncode == 0, whole.stderr
     for checkpoint in ("step-00000007", "step-00000021"):
         process = subprocess.Popen(
-            [sys.executable, str(ROOT / "scripts" / "train.py"), *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [sys.executable, str(ROOT / "scripts" / "train.py"), *words],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         _wait_for(tmp_path / "runs" / "run" / "checkpoints" / checkpoint / "manifest.json", process)
         process.kill()
@@ -301,12 +305,27 @@ def test_killed_and_started_again_it_ends_with_the_same_weights(settings, tmp_pa
     assert losses[0] == losses[1]
 
 
-def test_a_finished_run_is_not_trained_again(run_train, tmp_path):
+def test_a_finished_run_is_not_trained_again(run_train, tmp_path, capsys):
     first = run_train()
-    before = weights(tmp_path / "brain")
-    again = run_train()
-    assert again["eval"] == first["eval"] and again["samples"] == first["samples"]
-    assert all(torch.equal(value, before[name]) for name, value in weights(tmp_path / "brain").items())
+    made_at = (tmp_path / "brain").stat().st_mtime_ns
+    assert run_train() == json.loads(json.dumps(first))
+    assert "is finished (12 steps)" in capsys.readouterr().out
+    assert (tmp_path / "brain").stat().st_mtime_ns == made_at and not (tmp_path / "brain.previous").exists()
+
+
+def test_killed_before_the_brain_was_written_it_is_written(run_train, tmp_path, monkeypatch):
+    def cut(*_):
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "save", cut)
+        with pytest.raises(Stop):
+            run_train()
+    first = json.loads(json.dumps(run_train()))
+    assert (tmp_path / "brain" / "config.json").exists()
+    whole = run_train(run_name="whole", output_dir=str(tmp_path / "whole"))
+    assert first["eval"] == whole["eval"] and first["samples"] == whole["samples"]
+    assert_equal_weights(tmp_path / "whole", tmp_path / "brain")
 
 
 def test_a_run_with_other_settings_is_not_resumed(run_train, text_file, tmp_path):
