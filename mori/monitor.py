@@ -3,6 +3,7 @@
 import json
 import resource
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -40,9 +41,10 @@ class Monitor:
         self._lines.flush()
 
     def text(self, step: int, tag: str, text: str) -> None:
-        """Show a text in TensorBoard, word for word."""
+        """Show a text in TensorBoard, word for word, its long lines folded (a Markdown code block would not fold them)."""
         if self.enabled:
-            self._board.add_text(tag, "\n".join("    " + line for line in text.splitlines()), step)
+            folded = [part for line in text.splitlines() for part in textwrap.wrap(line, 110) or [""]]
+            self._board.add_text(tag, "\n".join("    " + line for line in folded), step)
             self._board.flush()
 
     def progress(self, step: int, **shown) -> None:

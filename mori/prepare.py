@@ -61,7 +61,9 @@ def check_writable(run_dir: Path, output_dir: Path) -> None:
     for name, path in (("logging_dir", run_dir), ("output_dir", output_dir)):
         if path.exists() and not path.is_dir():
             raise UserError(f"{name}: {path} is a file; choose a folder")
-        parent = next(folder for folder in [path, *path.absolute().parents] if folder.exists())
+        # The model's folder is renamed into place, so it is its parent that is written.
+        inside = [path] if path == run_dir else []
+        parent = next(folder for folder in [*inside, *path.absolute().parents] if folder.exists())
         if not parent.is_dir():
             raise UserError(f"{name}: cannot make {path}, because {parent} is a file")
         try:

@@ -162,7 +162,7 @@ def train(config: TrainConfig) -> dict:
             "train/epoch": batches.epoch(progress.step),
             "train/skipped_steps": progress.skipped_steps,
             "perf/tokens_per_second": speed.since_last(),
-            "perf/peak_memory_bytes": peak_memory_bytes(where.device),
+            "perf/peak_memory_gib": peak_memory_bytes(where.device) / 2**30,
         }
         monitor.scalars(progress.step, values)
         monitor.progress(progress.step, loss=f"{loss:.4f}", tok_s=f"{values['perf/tokens_per_second']:.0f}")

@@ -1,0 +1,43 @@
+"""Every command of the README is run, or parsed by the very parser that would run it."""
+
+import re
+import shlex
+
+import pytest
+from conftest import ROOT
+
+from mori.config import GenerateConfig, TrainConfig, parse
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines() if line]
+PARSERS = {"scripts/train.py": TrainConfig, "scripts/generate.py": GenerateConfig}
+
+
+def test_there_are_commands():
+    assert len(COMMANDS) > 10
+
+
+@pytest.mark.parametrize("command", [part.strip() for line in COMMANDS for part in line.split("&&")])
+def test_every_command_is_one_we_know(command):
+    words = shlex.split(command)
+    if words[:4] == ["python", "-m", "pip", "install"]:
+        assert words[4] == "-e" and words[5] in (".", ".[test]", ".[compare]")
+    elif words[:3] == ["python", "-m", "pytest"] or words == ["tensorboard", "--logdir", "runs"]:
+        pass  # the first is what runs this test
+    else:
+        script = next(word for word in words if word.startswith("scripts/"))
+        assert words[: words.index(script)] in (["python"], ["torchrun", "--nproc-per-node=2"])
+        rest = words[words.index(script) + 1 :]
+        if rest != ["--help"]:
+            parse(PARSERS[script], "", rest)
+
+
+def test_every_flag_that_is_mentioned_exists():
+    known = {name for cls in PARSERS.values() for name in cls.__dataclass_fields__} | {"help", "logdir", "nproc"}
+    for flag in re.findall(r"`[^`]*?--(\w+)", README):
+        assert flag in known, flag
+
+
+def test_every_file_that_is_named_is_there():
+    for path in re.findall(r"(?:mori|scripts|tests|runs)/[\w/]+\.(?:py|md|png)", README):
+        assert (ROOT / path).is_file(), path
