@@ -272,7 +272,7 @@ def test_torchrun_trains_resumes_and_speaks_once(settings, tmp_path):
             process.wait()
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.count("reads ") == 1 and ("resumes" in done.stdout) == killed
+        assert done.stdout.count("reads ") == 1 and ("\nresumes " in done.stdout) == killed
     assert_equal_weights(tmp_path / "brain-whole", tmp_path / "brain-run")
 
 
@@ -298,7 +298,7 @@ def test_killed_and_started_again_it_ends_with_the_same_weights(settings, tmp_pa
         process.kill()
         assert process.wait() == -signal.SIGKILL
     done = door("train.py", *words)
-    assert done.returncode == 0 and "resumes" in done.stdout, done.stderr
+    assert done.returncode == 0 and "\nresumes " in done.stdout, done.stderr
     assert_equal_weights(tmp_path / "whole", tmp_path / "brain")
     both = [read_metrics(tmp_path / "runs" / name / "metrics.jsonl") for name in ("whole", "run")]
     losses = [[(line["step"], line["train/loss"]) for line in lines if "train/loss" in line] for lines in both]
