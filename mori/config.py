@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 PRESETS = ("mini",)
-GROUP_ORDER = ["model", "corpus", "training", "device", "logging", "sampling", "output"]
+GROUP_ORDER = ["comparison", "model", "corpus", "training", "device", "logging", "sampling", "output"]
 EXIT_OK, EXIT_FAILURE, EXIT_MISTAKE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
@@ -267,6 +267,36 @@ class TrainConfig(SamplingConfig):
             for f in fields(self)
             if f.name not in MAY_CHANGE and getattr(self, f.name) != getattr(other, f.name)
         ]
+
+
+ARMS = ("mori", "mori-exact", "trainer", "trainer-tuned", "course")
+
+
+@dataclass
+class CompareConfig(TrainConfig):
+    """A call of `scripts/compare.py`: a run of `scripts/train.py`, done by several arms."""
+
+    arms: list[str] = flag("comparison", list(ARMS), f"what to compare, of {', '.join(ARMS)}; spaces or commas between")
+    repeats: int = flag("comparison", 1, "runs of each arm, in turn; speed and memory are their median and spread")
+    logging_steps: int = same_flag(TrainConfig, "logging_steps", 1)
+
+    def resolve(self) -> "CompareConfig":
+        """A copy with every default that depends on another field filled in."""
+        made = super().resolve()
+        made.arms = [name for word in made.arms for name in word.split(",") if name]
+        return made
+
+    def mistakes(self) -> list[str]:
+        """All that is wrong with the values, one phrase each."""
+        unknown = [name for word in self.arms for name in word.split(",") if name and name not in ARMS]
+        found = [f"arm {name!r} does not exist, must be of {', '.join(ARMS)}" for name in unknown]
+        if self.repeats < 1:
+            found.append(f"repeats is {self.repeats}, must be 1 or more")
+        return found + super().mistakes()
+
+    def arm_config(self, **changed) -> TrainConfig:
+        """The run that one arm does."""
+        return TrainConfig(**{f.name: getattr(self, f.name) for f in fields(TrainConfig)} | changed)
 
 
 def steps_of(value: float, total: int) -> int:

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedTokenizerFast
 
 from .config import PRESETS, UserError
-from .loss import cross_entropy_sum
+from .loss import IGNORE_INDEX, cross_entropy_sum
 
 # The base of all errors of the HTTP client, whichever client this release of huggingface_hub brings.
 _HUB_ERRORS = (OSError, *huggingface_hub.errors.HfHubHTTPError.__bases__)
@@ -22,18 +22,33 @@ MINI_VOCABULARY = 8192
 
 
 class CausalLMLoss(nn.Module):
-    """The model and its loss in one module, so that a wrapper (DDP, autocast) sees both.
-
-    `forward(input_ids, labels)`, both `(B, T)` with labels shifted already, returns the sum of the token losses.
-    """
+    """The model and its loss in one module, so that a wrapper (DDP, autocast) sees both."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
+        self.router_coefficient = getattr(model, "router_aux_loss_coef", getattr(model, "aux_loss_coef", None))
 
-    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        logits = self.model(input_ids=input_ids, use_cache=False).logits  # (B, T, V)
-        return cross_entropy_sum(logits, labels)
+    def forward(
+        self, input_ids: torch.Tensor, labels: torch.Tensor, n_targets: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The sum of the token losses; with `n_targets`, what this batch adds to the mean loss of a step.
+
+        Args:
+            input_ids, labels: `(B, T)`, the labels shifted already.
+            n_targets: how many labels the whole step has. A mixture of experts that gives a router loss (its
+                `output_router_logits` is on) has it added then, by the share of the step's labels that are here.
+        """
+        out = self.model(input_ids=input_ids, use_cache=False)
+        loss = cross_entropy_sum(out.logits, labels)  # logits (B, T, V)
+        if n_targets is None:
+            return loss
+        loss = loss / n_targets
+        router_loss = getattr(out, "aux_loss", None)
+        if router_loss is not None:
+            share = (labels != IGNORE_INDEX).sum() / n_targets
+            loss = loss + self.router_coefficient * router_loss * share
+        return loss
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int = MINI_VOCABULARY) -> PreTrainedTokenizerFast:

@@ -1,5 +1,6 @@
 """What happens before the first step: the text made ready, the folders looked at, the checkpoint to go on from found."""
 
+import itertools
 import json
 import platform
 import sys
@@ -23,7 +24,12 @@ class Text:
     held_out: data.ShiftedDataset
     held_out_bytes: int
     ledger: corpus.Ledger
-    hashes: dict[str, str]
+    tokens: corpus.TokenFile
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """What identifies the corpus and its tokenizer."""
+        return {name: self.tokens.header[name] for name in ("corpus_sha256", "tokenizer_sha256")}
 
 
 def prepare_text(
@@ -52,7 +58,7 @@ def prepare_text(
             held_out_tokens=len(tokens) - boundary,
             dropped_tokens=train.dropped,
         ),
-        hashes={name: tokens.header[name] for name in ("corpus_sha256", "tokenizer_sha256")},
+        tokens=tokens,
     )
 
 
@@ -79,6 +85,13 @@ def check_writable(run_dir: Path, output_dir: Path) -> None:
             )
 
 
+def set_aside(folder: Path) -> None:
+    """Rename `folder`, where there is one, to the first of `<name>.1`, `<name>.2` ... that is free."""
+    if folder.exists():
+        numbered = (folder.with_name(f"{folder.name}.{number}") for number in itertools.count(1))
+        folder.rename(next(path for path in numbered if not path.exists()))
+
+
 def find_checkpoint(config: TrainConfig, run_dir: Path, identity: dict) -> Path | None:
     """The checkpoint that the run goes on from, or None for a run that begins.
 
@@ -86,10 +99,7 @@ def find_checkpoint(config: TrainConfig, run_dir: Path, identity: dict) -> Path 
     """
     root = run_dir / "checkpoints"
     if config.resume_from_checkpoint == "none":
-        if run_dir.exists():
-            run_dir.rename(
-                next(p for n in range(1, 10_000) if not (p := run_dir.with_name(f"{run_dir.name}.{n}")).exists())
-            )
+        set_aside(run_dir)
         return None
     if config.resume_from_checkpoint == "auto":
         folder = checkpoint.newest(root, lambda message: print(message, file=sys.stderr))

@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -39,8 +40,10 @@ class Progress:
     wall_seconds: float = 0.0
 
 
-def train(config: TrainConfig) -> dict:
+def train(config: TrainConfig, on_step: Callable[[int, float], None] = lambda step, seconds: None) -> dict:
     """Train as `config` says; returns the run's summary, which is also in `summary.json`.
+
+    `on_step` is told the number of steps done and the seconds spent training so far, after each step.
 
     Whatever a user can get wrong is found before the first slow thing begins, and raises UserError. Raises RunFailed
     where the run cannot go on: the gradient is not finite again and again, or the model cannot be written.
@@ -206,7 +209,7 @@ def train(config: TrainConfig) -> dict:
             labels = labels.to(where.device, non_blocking=True)  # (B, T)
             with where.no_sync(parallel, skip=number < len(micro_batches)):
                 with where.autocast():
-                    loss = parallel(input_ids, labels) / divisor
+                    loss = parallel(input_ids, labels, divisor)
                 scaler.scale(loss).backward()
             losses[step - first_unlogged] += loss.detach()
 
@@ -233,6 +236,7 @@ def train(config: TrainConfig) -> dict:
         if progress.step % config.logging_steps == 0 or last:
             log(grad_norm, lr)
         speed.stop()
+        on_step(progress.step, speed.seconds)
         if progress.step % eval_every == 0 or last:
             take_stock()
         if progress.step % save_every == 0 or last:

@@ -1,0 +1,15 @@
+#!/usr/bin/env python
+"""Do the same training run with mori and with transformers.Trainer, and report where they differ and what they cost."""
+
+from mori.config import CompareConfig, parse, run_door
+
+
+def main():
+    config = parse(CompareConfig, __doc__)
+    from mori.compare import compare
+
+    compare(config)
+
+
+if __name__ == "__main__":
+    run_door("compare.py", main)
