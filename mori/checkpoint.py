@@ -10,6 +10,7 @@ Safetensors and JSON only: reading a checkpoint runs no code.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -61,6 +62,8 @@ def save(root: Path, step: int, *, model: dict, optimizer: dict, state: dict) ->
         shutil.rmtree(final, ignore_errors=True)
         staged.rename(final)
         sync(root)
+    except SafetensorError as error:  # how safetensors tells of a full disk
+        raise OSError(str(error)) from None
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     return final
@@ -153,17 +156,33 @@ def prune(root: Path, keep: int, best_step: int | None) -> None:
 
 
 def replace_folder(staged: Path, final: Path) -> None:
-    """Put the complete folder `staged` in the place of `final`; an old `final` stays as `<name>.previous`."""
+    """Put the complete folder `staged` in the place of `final`.
+
+    An old `final` stays as `<name>.previous`, and an older one of that name as `<name>.previous.1` and so on: nothing
+    is deleted.
+    """
     for path in [*staged.rglob("*"), staged]:
         if path.is_file():
             path.chmod(0o666 & ~_umask())
         sync(path)
     previous = final.with_name(final.name + ".previous")
     if final.exists():
-        shutil.rmtree(previous, ignore_errors=True)
+        set_aside(previous)
         final.rename(previous)
     staged.rename(final)
     sync(final.parent)
+
+
+def set_aside(path: Path) -> None:
+    """Rename `path`, where there is one, to the first of `<name>.1`, `<name>.2` ... that is free."""
+    if os.path.lexists(path):
+        numbered = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
+        path.rename(next(free for free in numbered if not os.path.lexists(free)))
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file in `folder`."""
+    return {path.name: _described(path)["sha256"] for path in sorted(folder.iterdir()) if path.is_file()}
 
 
 def sync(path: Path) -> None:

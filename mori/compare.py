@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from . import corpus, data, prepare, report, runtime
+from . import checkpoint, corpus, data, prepare, report, runtime
 from . import model as models
 from .config import CompareConfig, RunFailed, TrainConfig, UserError, checked, steps_of
 from .evaluate import evaluate
@@ -43,7 +43,7 @@ def compare(config: CompareConfig) -> dict:
     """
     config = checked(config).resolve()
     documents = corpus.read_documents(corpus.find_files(config.corpus))
-    folder = Path(config.logging_dir) / f"compare-{config.run_name}"
+    folder = Path(config.logging_dir).resolve() / f"compare-{config.run_name}"
     prepare.check_writable(folder, folder / "initial")
     where = runtime.start(config.device, config.precision)
     runtime.set_seed(config.seed)
@@ -52,7 +52,7 @@ def compare(config: CompareConfig) -> dict:
         config.model, tokenizer, dropout=config.dropout, trust_remote_code=config.trust_remote_code
     )
     text = prepare.prepare_text(config, documents, tokenizer, model_config, where)
-    prepare.set_aside(folder)
+    checkpoint.set_aside(folder)
     model = models.load_model(config.model, model_config, config.trust_remote_code)
     models.save(model, tokenizer, folder / "initial")
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -66,7 +66,10 @@ def compare(config: CompareConfig) -> dict:
         print(f"[{repeat + 1}/{config.repeats}] {arm} ...", end=" ", flush=True)
         found = _in_a_process(arm, config, folder, repeat, threads)
         results[arm].append(found)
-        print(found["error"] or f"{_tokens_per_second(found):.0f} tokens/s, held-out loss {found['held_out']['after']['loss']:.6f}")
+        print(
+            found["error"]
+            or f"{_tokens_per_second(found):.0f} tokens/s, held-out loss {found['held_out']['after']['loss']:.6f}"
+        )
 
     whole = {
         "name": config.run_name,
@@ -102,7 +105,11 @@ def _in_a_process(arm: str, config: CompareConfig, folder: Path, repeat: int, th
         command = [sys.executable, "-m", "mori.compare", str(place / "job.json")]
         code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=environment, check=False).returncode
     if code == 0:
-        return {**json.loads((place / "result.json").read_text(encoding="utf-8")), "model": place / "model", "error": None}
+        return {
+            **json.loads((place / "result.json").read_text(encoding="utf-8")),
+            "model": place / "model",
+            "error": None,
+        }
     said = (place / "output.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
     reason = f"killed by signal {-code} (out of memory?)" if code < 0 else (said[-1] if said else f"exit code {code}")
     return {"error": f"{reason} (see {place / 'output.txt'})"}
@@ -276,7 +283,9 @@ class _CourseBlocks(Dataset):
         ids = torch.tensor(list(itertools.chain.from_iterable(rows)), dtype=torch.long)
         self.blocks = ids[: len(ids) // block_size * block_size].view(-1, block_size)
         if not len(self.blocks):
-            raise UserError(f"the course's recipe leaves {len(ids)} tokens of this corpus, not one block of {block_size}")
+            raise UserError(
+                f"the course's recipe leaves {len(ids)} tokens of this corpus, not one block of {block_size}"
+            )
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -333,14 +342,20 @@ def _trainer_arm(arm: str, config: TrainConfig, folder: Path, started: float) ->
 
     tuned, course = arm == "trainer-tuned", arm == "course"
     if course:
-        behind = corpus.text_bytes_from(text.ledger.tokens - text.ledger.held_out_tokens, text.tokens, documents, tokenizer)
+        behind = corpus.text_bytes_from(
+            text.ledger.tokens - text.ledger.held_out_tokens, text.tokens, documents, tokenizer
+        )
         all_text = "\n".join(document.text for document in documents).encode()
-        trained_on = _CourseBlocks(all_text[: len(all_text) - behind].decode(errors="ignore"), tokenizer, config.block_size)
+        trained_on = _CourseBlocks(
+            all_text[: len(all_text) - behind].decode(errors="ignore"), tokenizer, config.block_size
+        )
     else:
         trained_on = _TrainerWindows(text.train)
         check_shift_labels(model, trained_on[0])
     batches = _batches(config, len(trained_on))
-    total_steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * batches.steps_per_epoch)
+    total_steps = (
+        config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * batches.steps_per_epoch)
+    )
     warmup_steps, eval_every = steps_of(config.warmup_steps, total_steps), steps_of(config.eval_steps, total_steps)
     constant = "constant_with_warmup" if warmup_steps else "constant"
     arguments = TrainingArguments(
@@ -426,7 +441,9 @@ def _trainer_arm(arm: str, config: TrainConfig, folder: Path, started: float) ->
     for line in sorted(scored + logged, key=lambda line: line["step"]):
         monitor.scalars(line["step"], {k: v for k, v in line.items() if k != "step"})
     monitor.close()
-    targets = config.block_size - 1 if course else config.block_size  # Trainer's own shift leaves a block's last input without one
+    targets = (
+        config.block_size - 1 if course else config.block_size
+    )  # Trainer's own shift leaves a block's last input without one
     return {
         **clock.found([batches.windows_in(step) * targets for step in range(total_steps)]),
         "tokens_trained": _distinct_tokens(batches, total_steps, config.block_size),

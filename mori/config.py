@@ -181,7 +181,7 @@ class TrainConfig(SamplingConfig):
 
     def resolve(self) -> "TrainConfig":
         """A copy with every default that depends on another field filled in."""
-        made = dataclasses.replace(self)
+        made = dataclasses.replace(self, model=self.model.rstrip("/") or self.model)
         if made.learning_rate is None:
             made.learning_rate = 1e-3 if made.model in PRESETS else 5e-5
         if made.num_train_epochs is None:
@@ -220,8 +220,8 @@ class TrainConfig(SamplingConfig):
                 f"learning_rate is {self.learning_rate}, must be above 0",
             ),
             (
-                self.num_train_epochs is None or self.num_train_epochs > 0,
-                f"num_train_epochs is {self.num_train_epochs}, must be above 0",
+                self.num_train_epochs is None or 0 < self.num_train_epochs <= 1e6,
+                f"num_train_epochs is {self.num_train_epochs}, must be above 0 and at most a million",
             ),
             (
                 self.dropout is None or 0 <= self.dropout < 1,
@@ -240,8 +240,10 @@ class TrainConfig(SamplingConfig):
             (bool(self.output_dir), "output_dir is empty"),
             (bool(self.logging_dir), "logging_dir is empty"),
             (
-                not re.search(r"[/\\]", self.run_name) and self.run_name not in (".", ".."),
-                f"run_name {self.run_name!r} must be one folder's name; its parent is logging_dir",
+                not re.search(r"[/\\\0]", self.run_name)
+                and self.run_name not in (".", "..")
+                and len(self.run_name) <= 100,
+                f"run_name {self.run_name!r} must be one folder's name of at most 100 letters; its parent is logging_dir",
             ),
         ]
         found += [message for ok, message in checks if not ok]
@@ -361,6 +363,7 @@ def _parser(cls, description: str) -> _Parser:
             type=meta["type"],
             choices=meta["choices"],
             nargs=meta["nargs"],
+            action="extend" if meta["nargs"] else "store",  # given twice, a list goes on
             default=argparse.SUPPRESS,
             metavar=None if meta["choices"] else meta["type"].__name__.upper(),
             help=f"{meta['help']}\n(default: {shown})".replace("%", "%%"),
@@ -376,11 +379,17 @@ def parse(cls, description: str, argv: list[str] | None = None):
     """
     argv = sys.argv[1:] if argv is None else argv
     argv = [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), word) for word in argv]
+    switches = {f.name for f in fields(cls) if f.metadata["type"] is bool}
+    argv = [f"--no-{word[5:]}" if word.startswith("--no_") and word[5:] in switches else word for word in argv]
+    if any("\udc80" <= letter <= "\udcff" for word in argv for letter in word):
+        raise UserError("the command line is not UTF-8")
     parser = _parser(cls, description)
     values, unknown = parser.parse_known_args(argv)
     if unknown:
         names = [f"--{f.name}" for f in fields(cls)]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], names, 1, 0.5)
+        if not unknown[0].startswith("-"):
+            raise UserError(f"{unknown[0]!r} belongs to no flag; --help lists the flags")
+        near = difflib.get_close_matches(unknown[0].split("=")[0], names, 1, 0.6)
         raise UserError(
             f"unknown flag {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; --help lists the flags")
         )
@@ -397,10 +406,11 @@ def checked(config):
 
 def run_door(name: str, main) -> None:
     """Run a script's `main()` and leave with its exit code; a user's mistake is one line on standard error and code 2."""
+    sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode is no reason to fail
     try:
         code = main() or EXIT_OK
     except UserError as mistake:
-        if os.environ.get("RANK", "0") == "0":  # under torchrun all ranks see the same mistake
+        if not getattr(mistake, "told_by_main", False):
             print(f"{name}: error: {mistake}", file=sys.stderr)
         code = EXIT_MISTAKE
     except RunFailed as failure:

@@ -53,8 +53,10 @@ def find_files(corpus: list[str]) -> list[Path]:
     found = []
     for name in corpus or [str(SHIPPED)]:
         path = Path(name).expanduser()
+        if not name:
+            raise UserError("corpus is an empty word; give a text file, a folder of *.txt, or a glob")
         if path.is_dir():
-            files = sorted(p for p in path.rglob("*.txt") if p.is_file() and not _hidden(p.relative_to(path)))
+            files = sorted(p for p in path.rglob("*.[tT][xX][tT]") if p.is_file() and not _hidden(p.relative_to(path)))
             if not files:
                 raise UserError(
                     f"corpus folder {name} holds no *.txt file; put the transcripts there as .txt, or name the files"
@@ -147,8 +149,8 @@ class TokenFile:
 
     Attributes:
         ids: `(N,)`, uint16 or uint32 by the size of the vocabulary, read-only.
-        header: `version`, `dtype`, `count`, `max_id`, `corpus_sha256`, `tokenizer_sha256`, `bytes`, `documents` (each with
-            `path`, `bytes` and `first_token`).
+        header: `version`, `dtype`, `count`, `max_id`, `first_tokens` (of each document), and the SHA-256 of the corpus, of
+            the tokenizer and of the ids.
     """
 
     def __init__(self, path: Path):
@@ -167,6 +169,8 @@ class TokenFile:
         if path.stat().st_size != start + self.header["count"] * dtype.itemsize:
             raise ValueError(f"{path} is cut short")
         self.ids = numpy.memmap(path, dtype=dtype, mode="r", offset=start, shape=(self.header["count"],))
+        if _sha256([self.ids]) != self.header["ids_sha256"]:
+            raise ValueError(f"{path} is damaged")
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -184,10 +188,10 @@ class TokenFile:
             pass
         end = separator(tokenizer)
         dtype = numpy.dtype("uint16" if len(tokenizer) <= 1 << 16 else "uint32")
-        parts, described, count = [], [], 0
+        parts, first_tokens, count = [], [], 0
         for document in documents:
             ids = encode(tokenizer, document.text) + ([end] if end is not None else [])
-            described.append({"path": document.path, "bytes": document.bytes, "first_token": count})
+            first_tokens.append(count)
             parts.append(numpy.asarray(ids, dtype=dtype))
             count += len(ids)
         header = {
@@ -196,8 +200,8 @@ class TokenFile:
             "count": count,
             "max_id": max((int(part.max()) for part in parts if len(part)), default=0),
             **hashes,
-            "bytes": sum(document.bytes for document in documents),
-            "documents": described,
+            "first_tokens": first_tokens,
+            "ids_sha256": _sha256(parts),
         }
         _write(path, header, parts)
         return cls(path)
@@ -205,6 +209,13 @@ class TokenFile:
 
 def _data_start(header_length: int) -> int:
     return -(-(16 + header_length) // _DATA_ALIGNMENT) * _DATA_ALIGNMENT
+
+
+def _sha256(parts: list[numpy.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.data)
+    return digest.hexdigest()
 
 
 def _write(path: Path, header: dict, parts: list[numpy.ndarray]) -> None:
@@ -228,7 +239,7 @@ def text_bytes_from(token: int, tokens: TokenFile, documents: list[Document], to
 
     The document that holds the token is tokenized once more, for the place of every token in its text.
     """
-    firsts = [described["first_token"] for described in tokens.header["documents"]]
+    firsts = tokens.header["first_tokens"]
     index = int(numpy.searchsorted(firsts, token, side="right")) - 1
     later = sum(len(document.text.encode()) for document in documents[index + 1 :])
     text, inside = documents[index].text, token - firsts[index]

@@ -37,7 +37,7 @@ def evaluate(
         with runtime.autocast():
             loss_sum = module(input_ids.to(runtime.device), labels.to(runtime.device))
         totals += torch.tensor([loss_sum.item(), count_targets(labels)], dtype=torch.float64)
-    nats, targets = runtime.all_sum(totals.to(runtime.device)).tolist()
+    nats, targets = runtime.all_sum(totals).tolist()
     module.train(was_training)
     loss = nats / targets
     perplexity = math.exp(loss) if loss < 700 else math.inf

@@ -66,7 +66,7 @@ def generate(
     the model's end-of-text token, after `max_new_tokens`, or where the model's context is full. The model is put into
     evaluation mode meanwhile; PyTorch's global random state is neither read nor changed.
 
-    Raises UserError for a value that cannot be, a prompt longer than the context, and an empty prompt where the
+    Raises FloatingPointError where the logits are not finite, UserError for a value that cannot be, a prompt longer than the context, and an empty prompt where the
     tokenizer has no beginning-of-text token.
     """
     controls = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty}
@@ -127,7 +127,10 @@ def speak(config: GenerateConfig) -> None:
     model_config = load_config(config.model, tokenizer, trust_remote_code=config.trust_remote_code)
     model = load_model(config.model, model_config, config.trust_remote_code).to(place.device)
     names = ("temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens", "num_return_sequences", "seed")
-    completions = generate(model, tokenizer, config.prompt, **{name: getattr(config, name) for name in names})
+    try:
+        completions = generate(model, tokenizer, config.prompt, **{name: getattr(config, name) for name in names})
+    except FloatingPointError as error:
+        raise UserError(str(error)) from None
     if config.json:
         json.dump([asdict(completion) for completion in completions], sys.stdout, ensure_ascii=False)
         print()

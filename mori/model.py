@@ -7,10 +7,10 @@ from pathlib import Path
 import huggingface_hub
 import torch
 import transformers
-from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedTokenizerFast
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from .config import PRESETS, UserError
 from .loss import IGNORE_INDEX, cross_entropy_sum
@@ -90,6 +90,10 @@ def load_config(name: str, tokenizer, *, dropout: float | None = None, trust_rem
         config = mini_config(len(tokenizer))
     else:
         config = _found(name, lambda: AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code))
+        if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+            raise UserError(
+                f"model {name} is a {config.model_type} that reads text in both directions; take a causal model"
+            )
     if dropout is not None:
         for field, value in config.to_dict().items():
             if field.endswith(("dropout", "pdrop")) and isinstance(value, float):
@@ -101,12 +105,24 @@ def load_model(name: str, config, trust_remote_code: bool = False) -> nn.Module:
     """The model in fp32, in training mode; a preset's weights are drawn from PyTorch's global generator."""
     if name in PRESETS:
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
-    return _found(
+    model, found = _found(
         name,
         lambda: AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=torch.float32, trust_remote_code=trust_remote_code
+            name,
+            config=config,
+            dtype=torch.float32,
+            trust_remote_code=trust_remote_code,
+            ignore_mismatched_sizes=True,  # so that they are told below, with those that are missing
+            output_loading_info=True,
         ),
-    ).train()
+    )
+    absent = sorted(found["missing_keys"]) + [str(key) for key, *_ in sorted(found["mismatched_keys"])]
+    if absent:
+        raise UserError(
+            f"model {name} does not hold all its weights: {len(absent)} tensor(s) are missing or of another shape than "
+            f"config.json says, such as {', '.join(absent[:3])}; they would be random"
+        )
+    return model.train()
 
 
 def context_length(config) -> int | None:
@@ -162,7 +178,7 @@ def _found(name: str, load):
     transformers.logging.disable_progress_bar()
     try:
         return load()
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # files from anywhere: what a loader raises over them has no common base
         raise UserError(f"cannot load model {name}: {_one_line(error)}") from None
 
 

@@ -1,6 +1,7 @@
 """What people look at during a run: TensorBoard, `metrics.jsonl`, the progress bar. Numbers arrive already reduced."""
 
 import json
+import os
 import resource
 import sys
 import textwrap
@@ -56,8 +57,8 @@ class Monitor:
     def say(self, message: str) -> None:
         """Print a line above the bar."""
         if self.enabled:
-            tqdm.write(message, file=sys.stdout)
-            sys.stdout.flush()
+            with self._bar.external_write_mode(file=sys.stdout):
+                say(message)
 
     def close(self) -> None:
         """Flush and close everything."""
@@ -65,6 +66,14 @@ class Monitor:
             self._bar.close()
             self._board.close()
             self._lines.close()
+
+
+def say(message: str) -> None:
+    """Print a line at once. That nobody reads any more (`| head`) is no reason to stop a training."""
+    try:
+        print(message, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def read_metrics(path: Path) -> list[dict]:

@@ -1,11 +1,13 @@
 """What happens before the first step: the text made ready, the folders looked at, the checkpoint to go on from found."""
 
-import itertools
+import fcntl
 import json
 import platform
 import sys
+import tempfile
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import IO
 
 import torch
 import transformers
@@ -51,7 +53,7 @@ def prepare_text(
         # The first held-out token is nobody's label: its bytes are not predicted.
         held_out_bytes=corpus.text_bytes_from(boundary + 1, tokens, documents, tokenizer),
         ledger=corpus.Ledger(
-            bytes=tokens.header["bytes"],
+            bytes=sum(document.bytes for document in documents),
             documents=len(documents),
             tokens=len(tokens),
             train_tokens=boundary - train.dropped,
@@ -63,33 +65,46 @@ def prepare_text(
 
 
 def check_writable(run_dir: Path, output_dir: Path) -> None:
-    """Raise UserError where the run or the model could not be written, or where something else would be replaced."""
+    """Raise UserError where the run or the model could not be written, or where something else would be replaced.
+
+    Both paths are absolute, without links.
+    """
+    if output_dir in (run_dir, *run_dir.parents, *Path.cwd().parents, Path.cwd()):
+        raise UserError(f"output_dir: {output_dir} holds other things than a model; choose a folder of its own")
+    if (run_dir / "checkpoints") in (output_dir, *output_dir.parents):
+        raise UserError(f"output_dir: {output_dir} is where the checkpoints go; choose another folder")
     for name, path in (("logging_dir", run_dir), ("output_dir", output_dir)):
         if path.exists() and not path.is_dir():
             raise UserError(f"{name}: {path} is a file; choose a folder")
         # The model's folder is renamed into place, so it is its parent that is written.
         inside = [path] if path == run_dir else []
-        parent = next(folder for folder in [*inside, *path.absolute().parents] if folder.exists())
-        if not parent.is_dir():
-            raise UserError(f"{name}: cannot make {path}, because {parent} is a file")
+        parent = next(folder for folder in [*inside, *path.parents] if folder.exists())
         try:
-            probe = parent / ".mori-write-probe"
-            probe.touch()
-            probe.unlink()
+            with tempfile.TemporaryFile(dir=parent):
+                pass
         except OSError as error:
             raise UserError(f"{name}: cannot write in {parent}: {error.strerror}") from None
-    for folder in (output_dir, output_dir.with_name(output_dir.name + ".previous")):
-        if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").exists():
-            raise UserError(
-                f"output_dir: {folder} holds something that is no model and would be replaced; choose another folder"
-            )
+    if output_dir.is_dir() and any(output_dir.iterdir()) and not _is_model(output_dir):
+        raise UserError(
+            f"output_dir: {output_dir} holds something that is no model and would be replaced; choose another folder"
+        )
 
 
-def set_aside(folder: Path) -> None:
-    """Rename `folder`, where there is one, to the first of `<name>.1`, `<name>.2` ... that is free."""
-    if folder.exists():
-        numbered = (folder.with_name(f"{folder.name}.{number}") for number in itertools.count(1))
-        folder.rename(next(path for path in numbered if not path.exists()))
+def _is_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+
+
+def lock(run_dir: Path) -> IO:
+    """Keep other processes out of the run's folder for as long as the returned file is open (a killed process closes it).
+
+    Raises UserError where another process is in it.
+    """
+    file = (run_dir / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another process is writing {run_dir}; wait for it, or use another --run_name") from None
+    return file
 
 
 def find_checkpoint(config: TrainConfig, run_dir: Path, identity: dict) -> Path | None:
@@ -99,7 +114,6 @@ def find_checkpoint(config: TrainConfig, run_dir: Path, identity: dict) -> Path 
     """
     root = run_dir / "checkpoints"
     if config.resume_from_checkpoint == "none":
-        set_aside(run_dir)
         return None
     if config.resume_from_checkpoint == "auto":
         folder = checkpoint.newest(root, lambda message: print(message, file=sys.stderr))
@@ -113,6 +127,11 @@ def find_checkpoint(config: TrainConfig, run_dir: Path, identity: dict) -> Path 
             checkpoint.verify(folder)
         except checkpoint.CorruptCheckpoint as error:
             raise UserError(f"resume_from_checkpoint: {error}") from None
+        newer = [path.name for path in checkpoint.published(root) if path.name > folder.name]
+        if newer:
+            raise UserError(
+                f"resume_from_checkpoint: the run {run_dir} has gone on to {newer[-1]}; give another --run_name to branch off {folder}"
+            )
     if folder is None:
         return None
     saved = checkpoint.load_state(folder)
@@ -128,11 +147,11 @@ def find_checkpoint(config: TrainConfig, run_dir: Path, identity: dict) -> Path 
 
 
 def finished_summary(run_dir: Path, output_dir: Path, resumed: Path | None, total_steps: int) -> dict | None:
-    """The summary of a run that has nothing left to do, its model in place; else None."""
+    """The summary of a run that has nothing left to do and whose model is in its place, file by file; else None."""
     path = run_dir / "summary.json"
-    if resumed and checkpoint.load_state(resumed)["step"] == total_steps and path.exists():
+    if resumed and checkpoint.load_state(resumed)["step"] == total_steps and path.exists() and output_dir.is_dir():
         summary = json.loads(path.read_text(encoding="utf-8"))
-        if summary["output_dir"] == str(output_dir) and (output_dir / "config.json").exists():
+        if summary["output_sha256"] == checkpoint.hashes(output_dir):
             return summary
     return None
 

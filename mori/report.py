@@ -41,7 +41,10 @@ def _lines(found: dict, drawn: bool) -> list[str]:
         lines += ["![Training loss, held-out loss, and the difference of the training losses](curves.png)", ""]
 
     lines += ["## Where they end", "", "Every arm is scored by the same code on the same held-out text.", ""]
-    lines += ["| arm | steps | tokens trained on | held-out loss before | after | perplexity | bits per byte |", "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
+    lines += [
+        "| arm | steps | tokens trained on | held-out loss before | after | perplexity | bits per byte |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
     for name, arm in arms.items():
         before, after = arm["held_out"]["before"], arm["held_out"]["after"]
         lines.append(
@@ -87,7 +90,11 @@ def _lines(found: dict, drawn: bool) -> list[str]:
         "",
         "Speed is that of training alone, logging included, evaluation and saving not; the first 3 steps are left out as warm-up. "
         "*To the first step* counts from the start of the process, an evaluation of the untrained model included. Memory is the peak of "
-        + ("the GPU." if env["device"] and "cuda" in config["device"] else "the whole process (of the GPU, where there is one)."),
+        + (
+            "the GPU."
+            if env["device"] and "cuda" in config["device"]
+            else "the whole process (of the GPU, where there is one)."
+        ),
         "",
         "## Settings of each arm",
         "",
@@ -125,7 +132,9 @@ def _draw(path: Path, found: dict, curves: dict[str, list[dict]]) -> bool:
             points = [(line["step"], line[tag]) for line in curves[name] if tag in line]
             axes.plot(*zip(*points, strict=True), **style)
     reference = "trainer" if "trainer" in arms else arms[0] if arms else None
-    losses = {name: {line["step"]: line["train/loss"] for line in curves[name] if "train/loss" in line} for name in arms}
+    losses = {
+        name: {line["step"]: line["train/loss"] for line in curves[name] if "train/loss" in line} for name in arms
+    }
     zero = []
     for number, name in enumerate(arms):
         if name == reference or losses[name].keys() != losses[reference].keys():

@@ -51,8 +51,9 @@ class Runtime:
         return model.no_sync() if skip and self.world_size > 1 else contextlib.nullcontext()
 
     def all_sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over all ranks, in place."""
+        """The sum over all ranks; where there are several, in place on the device."""
         if self.world_size > 1:
+            tensor = tensor.to(self.device)
             dist.all_reduce(tensor)
         return tensor
 
@@ -74,6 +75,7 @@ class Runtime:
                 mistake = raised
         mistake = self.gather(mistake)[0]
         if mistake:
+            mistake.told_by_main = not self.is_main
             raise mistake
         return result if self.is_main else action()
 
@@ -128,6 +130,7 @@ def _device(name: str, local_rank: int) -> torch.device:
 
 def set_seed(seed: int) -> None:
     """Seed Python, NumPy and PyTorch on every device."""
+    seed %= 2**32  # NumPy's limit
     random.seed(seed)
     numpy.random.seed(seed)
     torch.manual_seed(seed)

@@ -68,8 +68,13 @@ class Sampler:
         return logits
 
     def __call__(self, logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-        """The next token of each row, `(B, 1)`."""
+        """The next token of each row, `(B, 1)`. Raises FloatingPointError where no token has a probability."""
         logits = self.filtered(logits.float(), input_ids)
         if self.temperature == 0:
             return logits.argmax(-1, keepdim=True)
-        return torch.multinomial(logits.softmax(-1), 1, generator=self.generator)
+        probabilities = logits.softmax(-1)
+        if probabilities.isnan().any():
+            raise FloatingPointError(
+                "the logits are not finite: the model has diverged, or a control's value is too extreme"
+            )
+        return torch.multinomial(probabilities, 1, generator=self.generator)

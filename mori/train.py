@@ -12,14 +12,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch.nn.utils import clip_grad_norm_
 
 from . import checkpoint, corpus, data, optim, prepare, runtime
 from . import model as models
-from .config import RunFailed, TrainConfig, checked, steps_of
+from .config import RunFailed, TrainConfig, UserError, checked, steps_of
 from .evaluate import evaluate
 from .generate import check_prompts, generate
-from .monitor import Monitor, Throughput, peak_memory_bytes
+from .monitor import Monitor, Throughput, peak_memory_bytes, say
 
 
 @dataclass
@@ -50,8 +51,9 @@ def train(config: TrainConfig, on_step: Callable[[int, float], None] = lambda st
     """
     started = time.perf_counter()
     config = checked(config).resolve()
-    documents = corpus.read_documents(corpus.find_files(config.corpus))
-    run_dir, output_dir = Path(config.logging_dir) / config.run_name, Path(config.output_dir)
+    files = corpus.find_files(config.corpus)
+    documents = corpus.read_documents(files)
+    run_dir, output_dir = Path(config.logging_dir).resolve() / config.run_name, Path(config.output_dir).resolve()
     prepare.check_writable(run_dir, output_dir)
     where = runtime.start(config.device, config.precision)
 
@@ -75,14 +77,16 @@ def train(config: TrainConfig, on_step: Callable[[int, float], None] = lambda st
         config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * batches.steps_per_epoch)
     )
     warmup_steps = steps_of(config.warmup_steps, total_steps)
+    if warmup_steps > total_steps:
+        raise UserError(f"warmup_steps {warmup_steps} is more than the {total_steps} steps of the run")
     eval_every, save_every = steps_of(config.eval_steps, total_steps), steps_of(config.save_steps, total_steps)
 
     identity = {"config": asdict(config), "precision": where.precision, "world_size": where.world_size, **text.hashes}
     resumed = where.main_first(lambda: prepare.find_checkpoint(config, run_dir, identity))
     if finished := prepare.finished_summary(run_dir, output_dir, resumed, total_steps):
         if where.is_main:
-            print(
-                f"{run_dir} is finished ({total_steps} steps), its brain is in {output_dir}/. To train again, use another "
+            say(
+                f"{run_dir} is finished ({total_steps} steps), its brain is in {config.output_dir}/. To train again, use another "
                 "--run_name, or --resume_from_checkpoint none (the old run is set aside)"
             )
         where.close()
@@ -104,18 +108,22 @@ def train(config: TrainConfig, on_step: Callable[[int, float], None] = lambda st
     parallel.train()
 
     if where.is_main:
+        if config.resume_from_checkpoint == "none" and run_dir.exists():
+            prepare.lock(run_dir).close()  # nobody may be in it
+            checkpoint.set_aside(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
+        held = prepare.lock(run_dir)  # noqa: F841 (until this function ends)
         (run_dir / "config.json").write_text(config.to_json(), encoding="utf-8")
         _write_json(run_dir / "environment.json", prepare.environment(where))
         _write_json(run_dir / "ledger.json", asdict(text.ledger))
-        _introduce(config, where, model, text.ledger, batches, total_steps, run_dir, resumed)
+        _introduce(config, where, model, text.ledger, len(files), batches, total_steps, run_dir, resumed)
     monitor = Monitor(run_dir, first_step=progress.step, total_steps=total_steps, enabled=where.is_main)
     speed = Throughput(progress.tokens, progress.train_seconds)
     earlier_seconds = progress.wall_seconds
 
     # Written on the device in every step, read by the host only when logging or saving.
     earlier_losses = torch.tensor(progress.unlogged_losses)
-    losses = torch.zeros(config.logging_steps + len(earlier_losses), device=where.device)
+    losses = torch.zeros(min(config.logging_steps, total_steps) + len(earlier_losses), device=where.device)
     losses[: len(earlier_losses)] = earlier_losses
     skipped = torch.tensor([float(progress.skipped_steps), float(progress.skipped_in_a_row)], device=where.device)
     first_unlogged = progress.step - len(progress.unlogged_losses)
@@ -139,9 +147,12 @@ def train(config: TrainConfig, on_step: Callable[[int, float], None] = lambda st
                 "num_return_sequences",
                 "seed",
             )
-            with where.autocast():
-                drawn = generate(model, tokenizer, config.prompt, **{name: getattr(config, name) for name in names})
-            progress.samples_after = [sample.prompt + sample.text for sample in drawn]
+            try:
+                with where.autocast():
+                    drawn = generate(model, tokenizer, config.prompt, **{name: getattr(config, name) for name in names})
+                progress.samples_after = [sample.prompt + sample.text for sample in drawn]
+            except FloatingPointError as error:
+                progress.samples_after = [f"(no sample: {error})"]
             for number, sample in enumerate(progress.samples_after):
                 monitor.text(progress.step, f"samples/{number}", sample)
         monitor.say(
@@ -255,17 +266,20 @@ def train(config: TrainConfig, on_step: Callable[[int, float], None] = lambda st
         "wall_seconds": earlier_seconds + time.perf_counter() - started,
         "tokens_per_second": speed.tokens / speed.seconds if speed.seconds else 0.0,
         "peak_memory_bytes": peak_memory_bytes(where.device),
-        "output_dir": str(output_dir),
+        "output_dir": config.output_dir,
     }
     if where.is_main:
         _publish(model, tokenizer, output_dir)
+        summary["output_sha256"] = checkpoint.hashes(output_dir)
         _write_json(run_dir / "summary.json", summary)
-        print(
+        if progress.skipped_steps:
+            say(f"WARNING: {progress.skipped_steps} of {total_steps} steps were skipped, their gradient was not finite")
+        say(
             f"{total_steps} steps in {summary['wall_seconds']:.0f} s, {summary['tokens_per_second']:.0f} tokens/s; "
             f"held-out loss {progress.before['loss']:.4f} -> {progress.after['loss']:.4f} "
             f"(best {progress.best['loss']:.4f} at step {progress.best['step']})\n"
-            f"the brain is in {output_dir}/; talk to it: "
-            f"python scripts/generate.py --model {output_dir} --prompt {json.dumps(config.prompt[0], ensure_ascii=False)}"
+            f"the brain is in {config.output_dir}/; talk to it: "
+            f"python scripts/generate.py --model {config.output_dir} --prompt {json.dumps(config.prompt[0], ensure_ascii=False)}"
         )
     where.barrier()
     where.close()
@@ -289,7 +303,7 @@ def _publish(model, tokenizer, output_dir: Path) -> None:
     try:
         models.save(model, tokenizer, staged)
         checkpoint.replace_folder(staged, output_dir)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise RunFailed(
             f"cannot write the trained model to {output_dir}: {error}; the last checkpoint holds it: "
             "make room and run the same command again"
@@ -298,20 +312,20 @@ def _publish(model, tokenizer, output_dir: Path) -> None:
         shutil.rmtree(staged, ignore_errors=True)
 
 
-def _introduce(config, where, model, ledger, batches, total_steps, run_dir, resumed) -> None:
+def _introduce(config, where, model, ledger, n_files, batches, total_steps, run_dir, resumed) -> None:
     """Say what is read, what is trained, and where it goes."""
     found = prepare.environment(where)
+    left_out = f" ({n_files - ledger.documents} blank file(s) left out)" if n_files > ledger.documents else ""
     size = sum(parameter.numel() for parameter in model.parameters())
     layout = f"{config.per_device_train_batch_size} windows x {config.gradient_accumulation_steps} x {where.world_size} rank(s)"
-    print(
+    say(
         f"mori {found['mori']}, torch {found['torch']}, transformers {found['transformers']}; "
         f"{where.device}, {where.precision}, {found['threads']} threads\n"
-        f"reads   {ledger}\n"
+        f"reads   {ledger}{left_out}\n"
         f"model   {config.model}, {size / 1e6:.1f} M parameters\n"
         f"trains  {total_steps} steps ({batches.steps_per_epoch} an epoch) of {layout} x {config.block_size} tokens\n"
         f"writes  {run_dir}/ (tensorboard --logdir {config.logging_dir}), the brain to {config.output_dir}/"
-        + (f"\nresumes {resumed}" if resumed else ""),
-        flush=True,
+        + (f"\nresumes {resumed}" if resumed else "")
     )
 
 

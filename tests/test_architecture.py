@@ -12,7 +12,8 @@ FLOORS = {
     "corpus": 1, "data": 1, "runtime": 1, "model": 1,
     "checkpoint": 2, "generate": 2, "evaluate": 2,
     "prepare": 3,
-    "train": 4,
+    "train": 4, "report": 4,
+    "compare": 5,
 }  # fmt: skip
 OUTSIDE = {
     "config": set(),
@@ -28,11 +29,14 @@ OUTSIDE = {
     "generate": {"torch"},
     "evaluate": {"torch"},
     "prepare": {"torch", "transformers"},
-    "train": {"torch"},
+    "train": {"torch", "safetensors"},
+    "report": {"matplotlib"},
+    "compare": {"torch", "safetensors", "transformers"},
 }
 STANDARD = {
-    "argparse", "collections", "contextlib", "dataclasses", "difflib", "glob", "hashlib", "json", "math", "os", "pathlib",
-    "platform", "random", "re", "resource", "shutil", "sys", "textwrap", "time",
+    "argparse", "collections", "contextlib", "dataclasses", "difflib", "fcntl", "glob", "hashlib", "itertools", "json", "math",
+    "os", "pathlib", "platform", "random", "re", "resource", "shutil", "statistics", "subprocess", "sys", "tempfile",
+    "textwrap", "time", "typing",
 }  # fmt: skip
 ROOMS = sorted(path.stem for path in (ROOT / "mori").glob("*.py") if path.stem != "__init__")
 
@@ -82,11 +86,14 @@ def test_what_is_not_done_anywhere(path):
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.ExceptHandler):
-            assert node.type is not None and getattr(node.type, "id", "") not in ("Exception", "BaseException")
-    for word in ("pickle", "torch.load(", "torch.save(", '== "cuda:', "exec(", "eval(config"):
+            broad = node.type is None or getattr(node.type, "id", "") in ("Exception", "BaseException")
+            # The one place that loads files from anywhere, through libraries whose errors have no common base.
+            assert not broad or (path.name == "model.py" and source.count("except Exception") == 1)
+        if isinstance(node, ast.ImportFrom) and path.stem != "compare":
+            assert not {"Trainer", "TrainingArguments"} & {alias.name for alias in node.names}
+    for word in ("pickle", "torch.load(", "torch.save(", "exec(", "import accelerate", "from accelerate"):
         assert word not in source, word
-    if path.stem != "compare":
-        assert not re.search(r"\bTrainer\b", source.replace("`transformers.Trainer", "")) and "accelerate" not in source
+    assert not re.search(r'(?<!\.type) == "cuda', source.replace('name == "cuda"', "")), "a torch.device is no string"
 
 
 @pytest.mark.parametrize("room", ROOMS)

@@ -108,6 +108,17 @@ def test_another_models_checkpoint_is_refused(saved):
         checkpoint.load_tensors(saved / "step-00000003", other, torch.optim.AdamW(other.parameters()))
 
 
+def test_a_full_disk_is_an_oserror_however_safetensors_tells_it(saved, monkeypatch):
+    from safetensors import SafetensorError
+
+    def full(*_):
+        raise SafetensorError("I/O error: File too large")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="too large"):
+        checkpoint.save(saved, 4, model={}, optimizer={"state": {}, "param_groups": []}, state={})
+
+
 def test_a_failed_save_leaves_nothing_behind(saved, monkeypatch):
     model, optimizer = make(1, 0)
 
@@ -133,4 +144,5 @@ def test_a_folder_is_replaced_and_the_old_one_stays_beside_it(tmp_path):
         (staged / "w").write_text(content)
         checkpoint.replace_folder(staged, final)
     assert (final / "w").read_text() == "three" and (tmp_path / "brain.previous" / "w").read_text() == "two"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["brain", "brain.previous"]
+    assert (tmp_path / "brain.previous.1" / "w").read_text() == "one"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["brain", "brain.previous", "brain.previous.1"]

@@ -73,6 +73,27 @@ def test_values_of_the_wrong_kind_are_one_line():
         assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
 
 
+def test_lists_go_on_and_switches_have_an_off():
+    config = parse(TrainConfig, "", ["--corpus", "a", "b", "--corpus", "c", "--no-trust-remote-code"])
+    assert config.corpus == ["a", "b", "c"] and config.trust_remote_code is False
+    assert parse(GenerateConfig, "", ["--no_json"]).json is False
+
+
+@pytest.mark.parametrize(
+    "words, named",
+    [
+        (["--foo"], "--help lists"),
+        (["text.txt"], "belongs to no flag"),
+        (["--prompt", "\udcff"], "UTF-8"),
+        (["--run_name", "a" * 300], "100 letters"),
+        (["--num_train_epochs", "1e308"], "million"),
+    ],
+)
+def test_odd_words_are_refused(words, named):
+    with pytest.raises(UserError, match=named):
+        parse(TrainConfig, "", words)
+
+
 def test_json_round_trip_and_unknown_field():
     config = TrainConfig(corpus=["a", "b"], max_steps=7, dropout=0.25)
     assert TrainConfig.from_json(config.to_json()) == config

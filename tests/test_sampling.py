@@ -79,3 +79,11 @@ def test_the_seed_decides_and_the_global_generator_is_left_alone():
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(Sampler(seed=7)(logits, none), first)
     assert not torch.equal(Sampler(seed=8)(logits, none), first)
+
+
+@pytest.mark.parametrize(
+    "logits, temperature", [([[torch.nan, 1.0]], 1.0), ([[0.0, 1.0]], 1e-42), ([[torch.inf, 1.0]], 1.0)]
+)
+def test_logits_that_are_not_finite_are_named(logits, temperature):
+    with pytest.raises(FloatingPointError, match="not finite"):
+        Sampler(temperature=temperature)(torch.tensor(logits), torch.tensor([[0]]))

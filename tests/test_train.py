@@ -350,8 +350,10 @@ def test_a_checkpoint_can_be_named(run_train, tmp_path):
 
 
 def test_the_best_checkpoint_is_kept(run_train, tmp_path):
-    """A learning rate far too high makes the first evaluation the best, and only one newer checkpoint may stay."""
-    summary = run_train(max_steps=12, save_steps=2, eval_steps=2, learning_rate=0.3, save_total_limit=1, warmup_steps=6)
+    """A learning rate that rises until it is far too high makes an early evaluation the best; one newer checkpoint may stay."""
+    summary = run_train(
+        max_steps=12, save_steps=2, eval_steps=2, learning_rate=2.0, save_total_limit=1, warmup_steps=12
+    )
     best = summary["eval"]["best"]["step"]
     assert best < 12
     kept = sorted(p.name for p in (tmp_path / "runs" / "run" / "checkpoints").iterdir())
@@ -367,7 +369,7 @@ def test_the_best_checkpoint_is_kept(run_train, tmp_path):
         ({"block_size": 65}, "longer than the model's context of 64"),
         ({"block_size": 64, "held_out_fraction": 0.99}, "needs at least"),
         ({"output_dir": __file__}, "is a file"),
-        ({"logging_dir": __file__ + "/runs"}, "is a file"),
+        ({"logging_dir": __file__ + "/runs"}, "Not a directory"),
         ({"prompt": ["halo semua " * 40]}, "context is 64"),
         ({"device": "cuda:77"}, "does not exist"),
         ({"block_size": 0, "seed": -1}, "block_size.*seed"),
@@ -397,9 +399,93 @@ def test_what_is_no_model_is_not_replaced(run_train, tmp_path):
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 
 
-def test_a_broken_model_folder_is_one_line(run_train, small_model, tmp_path):
-    for name, content in (("config.json", "{"), ("model.safetensors", "junk"), ("tokenizer.json", "{}")):
+@pytest.mark.parametrize("name", [".", "..", "runs/run", "runs", "runs/run/checkpoints/x"])
+def test_the_model_does_not_go_where_other_things_are(run_train, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="output_dir"):
+        run_train(output_dir=name)
+
+
+def test_a_link_is_written_through(run_train, tmp_path):
+    (tmp_path / "big-disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "big-disk" / "brain")
+    run_train(max_steps=2, output_dir=str(tmp_path / "link"))
+    assert (tmp_path / "big-disk" / "brain" / "config.json").is_file() and (tmp_path / "link").is_symlink()
+
+
+def test_a_finished_run_whose_model_was_replaced_puts_its_own_back(run_train, tmp_path):
+    run_train(max_steps=2, run_name="a")
+    first = weights(tmp_path / "brain")
+    run_train(max_steps=3, run_name="b")
+    run_train(max_steps=2, run_name="a")
+    again = weights(tmp_path / "brain")
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_weights_that_are_missing_are_not_made_up(run_train, small_model, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    for name, change in (
+        ("renamed", lambda tensors: {f"x.{k}": v for k, v in tensors.items()}),
+        ("fewer", lambda tensors: {k: v for k, v in tensors.items() if ".h.1." not in k}),
+        (
+            "smaller",
+            lambda tensors: {k: v[:, :8].contiguous() if "attn.c_attn.weight" in k else v for k, v in tensors.items()},
+        ),
+    ):
         folder = tmp_path / name
+        folder.mkdir()
+        for path in small_model.iterdir():
+            (folder / path.name).write_bytes(path.read_bytes())
+        save_file(change(load_file(small_model / "model.safetensors")), folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(UserError, match="does not hold all its weights"):
+            run_train(model=str(folder))
+
+
+def test_two_runs_do_not_share_a_folder(run_train, tmp_path):
+    from mori.prepare import lock
+
+    run_train(max_steps=2)
+    with lock(tmp_path / "runs" / "run"):
+        for how in ("auto", "none"):
+            with pytest.raises(UserError, match="another process is writing"):
+                run_train(max_steps=2, output_dir=str(tmp_path / "other"), resume_from_checkpoint=how)
+    assert not (tmp_path / "runs" / "run.1").exists()
+
+
+def test_a_mistake_does_not_set_the_old_run_aside(run_train, small_model, tmp_path):
+    run_train(max_steps=2)
+    with pytest.raises(UserError):
+        run_train(model=str(tmp_path / "none"), resume_from_checkpoint="none")
+    assert (tmp_path / "runs" / "run").exists() and not (tmp_path / "runs" / "run.1").exists()
+
+
+def test_going_back_in_a_run_is_refused(run_train, tmp_path):
+    run_train(save_total_limit=9)
+    with pytest.raises(UserError, match="has gone on to step-00000012"):
+        run_train(resume_from_checkpoint=str(tmp_path / "runs" / "run" / "checkpoints" / "step-00000004"))
+
+
+def test_a_model_that_diverges_is_trained_to_the_end_or_stopped_in_one_line(run_train, tmp_path):
+    try:
+        summary = run_train(learning_rate=1e30, max_grad_norm=0.0)
+    except RunFailed:
+        return
+    assert summary["skipped_steps"] > 0 and "no sample" in summary["samples"]["after"][0]
+
+
+def test_nobody_reads_any_more_and_the_training_goes_on(settings, tmp_path):
+    words = " ".join(flags({**settings, "prompt": "Halo"}))
+    shell = f"set -o pipefail; {sys.executable} {ROOT}/scripts/train.py {words} | head -n 1"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path / "brain" / "config.json").exists(), done.stderr
+
+
+def test_a_broken_model_folder_is_one_line(run_train, small_model, tmp_path):
+    broken = [("config.json", "{"), ("config.json", "[]"), ("config.json", '{"model_type": "gpt2", "n_embd": "abc"}')]
+    broken += [("model.safetensors", "junk"), ("tokenizer.json", "{}"), ("tokenizer.json", "[]")]
+    for number, (name, content) in enumerate(broken):
+        folder = tmp_path / str(number)
         folder.mkdir()
         for path in small_model.iterdir():
             (folder / path.name).write_bytes(content.encode() if path.name == name else path.read_bytes())
