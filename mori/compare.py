@@ -336,7 +336,7 @@ def _trainer_arm(arm: str, config: TrainConfig, folder: Path, started: float) ->
     documents = corpus.read_documents(corpus.find_files(config.corpus))
     where = runtime.start(config.device, config.precision)
     tokenizer = models.load_tokenizer(config.model, ())
-    model_config = models.load_config(config.model, tokenizer)
+    model_config = models.load_config(config.model, tokenizer, dropout=config.dropout)
     text = prepare.prepare_text(config, documents, tokenizer, model_config, where)
     model = models.load_model(config.model, model_config).to(where.device)
 
@@ -431,6 +431,10 @@ def _trainer_arm(arm: str, config: TrainConfig, folder: Path, started: float) ->
     trainer = (Trainer if course else SameOrder)(
         model=model, args=arguments, train_dataset=trained_on, data_collator=default_data_collator, callbacks=[Watch()]
     )
+    settings = {k: v for k, v in arguments.to_dict().items() if isinstance(v, (int, float, str, bool))}
+    settings["effective_precision"] = where.precision
+    if where.precision != "fp32" and not trainer.accelerator.native_amp:
+        settings["effective_precision"] = f"fp32: accelerate has no {where.precision} on {where.device.type}"
     score(0)
     trainer.train()
     peak = peak_memory_bytes(where.device)
@@ -449,7 +453,7 @@ def _trainer_arm(arm: str, config: TrainConfig, folder: Path, started: float) ->
         "tokens_trained": _distinct_tokens(batches, total_steps, config.block_size),
         "held_out": {"before": evaluations[0], "after": evaluations[-1]},
         "peak_memory_bytes": peak,
-        "settings": {k: v for k, v in arguments.to_dict().items() if isinstance(v, (int, float, str, bool))},
+        "settings": settings,
     }
 
 

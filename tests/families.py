@@ -1,0 +1,61 @@
+"""Small random models of many families, for the tests that go through all of them."""
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+# What makes a model small, under all the names that configurations have for it.
+SMALL = {
+    "hidden_size": 32, "n_embd": 32, "d_model": 32, "word_embed_proj_dim": 32,
+    "num_hidden_layers": 2, "n_layer": 2, "num_layers": 2, "n_layers": 2,
+    "num_attention_heads": 4, "n_head": 4, "num_heads": 4, "n_heads": 4, "attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48, "n_inner": 48, "ffn_dim": 48,
+    "max_position_embeddings": 64, "n_positions": 64, "rotary_dim": 8,
+    "num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 24, "sliding_window": 8, "state_size": 4, "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 320,
+}  # fmt: skip
+
+# family -> what is particular about it here. Scaled logits, capped logits, tied and untied heads, and experts with their
+# router loss are among them on purpose.
+FAMILIES = {
+    "gpt2": {},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 8},
+    "gpt_neox": {"tie_word_embeddings": False},
+    "gptj": {},
+    "opt": {},
+    "bloom": {},
+    "falcon": {},
+    "phi": {"partial_rotary_factor": 0.5},
+    "phi3": {"rope_scaling": None, "pad_token_id": 0},
+    "llama": {"tie_word_embeddings": False},
+    "mistral": {},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {},
+    "gemma": {},
+    "gemma2": {"final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8},
+    "gemma3_text": {"query_pre_attn_scalar": 8},
+    "granite": {"logits_scaling": 4.0, "embedding_multiplier": 3.0},
+    "cohere": {"logit_scale": 0.25, "pad_token_id": 0},
+    "olmo2": {"pad_token_id": 0},
+    "stablelm": {},
+    "starcoder2": {},
+    "smollm3": {"pad_token_id": 0},
+    "mixtral": {"output_router_logits": True, "router_aux_loss_coef": 0.1},
+    "olmoe": {"output_router_logits": True, "router_aux_loss_coef": 0.1},
+    "qwen3_moe": {"output_router_logits": True, "router_aux_loss_coef": 0.1},
+    "mamba": {},
+}
+
+
+def small_config(family: str, vocabulary: int):
+    """A configuration of `family`, a few thousand parameters large."""
+    known = AutoConfig.for_model(family).to_dict()
+    sizes = {name: value for name, value in SMALL.items() if name in known}
+    words = {"vocab_size": vocabulary, "bos_token_id": 0, "eos_token_id": 0}
+    return AutoConfig.for_model(family, **{**sizes, **words, **FAMILIES[family]})
+
+
+def small_model(family: str, vocabulary: int) -> torch.nn.Module:
+    """A model of `family` with random weights."""
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(small_config(family, vocabulary))
