@@ -35,6 +35,10 @@ class RunFailed(RuntimeError):
     """A run that cannot go on through no mistake in its flags: one line that says why and what to do."""
 
 
+class Interrupted(RuntimeError):
+    """A run that was asked to stop, and is saved: one line that says where it stands."""
+
+
 def flag(group: str, default, help: str, choices=None):
     """A dataclass field that is also a command-line flag; a default of None is a number that depends on other fields."""
     metadata = {"group": group, "help": help, "choices": choices}
@@ -65,6 +69,10 @@ class SamplingConfig:
     )
     max_new_tokens: int = flag("sampling", 100, "tokens to draw after the prompt")
     num_return_sequences: int = flag("sampling", 1, "texts to draw for each prompt")
+
+    def sampling(self) -> dict:
+        """The fields of this class alone: the keywords of `mori.generate.generate`."""
+        return {f.name: getattr(self, f.name) for f in fields(SamplingConfig)}
 
     def mistakes(self) -> list[str]:
         """All that is wrong with the values, one phrase each."""
@@ -416,6 +424,9 @@ def run_door(name: str, main) -> None:
     except RunFailed as failure:
         print(f"{name}: failed: {failure}", file=sys.stderr)
         code = EXIT_FAILURE
+    except Interrupted as stop:
+        print(f"\n{name}: {stop}", file=sys.stderr)
+        code = EXIT_INTERRUPTED
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted", file=sys.stderr)
         code = EXIT_INTERRUPTED

@@ -1,6 +1,7 @@
 """How well a model predicts the held-out text: loss, perplexity, and bits per byte of the original text."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,12 +23,19 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    module: CausalLMLoss, dataset: ShiftedDataset, text_bytes: int, *, batch_size: int, runtime: Runtime
-) -> Evaluation:
+    module: CausalLMLoss,
+    dataset: ShiftedDataset,
+    text_bytes: int,
+    *,
+    batch_size: int,
+    runtime: Runtime,
+    give_up: Callable[[], object] = lambda: False,
+) -> Evaluation | None:
     """Score every target of `dataset` once; ranks share the work.
 
     Only the summed loss and the count are kept, in float64. Bits per byte does not depend on the tokenizer, so models
-    with different vocabularies can be compared by it: (nats / ln 2) / `text_bytes`.
+    with different vocabularies can be compared by it: (nats / ln 2) / `text_bytes`. `give_up` is asked before every
+    batch; once it is true, the result is None.
     """
     was_training = module.training
     module.eval()

@@ -126,9 +126,8 @@ def speak(config: GenerateConfig) -> None:
     tokenizer = load_tokenizer(config.model, (), config.trust_remote_code)
     model_config = load_config(config.model, tokenizer, trust_remote_code=config.trust_remote_code)
     model = load_model(config.model, model_config, config.trust_remote_code).to(place.device)
-    names = ("temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens", "num_return_sequences", "seed")
     try:
-        completions = generate(model, tokenizer, config.prompt, **{name: getattr(config, name) for name in names})
+        completions = generate(model, tokenizer, config.prompt, seed=config.seed, **config.sampling())
     except FloatingPointError as error:
         raise UserError(str(error)) from None
     if config.json:

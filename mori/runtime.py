@@ -3,6 +3,10 @@
 import contextlib
 import os
 import random
+import signal
+import sys
+import threading
+import time
 from dataclasses import dataclass
 
 import numpy
@@ -24,6 +28,7 @@ class Runtime:
     rank: int
     world_size: int
     precision: str
+    control: dist.ProcessGroup | None = None  # for what the ranks say to each other on the host
 
     @property
     def is_main(self) -> bool:
@@ -56,6 +61,14 @@ class Runtime:
             tensor = tensor.to(self.device)
             dist.all_reduce(tensor)
         return tensor
+
+    def any(self, flag: object) -> bool:
+        """Whether `flag` is true on any rank, without waiting for the device."""
+        if self.world_size == 1:
+            return bool(flag)
+        found = torch.tensor(int(bool(flag)))
+        dist.all_reduce(found, group=self.control)
+        return bool(found)
 
     def gather(self, value) -> list:
         """What every rank holds, in the order of ranks."""
@@ -111,7 +124,9 @@ def start(device: str = "auto", precision: str = "fp32") -> Runtime:
         precision = "fp32"
         if chosen.type == "cuda":
             precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return Runtime(chosen, dist.get_rank() if world_size > 1 else 0, world_size, precision)
+    if world_size == 1:
+        return Runtime(chosen, 0, 1, precision)
+    return Runtime(chosen, dist.get_rank(), world_size, precision, dist.new_group(backend="gloo"))
 
 
 def _device(name: str, local_rank: int) -> torch.device:
@@ -126,6 +141,36 @@ def _device(name: str, local_rank: int) -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("device mps does not exist on this machine; use --device cpu or auto")
     return device
+
+
+class StopSignals:
+    """Notices SIGINT (Ctrl-C), SIGTERM and SIGUSR1 instead of dying of them; `received` is the name of the first.
+
+    A second Ctrl-C leaves at once. `torchrun` passes a signal on to workers that the terminal has told already, so one
+    that comes within a second is taken for the same. Outside the main thread, where Python allows no handlers, nothing
+    is noticed.
+    """
+
+    def __init__(self):
+        self.received, self._at, self._before = "", 0.0, {}
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+                self._before[number] = signal.signal(number, self._notice)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _notice(self, number: int, frame) -> None:
+        if not self.received:
+            self.received, self._at = signal.Signals(number).name, time.monotonic()
+            text = f"\n{self.received}: this step is finished and saved first (Ctrl-C again leaves at once)\n"
+            os.write(sys.stderr.fileno(), text.encode())  # print() may be interrupted in the middle of a print()
+        elif number == signal.SIGINT and time.monotonic() - self._at > 1:
+            raise KeyboardInterrupt
 
 
 def set_seed(seed: int) -> None:

@@ -17,7 +17,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from . import checkpoint, corpus, data, optim, prepare, runtime
 from . import model as models
-from .config import RunFailed, TrainConfig, UserError, checked, steps_of
+from .config import Interrupted, RunFailed, TrainConfig, UserError, checked, steps_of
 from .evaluate import evaluate
 from .generate import check_prompts, generate
 from .monitor import Monitor, Throughput, peak_memory_bytes, say
@@ -47,8 +47,14 @@ def train(config: TrainConfig, on_step: Callable[[int, float], None] = lambda st
     `on_step` is told the number of steps done and the seconds spent training so far, after each step.
 
     Whatever a user can get wrong is found before the first slow thing begins, and raises UserError. Raises RunFailed
-    where the run cannot go on: the gradient is not finite again and again, or the model cannot be written.
+    where the run cannot go on: the gradient is not finite again and again, or the model cannot be written. Raises
+    Interrupted after a signal, when the step is done and the run is saved.
     """
+    with runtime.StopSignals() as signals:
+        return _train(config, on_step, signals)
+
+
+def _train(config: TrainConfig, on_step: Callable[[int, float], None], signals: runtime.StopSignals) -> dict:
     started = time.perf_counter()
     config = checked(config).resolve()
     files = corpus.find_files(config.corpus)
@@ -131,25 +137,23 @@ def train(config: TrainConfig, on_step: Callable[[int, float], None] = lambda st
     def take_stock() -> None:
         """Evaluate on the held-out text and draw the samples; neither moves the training's random numbers."""
         found = evaluate(
-            module, text.held_out, text.held_out_bytes, batch_size=config.per_device_eval_batch_size, runtime=where
+            module,
+            text.held_out,
+            text.held_out_bytes,
+            batch_size=config.per_device_eval_batch_size,
+            runtime=where,
+            give_up=lambda: signals.received and where.world_size == 1,  # ranks must stay together
         )
+        if found is None:
+            return
         progress.after = {"step": progress.step, **asdict(found)}
         monitor.scalars(progress.step, {f"eval/{name}": value for name, value in asdict(found).items()})
         if progress.best is None or found.loss < progress.best["loss"]:
             progress.best = progress.after
         if where.is_main:
-            names = (
-                "temperature",
-                "top_k",
-                "top_p",
-                "repetition_penalty",
-                "max_new_tokens",
-                "num_return_sequences",
-                "seed",
-            )
             try:
                 with where.autocast():
-                    drawn = generate(model, tokenizer, config.prompt, **{name: getattr(config, name) for name in names})
+                    drawn = generate(model, tokenizer, config.prompt, seed=config.seed, **config.sampling())
                 progress.samples_after = [sample.prompt + sample.text for sample in drawn]
             except FloatingPointError as error:
                 progress.samples_after = [f"(no sample: {error})"]
@@ -160,6 +164,7 @@ def train(config: TrainConfig, on_step: Callable[[int, float], None] = lambda st
         )
         if progress.step == 0:
             progress.before, progress.samples_before = progress.after, progress.samples_after
+            monitor.say("\n".join(["before:", *progress.samples_before]))
 
     def log(grad_norm: torch.Tensor, lr: float) -> None:
         """Read the interval's numbers from the device, write them, and stop a run that only skips."""
@@ -186,8 +191,8 @@ def train(config: TrainConfig, on_step: Callable[[int, float], None] = lambda st
                 f"(loss {loss}); none of them was taken. Lower --learning_rate or use --precision fp32"
             )
 
-    def save_checkpoint() -> None:
-        """Save all that the run needs to go on as if it had never stopped."""
+    def save_checkpoint() -> bool:
+        """Save all that the run needs to go on as if it had never stopped; False where there is no room for it."""
         progress.unlogged_losses = losses[: progress.step - first_unlogged].tolist()
         progress.skipped_steps, progress.skipped_in_a_row = map(int, skipped.tolist())
         progress.tokens, progress.train_seconds = speed.tokens, speed.seconds
@@ -200,15 +205,32 @@ def train(config: TrainConfig, on_step: Callable[[int, float], None] = lambda st
                 checkpoint.save(
                     root, progress.step, model=model.state_dict(), optimizer=optimizer.state_dict(), state=state
                 )
-                checkpoint.prune(root, config.save_total_limit, progress.best["step"])
+                checkpoint.prune(root, config.save_total_limit, progress.best and progress.best["step"])
             except OSError as error:
                 monitor.say(f"WARNING: no checkpoint at step {progress.step}: {error}; training goes on")
+                return False
+        return True
 
-    if progress.step == 0:
-        take_stock()
-        monitor.say("\n".join(["before:", *progress.samples_before]))
-
-    while progress.step < total_steps:
+    saved_step = progress.step if resumed else None
+    while True:
+        last = progress.step == total_steps
+        evaluated = progress.after is not None and progress.after["step"] == progress.step
+        if (progress.step % eval_every == 0 or last) and not evaluated:
+            take_stock()
+        save_due = progress.step > 0 and (progress.step % save_every == 0 or last)
+        if save_due and saved_step != progress.step and save_checkpoint():
+            saved_step = progress.step
+        if where.any(signals.received):
+            if saved_step != progress.step and save_checkpoint():
+                saved_step = progress.step
+            monitor.close()
+            done = "saved" if saved_step == progress.step else "NOT saved"
+            raise Interrupted(
+                f"stopped by {signals.received or 'another rank'}, {done} at step {progress.step}; "
+                "the same command goes on from the last checkpoint"
+            )
+        if last:
+            break
         speed.start()
         # ------------------------------------------------------------------------------------------------ one step
         step = progress.step
@@ -243,15 +265,10 @@ def train(config: TrainConfig, on_step: Callable[[int, float], None] = lambda st
         progress.step += 1
         # ---------------------------------------------------------------------------------------------------------
         speed.tokens += batches.windows_in(step) * config.block_size
-        last = progress.step == total_steps
-        if progress.step % config.logging_steps == 0 or last:
+        if progress.step % config.logging_steps == 0 or progress.step == total_steps:
             log(grad_norm, lr)
         speed.stop()
         on_step(progress.step, speed.seconds)
-        if progress.step % eval_every == 0 or last:
-            take_stock()
-        if progress.step % save_every == 0 or last:
-            save_checkpoint()
 
     monitor.say("\n".join(["after:", *progress.samples_after]))
     monitor.close()

@@ -35,8 +35,8 @@ OUTSIDE = {
 }
 STANDARD = {
     "argparse", "collections", "contextlib", "dataclasses", "difflib", "fcntl", "glob", "hashlib", "itertools", "json", "math",
-    "os", "pathlib", "platform", "random", "re", "resource", "shutil", "statistics", "subprocess", "sys", "tempfile",
-    "textwrap", "time", "typing",
+    "os", "pathlib", "platform", "random", "re", "resource", "shutil", "signal", "statistics", "subprocess", "sys", "tempfile",
+    "textwrap", "threading", "time", "typing",
 }  # fmt: skip
 ROOMS = sorted(path.stem for path in (ROOT / "mori").glob("*.py") if path.stem != "__init__")
 

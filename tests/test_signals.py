@@ -1,0 +1,112 @@
+"""Asked to stop, a run finishes its step, saves, leaves with code 130, and goes on later to the same bits."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, assert_equal_weights, flags
+
+import mori.train
+from mori import checkpoint, data, optim
+from mori.config import Interrupted
+from mori.monitor import read_metrics
+from mori.runtime import StopSignals
+
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+
+
+def saved_steps(tmp_path: Path) -> list[str]:
+    return [path.name for path in checkpoint.published(tmp_path / "runs" / "run" / "checkpoints")]
+
+
+# Where in a run the signal falls: a function that the run calls then, and at which of its calls.
+PLACES = {
+    "before the first step": (mori.train, "evaluate", 1, 0),
+    "in a step": (optim, "set_learning_rate", 3, 3),
+    "in an accumulation": (data, "load_step", 5, 5),
+    "in an evaluation": (mori.train, "evaluate", 2, 6),
+    "in the samples": (mori.train, "generate", 2, 6),
+    "in a save": (checkpoint, "save", 1, 4),
+    "in the last step": (optim, "set_learning_rate", 12, 12),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("number", SIGNALS)
+def test_saved_within_a_step_and_bit_identical_in_the_end(run_train, tmp_path, monkeypatch, place, number):
+    module, name, at_call, expected_step = PLACES[place]
+    options = {"gradient_accumulation_steps": 2, "logging_steps": 5}
+    run_train(**options, run_name="whole", output_dir=str(tmp_path / "whole"))
+    real, calls = getattr(module, name), []
+
+    def interrupted(*arguments, **keywords):
+        calls.append(1)
+        if len(calls) == at_call:
+            os.kill(os.getpid(), number)
+        return real(*arguments, **keywords)
+
+    handler = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, interrupted)
+        with pytest.raises(Interrupted, match=f"{number.name}, saved at step {expected_step};"):
+            run_train(**options)
+    assert signal.getsignal(number) == handler
+    assert saved_steps(tmp_path)[-1] == f"step-{expected_step:08d}"
+    run_train(**options)
+    assert_equal_weights(tmp_path / "whole", tmp_path / "brain")
+    whole, stopped = (read_metrics(tmp_path / "runs" / name / "metrics.jsonl") for name in ("whole", "run"))
+    numbers = ("step", "train/loss", "train/grad_norm", "eval/loss")
+    assert [[line.get(n) for n in numbers] for line in whole] == [[line.get(n) for n in numbers] for line in stopped]
+
+
+def test_the_exit_code_is_130_and_the_line_says_where_it_stands(settings, tmp_path):
+    words = flags({**settings, "max_steps": 100_000, "eval_steps": 1e5, "save_steps": 1e5})
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), *words]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    _wait_for_lines(tmp_path, process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors
+    assert f"saved at step {int(saved_steps(tmp_path)[-1][5:])}" in errors
+
+
+def _wait_for_lines(tmp_path: Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while len(read_metrics(tmp_path / "runs" / "run" / "metrics.jsonl")) < 5:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_second_ctrl_c_is_a_keyboard_interrupt_but_its_echo_is_not():
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # torchrun's echo
+        assert signals.received == "SIGINT"
+        signals._at -= 2
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_rank_stops_all_ranks_alike(settings, tmp_path, number):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "scripts/train.py"]
+    words = flags({**settings, "max_steps": 60, "save_steps": 1000, "eval_steps": 1000})
+    whole = [*torchrun, *words, "--run_name", "whole", "--output_dir", str(tmp_path / "whole")]
+    assert subprocess.run(whole, cwd=ROOT, capture_output=True).returncode == 0
+    process = subprocess.Popen(
+        [*torchrun, *words], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    _wait_for_lines(tmp_path, process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0 and "saved at step" in errors
+    [step] = saved_steps(tmp_path)
+    assert 0 < int(step[5:]) < 60
+    assert subprocess.run([*torchrun, *words], cwd=ROOT, capture_output=True).returncode == 0
+    assert_equal_weights(tmp_path / "whole", tmp_path / "brain")
