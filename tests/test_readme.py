@@ -6,11 +6,11 @@ import shlex
 import pytest
 from conftest import ROOT
 
-from mori.config import GenerateConfig, TrainConfig, parse
+from mori.config import CompareConfig, GenerateConfig, TrainConfig, parse
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines() if line]
-PARSERS = {"scripts/train.py": TrainConfig, "scripts/generate.py": GenerateConfig}
+PARSERS = {"scripts/train.py": TrainConfig, "scripts/generate.py": GenerateConfig, "scripts/compare.py": CompareConfig}
 
 
 def test_there_are_commands():
