@@ -38,19 +38,25 @@ def save(root: Path, step: int, *, model: dict, optimizer: dict, state: dict) ->
         model, optimizer: their `state_dict()`s.
         state: whatever else the run needs, as JSON values.
 
-    Raises OSError (no space, no permission); what was staged is removed.
+    Raises OSError (no space, no permission), which names the need and the room; what was staged is removed. Raises
+    FloatingPointError where a weight or a moment is not finite: such a state is not worth going on from.
     """
     final, staged = root / f"step-{step:08d}", root / f".step-{step:08d}.partial"
-    root.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(staged, ignore_errors=True)
+    weights = _distinct(model)
+    moments = {
+        f"{index}.{name}": value.contiguous()
+        for index, values in optimizer["state"].items()
+        for name, value in values.items()
+    }
+    for name, tensor in itertools.chain(weights.items(), moments.items()):
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise FloatingPointError(f"{name} is not finite")
+    need = sum(tensor.nbytes for tensor in itertools.chain(weights.values(), moments.values()))
     try:
+        root.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir()
-        save_file(_distinct(model), staged / "model.safetensors")
-        moments = {
-            f"{index}.{name}": value.contiguous()
-            for index, values in optimizer["state"].items()
-            for name, value in values.items()
-        }
+        save_file(weights, staged / "model.safetensors")
         save_file(moments, staged / "optimizer.safetensors")
         _write_json(staged / "state.json", {**state, "step": step, "param_groups": optimizer["param_groups"]})
         files = {path.name: _described(path) for path in sorted(staged.iterdir())}
@@ -62,8 +68,9 @@ def save(root: Path, step: int, *, model: dict, optimizer: dict, state: dict) ->
         shutil.rmtree(final, ignore_errors=True)
         staged.rename(final)
         sync(root)
-    except SafetensorError as error:  # how safetensors tells of a full disk
-        raise OSError(str(error)) from None
+    except (OSError, SafetensorError) as error:  # the latter is how safetensors tells of a full disk
+        room = shutil.disk_usage(next(folder for folder in root.absolute().parents if folder.exists())).free
+        raise OSError(f"{root}: {error} (it needs {need / 2**20:,.0f} MiB, {room / 2**20:,.0f} MiB are free)") from None
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     return final

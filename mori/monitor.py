@@ -1,5 +1,6 @@
 """What people look at during a run: TensorBoard, `metrics.jsonl`, the progress bar. Numbers arrive already reduced."""
 
+import contextlib
 import json
 import os
 import resource
@@ -28,7 +29,7 @@ class Monitor:
             return
         self._path = run_dir / "metrics.jsonl"
         _cut_after(self._path, first_step)
-        self._lines = self._path.open("a", encoding="utf-8")
+        self._failed = False
         self._board = SummaryWriter(str(run_dir), purge_step=first_step + 1 if first_step else None)
         self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, file=sys.stderr)
 
@@ -36,14 +37,19 @@ class Monitor:
         """Log `values`, keyed by TensorBoard tag (`train/loss`), at `step`."""
         if not self.enabled:
             return
-        for tag, value in values.items():
-            self._board.add_scalar(tag, value, step)
-        self._lines.write(json.dumps({"step": step, **values}) + "\n")
-        self._lines.flush()
+        with self._survive():
+            for tag, value in values.items():
+                self._board.add_scalar(tag, value, step)
+        # Opened anew for each line: a disk that was full, or a folder that was gone, is tried again. What it may have
+        # cut short then is ended by a line break of its own.
+        with self._survive(), self._path.open("a", encoding="utf-8") as lines:
+            lines.write("\n" * self._failed + json.dumps({"step": step, **values}) + "\n")
 
     def text(self, step: int, tag: str, text: str) -> None:
         """Show a text in TensorBoard, word for word, its long lines folded (a Markdown code block would not fold them)."""
-        if self.enabled:
+        if not self.enabled:
+            return
+        with self._survive():
             folded = [part for line in text.splitlines() for part in textwrap.wrap(line, 110) or [""]]
             self._board.add_text(tag, "\n".join("    " + line for line in folded), step)
             self._board.flush()
@@ -64,8 +70,20 @@ class Monitor:
         """Flush and close everything."""
         if self.enabled:
             self._bar.close()
-            self._board.close()
-            self._lines.close()
+            with self._survive():
+                self._board.close()
+
+    @contextlib.contextmanager
+    def _survive(self):
+        """A log that cannot be written is told once, and never stops a training."""
+        try:
+            yield
+        except (OSError, RuntimeError) as error:  # TensorBoard's writer thread hands its OSError on as a RuntimeError
+            if not self._failed:
+                self._failed = True
+                self.say(
+                    f"WARNING: the log in {self._path.parent} cannot be written: {error}; training goes on without"
+                )
 
 
 def say(message: str) -> None:
@@ -77,11 +95,11 @@ def say(message: str) -> None:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The whole lines of a `metrics.jsonl`; a last line that a kill cut short is left out."""
+    """The whole lines of a `metrics.jsonl`; one that a kill or a full disk cut short is left out."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
 
 
 def _cut_after(path: Path, step: int) -> None:

@@ -47,7 +47,7 @@ def train(config: TrainConfig, on_step: Callable[[int, float], None] = lambda st
     `on_step` is told the number of steps done and the seconds spent training so far, after each step.
 
     Whatever a user can get wrong is found before the first slow thing begins, and raises UserError. Raises RunFailed
-    where the run cannot go on: the gradient is not finite again and again, or the model cannot be written. Raises
+    where the run cannot go on: the gradient is not finite again and again, or the model or the last checkpoint cannot be written. Raises
     Interrupted after a signal, when the step is done and the run is saved.
     """
     with runtime.StopSignals() as signals:
@@ -206,7 +206,7 @@ def _train(config: TrainConfig, on_step: Callable[[int, float], None], signals: 
                     root, progress.step, model=model.state_dict(), optimizer=optimizer.state_dict(), state=state
                 )
                 checkpoint.prune(root, config.save_total_limit, progress.best and progress.best["step"])
-            except OSError as error:
+            except (OSError, FloatingPointError) as error:
                 monitor.say(f"WARNING: no checkpoint at step {progress.step}: {error}; training goes on")
                 return False
         return True
@@ -300,6 +300,10 @@ def _train(config: TrainConfig, on_step: Callable[[int, float], None], signals: 
         )
     where.barrier()
     where.close()
+    if saved_step != total_steps:
+        raise RunFailed(
+            f"the last checkpoint could not be saved (see the warnings above); the brain in {config.output_dir}/ is whole"
+        )
     return summary
 
 
@@ -315,6 +319,9 @@ def _restore(folder: Path, model, optimizer, scaler, where: runtime.Runtime) -> 
 
 def _publish(model, tokenizer, output_dir: Path) -> None:
     """Put the trained model at `output_dir` once it is complete on disk; the one before stays as `<name>.previous`."""
+    bad = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
+    if bad:
+        raise RunFailed(f"the model is not written: {len(bad)} of its tensors are not finite, such as {bad[0]}")
     staged = output_dir.with_name(f".{output_dir.name}.partial")
     shutil.rmtree(staged, ignore_errors=True)
     try:

@@ -16,7 +16,7 @@ import mori.train
 from mori import model as models
 from mori import optim
 from mori.config import RunFailed, TrainConfig, UserError
-from mori.monitor import read_metrics
+from mori.monitor import Monitor, read_metrics
 from mori.train import train
 
 
@@ -498,9 +498,53 @@ def test_a_disk_that_fills_up_does_not_stop_the_training(run_train, tmp_path, mo
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(mori.train.checkpoint, "save", full)
-    run_train(max_steps=4)
-    assert "WARNING: no checkpoint at step 4" in capsys.readouterr().out
+    monkeypatch.setattr(mori.train.checkpoint, "save_file", full)
+    with pytest.raises(RunFailed, match="last checkpoint could not be saved"):
+        run_train(max_steps=4, save_steps=2)
+    said = capsys.readouterr().out
+    for step in (2, 4):  # the next save tries again
+        assert f"WARNING: no checkpoint at step {step}: {tmp_path}/runs/run/checkpoints: [Errno 28]" in said
+    assert "it needs 0 MiB" in said and "MiB are free" in said
+    assert not list((tmp_path / "runs" / "run" / "checkpoints").iterdir())
+    monkeypatch.undo()
+    first = weights(tmp_path / "brain")
+    run_train(max_steps=4, save_steps=2)  # with room again, it begins anew, and ends alike
+    assert all(torch.equal(value, first[name]) for name, value in weights(tmp_path / "brain").items())
+
+
+def test_a_log_that_cannot_be_written_does_not_stop_the_training(run_train, tmp_path, capsys, monkeypatch):
+    """For a while the log's folder is gone: each write fails, is told once, and is tried again."""
+    real, calls = Monitor.scalars, []
+
+    def scalars(self, *arguments):
+        calls.append(1)
+        here = tmp_path / ("gone" if 3 <= len(calls) < 6 else "runs/run") / "metrics.jsonl"
+        self._path = here
+        real(self, *arguments)
+
+    monkeypatch.setattr(Monitor, "scalars", scalars)
+    run_train(eval_steps=100)
+    assert capsys.readouterr().out.count("cannot be written") == 1
+    steps = [line["step"] for line in read_metrics(tmp_path / "runs" / "run" / "metrics.jsonl")]
+    assert steps == [0, 1, *range(5, 13), 12]
+
+
+def test_a_weight_that_is_not_finite_is_never_published(run_train, tmp_path, capsys, monkeypatch):
+    real, calls = optim.set_learning_rate, []
+
+    def poison(optimizer, value):
+        calls.append(1)
+        if len(calls) == 6:
+            optimizer.param_groups[0]["params"][0].data[0, 0] = torch.nan
+        real(optimizer, value)
+
+    monkeypatch.setattr(optim, "set_learning_rate", poison)
+    with pytest.raises(RunFailed, match="tensors are not finite"):
+        run_train(max_steps=12, save_steps=4, eval_steps=100)
+    assert not (tmp_path / "brain").exists()
+    assert "is not finite" in capsys.readouterr().out
+    kept = [path.name for path in (tmp_path / "runs" / "run" / "checkpoints").iterdir()]
+    assert kept == ["step-00000004"]
 
 
 def test_the_preset_learns_its_own_tokenizer(settings, tmp_path):
