@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -105,11 +106,10 @@ def _in_a_process(arm: str, config: CompareConfig, folder: Path, repeat: int, th
         command = [sys.executable, "-m", "mori.compare", str(place / "job.json")]
         code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=environment, check=False).returncode
     if code == 0:
-        return {
-            **json.loads((place / "result.json").read_text(encoding="utf-8")),
-            "model": place / "model",
-            "error": None,
-        }
+        found = json.loads((place / "result.json").read_text(encoding="utf-8"))
+        if repeat:
+            shutil.rmtree(place)  # only its figures count: TensorBoard shows one run for each arm
+        return {**found, "model": place / "model", "error": None}
     said = (place / "output.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
     reason = f"killed by signal {-code} (out of memory?)" if code < 0 else (said[-1] if said else f"exit code {code}")
     return {"error": f"{reason} (see {place / 'output.txt'})"}

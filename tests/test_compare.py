@@ -190,6 +190,8 @@ def test_the_command_leaves_its_report(settings, tmp_path):
     assert {"speed_ratio", "memory_ratio", "first_step_ratio"} <= set(found["pairs"]["mori|trainer"])
     for arm in found["arms"]:
         assert list((folder / arm).glob("events.out.tfevents.*"))
+    events = {path.parent.name for path in folder.rglob("events.out.tfevents.*")}
+    assert events == set(found["arms"])  # a second repeat is no run of its own
     report = (folder / "report.md").read_text()
     assert "void" in report and "curves.png" in report and (folder / "curves.png").stat().st_size > 10_000
 
