@@ -8,13 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import ROOT, STORIES, door, flags, needs_stories
 from families import FAMILIES, small_model
+from packaging.version import Version
 from transformers import AutoModelForCausalLM
 
 from mori import compare, data, loss
 from mori import model as models
 from mori.config import CompareConfig, RunFailed, TrainConfig, UserError, checked
+
+# What is compared against is Trainer as it is today. At the oldest release that is supported, 5.3.0, it differs from that
+# in ways that the report shows: see runs/LOG.md.
+OLD_TRAINER = Version(transformers.__version__) < Version("5.23")
 
 
 @pytest.fixture
@@ -63,6 +69,8 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_bit_parity(both, case):
+    if OLD_TRAINER and "accumulation" in case:
+        pytest.skip("an older Trainer with a newer accelerate divides accumulated gradients once more")
     a, b, pair = both(**CASES[case])
     assert_equal_to_the_bit(pair, pair["steps"])
     assert pair["steps"] >= 200
@@ -101,6 +109,8 @@ def test_fp16_stays_close_to_trainer_which_computes_in_fp32_on_a_cpu(both):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bit_parity_of_the_family(both, tokenizer, tmp_path, family):
+    if OLD_TRAINER and family in ("bloom", "mamba"):
+        pytest.skip("in an older transformers this family does not heed shift_labels")
     models.save(small_model(family, len(tokenizer)), tokenizer, tmp_path / family)
     _, _, pair = both(model=str(tmp_path / family), max_steps=20)
     assert_equal_to_the_bit(pair, 20)
@@ -196,6 +206,9 @@ def test_the_command_leaves_its_report(settings, tmp_path):
     assert "void" in report and "curves.png" in report and (folder / "curves.png").stat().st_size > 10_000
 
 
+@pytest.mark.skipif(
+    OLD_TRAINER, reason="an older transformers cannot load a model once accelerate is taken away like this"
+)
 def test_a_failed_arm_is_named_and_the_others_are_compared(settings, tmp_path):
     """Without accelerate Trainer cannot run."""
     (tmp_path / "path").mkdir()
