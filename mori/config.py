@@ -137,7 +137,11 @@ class TrainConfig(SamplingConfig):
     lr_scheduler_type: str = flag(
         "training", "linear", "how the learning rate falls after the warm-up", ("linear", "cosine", "constant")
     )
-    warmup_steps: float = flag("training", 0.0, "steps of linear warm-up; below 1 it is a share of all steps")
+    warmup_steps: float | None = flag(
+        "training",
+        None,
+        "steps of linear warm-up, below 1 a share of all steps; unset is 0, or 0.05 for a model made from scratch",
+    )
     weight_decay: float = flag("training", 0.0, "decoupled weight decay, on all but biases and norms")
     adam_beta1: float = flag("training", 0.9, "AdamW's first moment decay")
     adam_beta2: float = flag("training", 0.999, "AdamW's second moment decay")
@@ -194,6 +198,8 @@ class TrainConfig(SamplingConfig):
             made.learning_rate = 1e-3 if made.model in PRESETS else 5e-5
         if made.num_train_epochs is None:
             made.num_train_epochs = 10.0 if made.model in PRESETS else 5.0
+        if made.warmup_steps is None:
+            made.warmup_steps = 0.05 if made.model in PRESETS else 0.0
         if not made.run_name:
             corpus = "-".join(Path(name).stem.strip("*.") or "text" for name in made.corpus[:2]) or "transcripts"
             made.run_name = re.sub(r"[^\w.-]+", "-", f"{Path(made.model).name}-{corpus}")
@@ -209,16 +215,21 @@ class TrainConfig(SamplingConfig):
         found = [
             f"{name} is {getattr(self, name)}, must be above 0" for name in positive if not getattr(self, name) > 0
         ]
-        not_negative = ("warmup_steps", "weight_decay", "max_grad_norm")
+        warmup_steps = self.warmup_steps or 0.0
+        not_negative = ("weight_decay", "max_grad_norm")
         found += [
             f"{name} is {getattr(self, name)}, must be 0 or more" for name in not_negative if getattr(self, name) < 0
         ]
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 found.append(f"{name} is {getattr(self, name)}, must be at least 0 and below 1")
-        for name in ("eval_steps", "save_steps", "warmup_steps"):
-            if getattr(self, name) > 1 and getattr(self, name) % 1:
-                found.append(f"{name} is {getattr(self, name)}, must be whole, or a share below 1")
+        for name, value in (
+            ("eval_steps", self.eval_steps),
+            ("save_steps", self.save_steps),
+            ("warmup_steps", warmup_steps),
+        ):
+            if value > 1 and value % 1:
+                found.append(f"{name} is {value}, must be whole, or a share below 1")
         for name, choices in ((f.name, f.metadata["choices"]) for f in fields(self) if f.metadata["choices"]):
             if getattr(self, name) not in choices:
                 found.append(f"{name} is {getattr(self, name)!r}, must be one of {', '.join(choices)}")
@@ -241,10 +252,11 @@ class TrainConfig(SamplingConfig):
                 f"max_steps is {self.max_steps}, must be above 0, or -1 to count epochs",
             ),
             (
-                not (self.max_steps > 0 and self.warmup_steps > self.max_steps),
-                f"warmup_steps {self.warmup_steps:g} is more than max_steps {self.max_steps}",
+                not (self.max_steps > 0 and warmup_steps > self.max_steps),
+                f"warmup_steps {warmup_steps:g} is more than max_steps {self.max_steps}",
             ),
             (bool(self.resume_from_checkpoint), "resume_from_checkpoint is empty, must be auto, none or a path"),
+            (warmup_steps >= 0, f"warmup_steps is {self.warmup_steps}, must be 0 or more"),
             (bool(self.output_dir), "output_dir is empty"),
             (bool(self.logging_dir), "logging_dir is empty"),
             (
