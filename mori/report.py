@@ -21,6 +21,8 @@ def _lines(found: dict, drawn: bool) -> list[str]:
     arms = {name: arm for name, arm in found["arms"].items() if not arm["error"]}
     env, config, ledger = found["environment"], found["config"], found["ledger"]
     size = found["model"]["parameters"]
+    # Against Trainer where it took part; compare.json has every pair.
+    shown = {name: pair for name, pair in found["pairs"].items() if "trainer" in name.split("|")} or found["pairs"]
     lines = [
         f"# {found['name']}: the same run, side by side",
         "",
@@ -29,12 +31,17 @@ def _lines(found: dict, drawn: bool) -> list[str]:
         f"{env['device'] or 'CPU'}, {env['precision']}, {env['threads']} threads, torch {env['torch']}, transformers {env['transformers']}, "
         f"Python {env['python']}.",
         "",
+        *_verdict(found),
         "* `mori` is the loop of this project; `mori-exact` is the same with every option off that changes the order of floating-point "
         "operations (there is none yet, so the two are one).",
         "* `trainer` is `transformers.Trainer` on the same windows in the same order; `trainer-tuned` the same with `torch.compile`, "
         "loader workers, and without reporting and NaN filter.",
         "* `course` is the usual recipe, as tutorials give it: one row per line, `truncation=True, max_length=1024`, Trainer's own "
         "shuffling and label shift.",
+        "",
+        "`mori` and `trainer` share what is before and after the training: the windows and their order, the seed, the scoring. Forward, "
+        "loss, backward, clipping, optimizer and schedule are each one's own. Trainer is given its sampler, its loader (with a "
+        "random generator of its own), and the shifted labels under both `labels` and `shift_labels`.",
         "",
         "Compiled dropout draws other random numbers: with `--dropout 0` the compiled arm does the same work as the others.",
         "",
@@ -44,21 +51,21 @@ def _lines(found: dict, drawn: bool) -> list[str]:
 
     lines += ["## Where they end", "", "Every arm is scored by the same code on the same held-out text.", ""]
     lines += [
-        "| arm | steps | tokens trained on | held-out loss before | after | perplexity | bits per byte |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| arm | steps | different tokens | targets in all | held-out loss before | after | perplexity | bits per byte |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, arm in arms.items():
         before, after = arm["held_out"]["before"], arm["held_out"]["after"]
         lines.append(
-            f"| `{name}` | {arm['steps']} | {arm['tokens_trained']:,} | {before['loss']:.6f} | {after['loss']:.6f} "
+            f"| `{name}` | {arm['steps']} | {arm['tokens_trained']:,} | {arm['targets']:,} | {before['loss']:.6f} | {after['loss']:.6f} "
             f"| {after['perplexity']:.2f} | {after['bits_per_byte']:.4f} |"
         )
     lines += [f"| `{name}` | failed: {arm['error']} |" for name, arm in found["arms"].items() if arm["error"]]
     lines += [
         "",
         f"The corpus has {ledger['tokens']:,} tokens: {ledger['train_tokens']:,} to train on, {ledger['held_out_tokens']:,} held out, "
-        f"{ledger['dropped_tokens']:,} dropped because they fill no window. *Tokens trained on* counts the different ones among them "
-        "that stood in a batch.",
+        f"{ledger['dropped_tokens']:,} dropped because they fill no window. *Different tokens* counts those among them that stood in a "
+        "batch, *targets in all* every prediction that was trained, repetitions included.",
         "",
         "## How much they differ",
         "",
@@ -67,7 +74,7 @@ def _lines(found: dict, drawn: bool) -> list[str]:
         "| arms | steps | loss | gradient norm | learning rate | final weights |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for name, pair in found["pairs"].items():
+    for name, pair in shown.items():
         values = [pair[f"max_abs_{of}_diff"] for of in ("loss", "grad_norm", "learning_rate", "weight")]
         steps = "not the same" if pair["steps"] is None else pair["steps"]
         lines.append(f"| `{name.replace('|', '` and `')}` | {steps} | " + " | ".join(map(_difference, values)) + " |")
@@ -79,9 +86,14 @@ def _lines(found: dict, drawn: bool) -> list[str]:
             f"| `{name}` | {_median(arm['tokens_per_second'], '{:,.0f}')} | {_median(arm['first_step_seconds'], '{:.1f}')} "
             f"| {arm['peak_memory_bytes'] / 2**20:,.0f} MiB |"
         )
-    lines += ["", "Ratios, run by run in the same turn: median (smallest to largest).", ""]
+    lines += [
+        "",
+        "Ratios, run by run in the same turn: median of the ratios (smallest to largest). A speed above 1: the first arm is faster; "
+        "seconds or memory above 1: it needs more. A spread that holds 1 shows no difference.",
+        "",
+    ]
     lines += ["| arms | speed | seconds to the first step | memory |", "| --- | ---: | ---: | ---: |"]
-    for name, pair in found["pairs"].items():
+    for name, pair in shown.items():
         title = f"`{name.replace('|', '` / `')}`"
         if pair["timing_valid"]:
             ratios = [_median(pair[key], "{:.2f}") for key in ("speed_ratio", "first_step_ratio", "memory_ratio")]
@@ -106,6 +118,16 @@ def _lines(found: dict, drawn: bool) -> list[str]:
         lines += [f"{key}: {value}" for key, value in sorted(arm["settings"].items()) if value not in (None, "", [])]
         lines += ["```", "", "</details>", ""]
     return lines
+
+
+def _verdict(found: dict) -> list[str]:
+    pair = found["pairs"].get("mori-exact|trainer") or found["pairs"].get("mori|trainer")
+    if not pair:
+        return []
+    differences = [pair[f"max_abs_{of}_diff"] for of in ("loss", "grad_norm", "learning_rate", "weight")]
+    equal = all(value == 0 for value in differences)
+    said = f"equal to the last bit in every loss, gradient norm and learning rate of {pair['steps']} logged steps and in every final weight"
+    return [f"**`mori` and `trainer` are {said if equal else 'not equal: see how much they differ below'}.**", ""]
 
 
 def _difference(value: float | None) -> str:
@@ -144,15 +166,14 @@ def _draw(path: Path, found: dict, curves: dict[str, list[dict]]) -> bool:
         points = [(step, losses[name][step] - losses[reference][step]) for step in losses[name]]
         difference.plot(*zip(*points, strict=True), color=_COLOURS[number % 5], label=name, linewidth=1.2)
         if all(value == 0 for _, value in points):
-            zero.append(f"{name}: exactly 0 at all {len(points)} logged steps")
+            zero.append(f"{name}: 0 at all {len(points)} steps")
     training.set(title="Training loss", ylabel="nats per token")
     held_out.set(title="Held-out loss", ylabel="nats per token")
-    difference.set(title=f"Training loss, minus that of {reference}", xlabel="step", ylabel="difference")
-    if zero:
-        difference.text(0.01, 0.95, "\n".join(zero), transform=difference.transAxes, va="top")
+    title = "; ".join([f"Training loss, minus that of {reference}", *zero])
+    difference.set(title=title, xlabel="step", ylabel="difference")
     for axes in (training, held_out, difference):
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[1]:
-            axes.legend(loc="upper right")
+            axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, dpi=110)
     return True

@@ -131,6 +131,23 @@ def test_a_failed_save_leaves_nothing_behind(saved, monkeypatch):
     assert [p.name for p in sorted(saved.iterdir())] == ["step-00000001", "step-00000002", "step-00000003"]
 
 
+def test_a_checkpoint_appears_by_one_rename_when_all_of_it_is_on_disk(saved, monkeypatch):
+    synced, real = [], checkpoint.sync
+
+    def watched(path):
+        synced.append((path.name, path.stat().st_ino, (saved / "step-00000004").exists()))
+        real(path)
+
+    monkeypatch.setattr(checkpoint, "sync", watched)
+    model, optimizer = make(1, 0)
+    folder = checkpoint.save(saved, 4, model=model.state_dict(), optimizer=optimizer.state_dict(), state={})
+    *before, (last, _, there) = synced
+    assert last == saved.name and there  # the parent's list of names comes after the rename
+    assert not any(there for _, _, there in before)
+    assert {name for name, _, _ in before} == {*(path.name for path in folder.iterdir()), ".step-00000004.partial"}
+    assert folder.stat().st_ino == before[-1][1]  # the very folder that was synced
+
+
 def test_pruning_keeps_the_newest_and_the_best(saved):
     checkpoint.prune(saved, keep=1, best_step=1)
     assert [p.name for p in checkpoint.published(saved)] == ["step-00000001", "step-00000003"]
