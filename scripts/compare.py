@@ -6,6 +6,9 @@ from mori.config import CompareConfig, parse, run_door
 
 def main():
     config = parse(CompareConfig, __doc__)
+    from mori.corpus import find_files
+
+    find_files(config.corpus)  # a missing file is told before torch is imported, which takes seconds
     from mori.compare import compare
 
     compare(config)

@@ -6,7 +6,10 @@ from mori.config import TrainConfig, parse, run_door
 
 def main():
     config = parse(TrainConfig, __doc__)
-    from mori.train import train  # torch is imported only once the flags are right
+    from mori.corpus import find_files
+
+    find_files(config.corpus)  # a missing file is told before torch is imported, which takes seconds
+    from mori.train import train
 
     train(config)
 
