@@ -65,7 +65,7 @@ def save(root: Path, step: int, *, model: dict, optimizer: dict, state: dict) ->
             path.chmod(0o666 & ~_umask())  # safetensors writes 0600
             sync(path)
         sync(staged)
-        shutil.rmtree(final, ignore_errors=True)
+        set_aside(final)
         staged.rename(final)
         sync(root)
     except (OSError, SafetensorError) as error:  # the latter is how safetensors tells of a full disk
@@ -114,10 +114,10 @@ def newest(root: Path, say: Callable[[str], None]) -> Path | None:
         except CorruptCheckpoint as error:
             damaged.append(str(error))
             aside = folder.with_name(folder.name + ".corrupt")
-            shutil.rmtree(aside, ignore_errors=True)
+            set_aside(aside)  # an earlier one of that name
             folder.rename(aside)
             say(f"checkpoint set aside as {aside.name}: {error}")
-    if damaged or any(root.glob("*.corrupt")):
+    if damaged or any(root.glob("*.corrupt*")):
         raise UserError(f"no whole checkpoint is left under {root}; --resume_from_checkpoint none starts anew")
     return None
 

@@ -25,7 +25,6 @@ from . import checkpoint, corpus, data, prepare, report, runtime
 from . import model as models
 from .config import CompareConfig, RunFailed, TrainConfig, UserError, checked, steps_of
 from .evaluate import evaluate
-from .loss import cross_entropy_sum
 from .monitor import Monitor, peak_memory_bytes, read_metrics
 from .train import train
 
@@ -312,19 +311,17 @@ class _Order(Sampler):
 
 def check_shift_labels(model: torch.nn.Module, window: dict[str, torch.Tensor]) -> None:
     """Raise RunFailed where the model ignores `shift_labels` and would shift the labels once more, in silence."""
-    batch = {name: value[None] for name, value in window.items()}
+    batch = {name: value[None].to(model.device) for name, value in window.items()}
     with torch.no_grad():
         model.eval()
-        out = model(**batch)
-        expected = cross_entropy_sum(out.logits, batch["labels"]) / batch["labels"].numel()
-        router_loss = getattr(out, "aux_loss", None)
-        if router_loss is not None:
-            expected = expected + models.CausalLMLoss(model).router_coefficient * router_loss
+        found = model(**batch).loss.item()
+        targets = torch.tensor(batch["labels"].numel(), device=model.device)
+        expected = models.CausalLMLoss(model)(batch["input_ids"], batch["labels"], targets).item()
         model.train()
-    if not math.isclose(out.loss.item(), expected.item(), rel_tol=1e-4):
+    if not math.isclose(found, expected, rel_tol=1e-4):
         raise RunFailed(
-            f"{type(model).__name__} does not heed shift_labels (its loss is {out.loss.item()}, that of the labels as they "
-            f"are {expected.item()}): Trainer would train it on other targets"
+            f"{type(model).__name__} does not heed shift_labels (its loss is {found}, that of the labels as they are "
+            f"{expected}): Trainer would train it on other targets"
         )
 
 
@@ -335,10 +332,12 @@ def _trainer_arm(arm: str, config: TrainConfig, folder: Path, started: float) ->
 
     documents = corpus.read_documents(corpus.find_files(config.corpus))
     where = runtime.start(config.device, config.precision)
-    tokenizer = models.load_tokenizer(config.model, ())
-    model_config = models.load_config(config.model, tokenizer, dropout=config.dropout)
+    tokenizer = models.load_tokenizer(config.model, (), config.trust_remote_code)
+    model_config = models.load_config(
+        config.model, tokenizer, dropout=config.dropout, trust_remote_code=config.trust_remote_code
+    )
     text = prepare.prepare_text(config, documents, tokenizer, model_config, where)
-    model = models.load_model(config.model, model_config).to(where.device)
+    model = models.load_model(config.model, model_config, config.trust_remote_code).to(where.device)
 
     tuned, course = arm == "trainer-tuned", arm == "course"
     if course:
@@ -353,9 +352,7 @@ def _trainer_arm(arm: str, config: TrainConfig, folder: Path, started: float) ->
         trained_on = _TrainerWindows(text.train)
         check_shift_labels(model, trained_on[0])
     batches = _batches(config, len(trained_on))
-    total_steps = (
-        config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * batches.steps_per_epoch)
-    )
+    total_steps = config.total_steps(batches.steps_per_epoch)
     warmup_steps, eval_every = steps_of(config.warmup_steps, total_steps), steps_of(config.eval_steps, total_steps)
     constant = "constant_with_warmup" if warmup_steps else "constant"
     arguments = TrainingArguments(
@@ -445,9 +442,8 @@ def _trainer_arm(arm: str, config: TrainConfig, folder: Path, started: float) ->
     for line in sorted(scored + logged, key=lambda line: line["step"]):
         monitor.scalars(line["step"], {k: v for k, v in line.items() if k != "step"})
     monitor.close()
-    targets = (
-        config.block_size - 1 if course else config.block_size
-    )  # Trainer's own shift leaves a block's last input without one
+    # Trainer's own shift leaves the last input of a block without a target.
+    targets = config.block_size - 1 if course else config.block_size
     return {
         **clock.found([batches.windows_in(step) * targets for step in range(total_steps)]),
         "tokens_trained": _distinct_tokens(batches, total_steps, config.block_size),

@@ -205,6 +205,10 @@ class TrainConfig(SamplingConfig):
             made.run_name = re.sub(r"[^\w.-]+", "-", f"{Path(made.model).name}-{corpus}")
         return made
 
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """How many optimizer steps the run takes, its epochs having `steps_per_epoch` (rounded up, as Trainer does)."""
+        return self.max_steps if self.max_steps > 0 else math.ceil(self.num_train_epochs * steps_per_epoch)
+
     def mistakes(self) -> list[str]:
         """All that is wrong with the values, one phrase each."""
         positive = (

@@ -103,12 +103,8 @@ def _lines(found: dict, drawn: bool) -> list[str]:
     lines += [
         "",
         "Speed is that of training alone, logging included, evaluation and saving not; the first 3 steps are left out as warm-up. "
-        "*To the first step* counts from the start of the process, an evaluation of the untrained model included. Memory is the peak of "
-        + (
-            "the GPU."
-            if env["device"] and "cuda" in config["device"]
-            else "the whole process (of the GPU, where there is one)."
-        ),
+        "*To the first step* counts from the start of the process, an evaluation of the untrained model included. Memory is the peak "
+        "of the GPU where there is one, else of the whole process.",
         "",
         "## Settings of each arm",
         "",

@@ -47,8 +47,8 @@ def train(config: TrainConfig, on_step: Callable[[int, float], None] = lambda st
     `on_step` is told the number of steps done and the seconds spent training so far, after each step.
 
     Whatever a user can get wrong is found before the first slow thing begins, and raises UserError. Raises RunFailed
-    where the run cannot go on: the gradient is not finite again and again, or the model or the last checkpoint cannot be written. Raises
-    Interrupted after a signal, when the step is done and the run is saved.
+    where the run cannot go on: the gradient is not finite again and again, or the model or the last checkpoint cannot
+    be written. Raises Interrupted after a signal, when the step is done and the run is saved.
     """
     with runtime.StopSignals() as signals:
         return _train(config, on_step, signals)
@@ -79,9 +79,7 @@ def _train(config: TrainConfig, on_step: Callable[[int, float], None], signals: 
         rank=where.rank,
         world_size=where.world_size,
     )
-    total_steps = (
-        config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * batches.steps_per_epoch)
-    )
+    total_steps = config.total_steps(batches.steps_per_epoch)
     warmup_steps = steps_of(config.warmup_steps, total_steps)
     if warmup_steps > total_steps:
         raise UserError(f"warmup_steps {warmup_steps} is more than the {total_steps} steps of the run")

@@ -83,6 +83,16 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(saved, nam
     assert len(said) == 1 and name in said[0]
 
 
+def test_a_second_damaged_checkpoint_of_a_step_does_not_delete_the_first(saved):
+    for content in ("one", "two"):
+        folder = saved / "step-00000003"
+        folder.mkdir(exist_ok=True)
+        (folder / "state.json").write_text(content)
+        checkpoint.newest(saved, lambda message: None)
+    asides = (saved / name / "state.json" for name in ("step-00000003.corrupt", "step-00000003.corrupt.1"))
+    assert {path.read_text() for path in asides} == {"one", "two"}
+
+
 def test_with_none_whole_the_run_is_not_started_over(saved):
     for folder in checkpoint.published(saved):
         (folder / "state.json").write_text("{}")
