@@ -387,7 +387,7 @@ def _trainer_arm(arm: str, config: TrainConfig, folder: Path, started: float) ->
     evaluations, logged = [], []
 
     def score(step: int) -> None:
-        batch_size = config.per_device_eval_batch_size
+        batch_size = runtime.BatchSize(config.per_device_eval_batch_size)
         found = evaluate(module, text.held_out, text.held_out_bytes, batch_size=batch_size, runtime=where)
         evaluations.append({"step": step, **asdict(found)})
 

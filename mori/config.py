@@ -4,6 +4,7 @@ Only the standard library is imported here, so that `--help` and every mistake i
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -22,9 +23,11 @@ EXIT_OK, EXIT_FAILURE, EXIT_MISTAKE, EXIT_INTERRUPTED = 0, 1, 2, 130
 # What a resumed run may change: none of it touches the weights. (The corpus is compared by its hash.)
 MAY_CHANGE = frozenset(
     "corpus device output_dir logging_dir run_name resume_from_checkpoint logging_steps eval_steps save_steps "
-    "save_total_limit per_device_eval_batch_size max_nonfinite_steps prompt temperature top_k top_p "
+    "save_total_limit per_device_eval_batch_size max_nonfinite_steps ddp_timeout extend prompt temperature top_k top_p "
     "repetition_penalty max_new_tokens num_return_sequences".split()
 )
+# What a run that is extended may change besides: how long it is.
+HORIZON = frozenset({"num_train_epochs", "max_steps"})
 
 
 class UserError(ValueError):
@@ -127,6 +130,11 @@ class TrainConfig(SamplingConfig):
 
     per_device_train_batch_size: int = flag("training", 4, "windows in one micro-batch on each device")
     gradient_accumulation_steps: int = flag("training", 1, "micro-batches in one optimizer step")
+    auto_find_batch_size: bool = flag(
+        "training",
+        False,
+        "make the micro-batches as large as memory allows: all windows of a step at first, halved until they fit",
+    )
     num_train_epochs: float | None = flag(
         "training", None, "passes over the training windows; unset is 5, or 10 for a model made from scratch"
     )
@@ -159,6 +167,7 @@ class TrainConfig(SamplingConfig):
         ("auto", "fp32", "bf16", "fp16"),
     )
     device: str = flag("device", "auto", "auto, cpu, cuda, cuda:1 ...")
+    ddp_timeout: int = flag("device", 1800, "seconds after which a rank that does not answer is given up by the others")
 
     logging_steps: int = flag("logging", 10, "log every so many steps")
     eval_steps: float = flag(
@@ -179,6 +188,10 @@ class TrainConfig(SamplingConfig):
         "output",
         "auto",
         "auto goes on where the run stopped, none starts anew (the old run is set aside), or the path of a checkpoint",
+    )
+
+    extend: bool = flag(
+        "output", False, "go on with a run, finished or not, to the num_train_epochs or max_steps that are given now"
     )
 
     prompt: list[str] = flag(
@@ -214,7 +227,7 @@ class TrainConfig(SamplingConfig):
         positive = (
             "block_size", "per_device_train_batch_size", "gradient_accumulation_steps",
             "per_device_eval_batch_size", "logging_steps", "eval_steps", "save_steps", "save_total_limit",
-            "adam_epsilon", "max_nonfinite_steps",
+            "adam_epsilon", "max_nonfinite_steps", "ddp_timeout",
         )  # fmt: skip
         found = [
             f"{name} is {getattr(self, name)}, must be above 0" for name in positive if not getattr(self, name) > 0
@@ -261,6 +274,10 @@ class TrainConfig(SamplingConfig):
             ),
             (bool(self.resume_from_checkpoint), "resume_from_checkpoint is empty, must be auto, none or a path"),
             (warmup_steps >= 0, f"warmup_steps is {self.warmup_steps}, must be 0 or more"),
+            (
+                not (self.extend and self.resume_from_checkpoint == "none"),
+                "extend goes on with a run, resume_from_checkpoint none begins one: they contradict each other",
+            ),
             (bool(self.output_dir), "output_dir is empty"),
             (bool(self.logging_dir), "logging_dir is empty"),
             (
@@ -286,13 +303,13 @@ class TrainConfig(SamplingConfig):
             raise UserError(f"the config has fields that do not exist: {', '.join(unknown)}")
         return cls(**values)
 
-    def differences(self, other: "TrainConfig") -> list[str]:
-        """The fields in which two runs differ so that their weights would: `name (this, other)`."""
-        return [
-            f"{f.name} ({getattr(self, f.name)!r}, {getattr(other, f.name)!r})"
+    def differences(self, other: "TrainConfig") -> dict[str, str]:
+        """The fields in which two runs differ so that their weights would, each with `(this, other)`."""
+        return {
+            f.name: f"({getattr(self, f.name)!r}, {getattr(other, f.name)!r})"
             for f in fields(self)
             if f.name not in MAY_CHANGE and getattr(self, f.name) != getattr(other, f.name)
-        ]
+        }
 
 
 ARMS = ("mori", "mori-exact", "trainer", "trainer-tuned", "course")
@@ -435,18 +452,26 @@ def run_door(name: str, main) -> None:
         code = main() or EXIT_OK
     except UserError as mistake:
         if not getattr(mistake, "told_by_main", False):
-            print(f"{name}: error: {mistake}", file=sys.stderr)
+            _tell(f"{name}: error: {mistake}")
         code = EXIT_MISTAKE
     except RunFailed as failure:
-        print(f"{name}: failed: {failure}", file=sys.stderr)
+        _tell(f"{name}: failed: {failure}")
         code = EXIT_FAILURE
     except Interrupted as stop:
-        print(f"\n{name}: {stop}", file=sys.stderr)
+        _tell(f"\n{name}: {stop}")
         code = EXIT_INTERRUPTED
     except KeyboardInterrupt:
-        print(f"\n{name}: interrupted", file=sys.stderr)
+        _tell(f"\n{name}: interrupted")
         code = EXIT_INTERRUPTED
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_OK
+    try:
+        sys.stdout.flush()
+    except OSError:  # nobody reads, or a full disk: Python would try again on its way out
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
+
+
+def _tell(line: str) -> None:
+    with contextlib.suppress(OSError):  # standard error may be a file on a full disk
+        print(line, file=sys.stderr, flush=True)

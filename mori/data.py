@@ -62,7 +62,8 @@ class Batches:
 
     Each epoch visits all windows once, in a permutation drawn from `seed` and the epoch's number. A step takes the next
     `batch_size * accumulation * world_size` windows; the last step of an epoch takes what is left. So the place in the
-    data is the step's number: resuming neither replays nor stores anything.
+    data is the step's number: resuming neither replays nor stores anything. `batch_size` may be set to another number at
+    any time: the windows of a step stay the same, and are cut into more or fewer micro-batches.
     """
 
     def __init__(

@@ -9,7 +9,7 @@ import torch
 from .data import ShiftedDataset
 from .loss import count_targets
 from .model import CausalLMLoss
-from .runtime import Runtime
+from .runtime import BatchSize, Runtime
 
 
 @dataclass
@@ -27,24 +27,31 @@ def evaluate(
     dataset: ShiftedDataset,
     text_bytes: int,
     *,
-    batch_size: int,
+    batch_size: BatchSize,
     runtime: Runtime,
     give_up: Callable[[], object] = lambda: False,
 ) -> Evaluation | None:
     """Score every target of `dataset` once; ranks share the work.
 
     Only the summed loss and the count are kept, in float64. Bits per byte does not depend on the tokenizer, so models
-    with different vocabularies can be compared by it: (nats / ln 2) / `text_bytes`. `give_up` is asked before every
-    batch; once it is true, the result is None.
+    with different vocabularies can be compared by it: (nats / ln 2) / `text_bytes`. A batch that does not fit in memory
+    is done again in halves. `give_up` is asked before every batch; once it is true, the result is None.
     """
     was_training = module.training
     module.eval()
     totals = torch.zeros(2, dtype=torch.float64)
-    for first in range(runtime.rank * batch_size, len(dataset), batch_size * runtime.world_size):
-        input_ids, labels = dataset.batch(range(first, min(first + batch_size, len(dataset))))
-        with runtime.autocast():
-            loss_sum = module(input_ids.to(runtime.device), labels.to(runtime.device))
-        totals += torch.tensor([loss_sum.item(), count_targets(labels)], dtype=torch.float64)
+    share = range(runtime.rank, len(dataset), runtime.world_size)
+    at = 0
+    while at < len(share):
+        if give_up():
+            module.train(was_training)
+            return None
+        input_ids, labels = dataset.batch(share[at : at + batch_size.size])
+        with batch_size, runtime.autocast():
+            loss_sum = module(input_ids.to(runtime.device), labels.to(runtime.device)).item()
+        if not batch_size.halved:
+            totals += torch.tensor([loss_sum, count_targets(labels)], dtype=torch.float64)
+            at += len(labels)
     nats, targets = runtime.all_sum(totals).tolist()
     module.train(was_training)
     loss = nats / targets

@@ -28,18 +28,29 @@ class Monitor:
         if not enabled:
             return
         self._path = run_dir / "metrics.jsonl"
-        _cut_after(self._path, first_step)
         self._failed = False
-        self._board = SummaryWriter(str(run_dir), purge_step=first_step + 1 if first_step else None)
-        self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, file=sys.stderr)
+        self._board = None
+        # At step 0 nothing is gone on from: what an attempt logged that was killed before its first checkpoint goes too.
+        first_lost = first_step + 1 if first_step else 0
+        shape = {"total": total_steps, "initial": first_step, "unit": "step", "dynamic_ncols": True}
+        try:
+            self._bar = tqdm(**shape, file=sys.stderr)
+        except OSError:  # standard error may be a file on a full disk
+            self._bar = tqdm(**shape, disable=True)
+        with self._survive():
+            _cut_from(self._path, first_lost)
+        with self._survive():
+            self._board = SummaryWriter(str(run_dir), purge_step=first_lost)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Log `values`, keyed by TensorBoard tag (`train/loss`), at `step`."""
         if not self.enabled:
             return
-        with self._survive():
-            for tag, value in values.items():
-                self._board.add_scalar(tag, value, step)
+        if self._board:
+            with self._survive():
+                for tag, value in values.items():
+                    self._board.add_scalar(tag, value, step)
+                self._board.flush()
         # Opened anew for each line: a disk that was full, or a folder that was gone, is tried again. What it may have
         # cut short then is ended by a line break of its own.
         with self._survive(), self._path.open("a", encoding="utf-8") as lines:
@@ -47,7 +58,7 @@ class Monitor:
 
     def text(self, step: int, tag: str, text: str) -> None:
         """Show a text in TensorBoard, word for word, its long lines folded (a Markdown code block would not fold them)."""
-        if not self.enabled:
+        if not self.enabled or not self._board:
             return
         with self._survive():
             folded = [part for line in text.splitlines() for part in textwrap.wrap(line, 110) or [""]]
@@ -57,21 +68,24 @@ class Monitor:
     def progress(self, step: int, **shown) -> None:
         """Move the bar to `step`, with a few figures beside it."""
         if self.enabled:
-            self._bar.set_postfix(shown, refresh=False)
-            self._bar.update(step - self._bar.n)
+            with contextlib.suppress(OSError):  # standard error may be a file on a full disk
+                self._bar.set_postfix(shown, refresh=False)
+                self._bar.update(step - self._bar.n)
 
     def say(self, message: str) -> None:
         """Print a line above the bar."""
         if self.enabled:
-            with self._bar.external_write_mode(file=sys.stdout):
+            with contextlib.suppress(OSError), self._bar.external_write_mode(file=sys.stdout):
                 say(message)
 
     def close(self) -> None:
         """Flush and close everything."""
         if self.enabled:
-            self._bar.close()
-            with self._survive():
-                self._board.close()
+            with contextlib.suppress(OSError):
+                self._bar.close()
+            if self._board:
+                with self._survive():
+                    self._board.close()
 
     @contextlib.contextmanager
     def _survive(self):
@@ -87,23 +101,26 @@ class Monitor:
 
 
 def say(message: str) -> None:
-    """Print a line at once. That nobody reads any more (`| head`) is no reason to stop a training."""
+    """Print a line at once. That nobody reads any more (`| head`), or a full disk, is no reason to stop a training."""
     try:
         print(message, flush=True)
-    except BrokenPipeError:
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The whole lines of a `metrics.jsonl`; one that a kill or a full disk cut short is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+    """The whole lines of a `metrics.jsonl`; one that a kill, a full disk or a bad disk spoiled is left out."""
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            values = json.loads(line)
+            if isinstance(values, dict) and isinstance(values.get("step"), int):
+                found.append(values)
+    return found
 
 
-def _cut_after(path: Path, step: int) -> None:
-    kept = [json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= step]
+def _cut_from(path: Path, step: int) -> None:
+    kept = [json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] < step]
     staged = path.with_suffix(".tmp")
     staged.write_text("".join(kept), encoding="utf-8")
     staged.replace(path)

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from . import __version__, checkpoint, corpus, data
-from .config import TrainConfig, UserError
+from .config import HORIZON, TrainConfig, UserError
 from .model import check_fits
 from .runtime import Runtime
 
@@ -94,11 +94,13 @@ def _is_model(folder: Path) -> bool:
     return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
 
 
-def lock(run_dir: Path) -> IO:
+def lock(run_dir: Path, held: IO | None = None) -> IO:
     """Keep other processes out of the run's folder for as long as the returned file is open (a killed process closes it).
 
-    Raises UserError where another process is in it.
+    Raises UserError where another process is in it. `held`, a lock that this process has on it already, is given up.
     """
+    if held:
+        held.close()
     file = (run_dir / ".lock").open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -107,15 +109,31 @@ def lock(run_dir: Path) -> IO:
     return file
 
 
-def find_checkpoint(config: TrainConfig, run_dir: Path, identity: dict) -> Path | None:
-    """The checkpoint that the run goes on from, or None for a run that begins.
+def remember_batch_size(run_dir: Path, size: int) -> None:
+    """Leave word for the next start that micro-batches of more than `size` windows do not fit in memory."""
+    checkpoint.write_json(run_dir / "batch_size.json", size)
 
-    Raises UserError where the checkpoint belongs to a run whose weights would differ, with the fields that do.
+
+def remembered_batch_size(run_dir: Path) -> int | None:
+    """What `remember_batch_size` left, if anything."""
+    try:
+        size = json.loads((run_dir / "batch_size.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return size if isinstance(size, int) and size > 0 else None
+
+
+def find_checkpoint(config: TrainConfig, run_dir: Path, identity: dict, total_steps: int) -> Path | None:
+    """The checkpoint that the run goes on from, or None for a run that begins. Call it with the run's `lock` held.
+
+    Raises UserError where the checkpoint belongs to a run whose weights would differ, with the fields that do; with
+    `extend` the run's length may.
     """
     root = run_dir / "checkpoints"
     if config.resume_from_checkpoint == "none":
         return None
     if config.resume_from_checkpoint == "auto":
+        checkpoint.clean(root)
         folder = checkpoint.newest(root, lambda message: print(message, file=sys.stderr))
     else:
         folder = Path(config.resume_from_checkpoint)
@@ -133,27 +151,45 @@ def find_checkpoint(config: TrainConfig, run_dir: Path, identity: dict) -> Path 
                 f"resume_from_checkpoint: the run {run_dir} has gone on to {newer[-1]}; give another --run_name to branch off {folder}"
             )
     if folder is None:
+        if config.extend:
+            raise UserError(f"extend: {run_dir} holds no checkpoint to go on from; leave --extend out to begin a run")
         return None
     saved = checkpoint.load_state(folder)
-    known = {f.name for f in fields(TrainConfig)}
-    differing = TrainConfig(**{k: v for k, v in saved["config"].items() if k in known}).differences(config)
-    differing += [f"{k} ({saved[k]!r}, {v!r})" for k, v in identity.items() if k != "config" and saved[k] != v]
+    differing = _differences(saved, config, identity, folder)
+    if config.extend:
+        differing = {name: values for name, values in differing.items() if name not in HORIZON}
     if differing:
+        longer = "--extend (to go on to the new length), " if differing.keys() <= HORIZON else ""
         raise UserError(
-            f"{folder} belongs to a run with other settings (there, now): {'; '.join(differing)}. "
-            "Use those settings, another --run_name, or --resume_from_checkpoint none (the old run is set aside)"
+            f"{folder} belongs to a run with other settings (there, now): "
+            f"{'; '.join(f'{name} {values}' for name, values in differing.items())}. "
+            f"Use those settings, {longer}another --run_name, or --resume_from_checkpoint none (the old run is set aside)"
         )
+    if saved["step"] > total_steps:
+        raise UserError(f"{folder} has done {saved['step']} steps already, more than the {total_steps} of this run")
     return folder
+
+
+def _differences(saved: dict, config: TrainConfig, identity: dict, folder: Path) -> dict[str, str]:
+    known = {f.name for f in fields(TrainConfig)}
+    try:
+        there = TrainConfig(**{name: value for name, value in saved["config"].items() if name in known})
+        others = {name: saved[name] for name in identity if name != "config"}
+    except (KeyError, AttributeError):
+        raise UserError(f"{folder / 'state.json'} is not what mori writes; take another checkpoint") from None
+    changed = {name: f"({value!r}, {identity[name]!r})" for name, value in others.items() if value != identity[name]}
+    return there.differences(config) | changed
 
 
 def finished_summary(run_dir: Path, output_dir: Path, resumed: Path | None, total_steps: int) -> dict | None:
     """The summary of a run that has nothing left to do and whose model is in its place, file by file; else None."""
-    path = run_dir / "summary.json"
-    if resumed and checkpoint.load_state(resumed)["step"] == total_steps and path.exists() and output_dir.is_dir():
-        summary = json.loads(path.read_text(encoding="utf-8"))
-        if summary["output_sha256"] == checkpoint.hashes(output_dir):
-            return summary
-    return None
+    if not resumed or checkpoint.load_state(resumed)["step"] != total_steps or not output_dir.is_dir():
+        return None
+    try:
+        summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+        return summary if summary["output_sha256"] == checkpoint.hashes(output_dir) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # not there, or damaged: it is written again
 
 
 def environment(where: Runtime) -> dict:

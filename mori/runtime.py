@@ -1,6 +1,7 @@
 """Where we run: device, ranks, random state, autocast and gradient scaling."""
 
 import contextlib
+import gc
 import os
 import random
 import signal
@@ -8,6 +9,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 
 import numpy
 import torch
@@ -15,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .config import UserError
+from .config import RunFailed, UserError
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -78,19 +80,25 @@ class Runtime:
         dist.all_gather_object(values, value)
         return values
 
-    def main_first(self, action):
-        """Run `action` on the main rank, then on the others; the main rank's UserError is raised on all."""
+    def on_main(self, action):
+        """Run `action` on the main rank alone; its result, or its UserError, is every rank's."""
         result, mistake = None, None
         if self.is_main:
             try:
                 result = action()
             except UserError as raised:
                 mistake = raised
-        mistake = self.gather(mistake)[0]
+        result, mistake = self.gather((result, mistake))[0]
         if mistake:
             mistake.told_by_main = not self.is_main
             raise mistake
-        return result if self.is_main else action()
+        return result
+
+    def main_first(self, action):
+        """Run `action` on the main rank, then on the others; the main rank's UserError is raised on all."""
+        made = []
+        self.on_main(lambda: made.append(action()))
+        return made[0] if self.is_main else action()
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -108,8 +116,46 @@ class Runtime:
             dist.destroy_process_group()
 
 
-def start(device: str = "auto", precision: str = "fp32") -> Runtime:
+class BatchSize:
+    """How many windows are put through the model at once. It is a context for that work: `with batch_size: ...`
+
+    Where memory runs out inside, the work ends there, `size` is halved, and `halved` is true: the caller does it again.
+    Raises RunFailed where not even one window fits.
+    """
+
+    def __init__(self, size: int):
+        self.size, self.halved = size, False
+
+    def __enter__(self) -> None:
+        if self.halved:
+            gc.collect()  # what the failed attempt left in reference cycles
+        self.halved = False
+
+    def __exit__(self, kind, error, traceback) -> bool:
+        if error is None or not out_of_memory(error):
+            return False
+        if self.size == 1:
+            raise RunFailed(
+                "not even one window fits in memory; use a smaller --block_size or --model, or --precision bf16"
+            ) from None
+        self.size, self.halved = -(-self.size // 2), True
+        return True
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that memory ran out: the device's, or that of the host (PyTorch has no type for the latter)."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def lost_a_rank(error: BaseException) -> bool:
+    """Whether `error` says that another rank is gone, or did not answer in time (gloo has no type for it)."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def start(device: str = "auto", precision: str = "fp32", timeout: int = 1800) -> Runtime:
     """Find the device, join the other ranks (those of `torchrun`, by its environment variables), and settle the precision.
+
+    A rank that does not answer for `timeout` seconds is given up by the others.
 
     `auto` precision is bf16 on a GPU that computes in it, fp16 on an older one, fp32 on a CPU.
     Raises UserError where the device does not exist.
@@ -118,15 +164,17 @@ def start(device: str = "auto", precision: str = "fp32") -> Runtime:
     chosen = _device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+    patience = timedelta(seconds=timeout)
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=patience)
     if precision == "auto":
         precision = "fp32"
         if chosen.type == "cuda":
             precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if world_size == 1:
         return Runtime(chosen, 0, 1, precision)
-    return Runtime(chosen, dist.get_rank(), world_size, precision, dist.new_group(backend="gloo"))
+    control = dist.new_group(backend="gloo", timeout=patience)
+    return Runtime(chosen, dist.get_rank(), world_size, precision, control)
 
 
 def _device(name: str, local_rank: int) -> torch.device:

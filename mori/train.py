@@ -3,12 +3,13 @@
 `train` checks and makes everything ready, then loops; a single optimizer step stands between two rules.
 """
 
+import contextlib
 import json
 import math
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from torch.nn.utils import clip_grad_norm_
 from . import checkpoint, corpus, data, optim, prepare, runtime
 from . import model as models
 from .config import Interrupted, RunFailed, TrainConfig, UserError, checked, steps_of
+from .diagnose import first_bad_tensor
 from .evaluate import evaluate
 from .generate import check_prompts, generate
 from .monitor import Monitor, Throughput, peak_memory_bytes, say
@@ -39,6 +41,20 @@ class Progress:
     tokens: int = 0
     train_seconds: float = 0.0
     wall_seconds: float = 0.0
+    train_batch_size: int = 0  # windows in one micro-batch, and in one batch of the evaluation,
+    eval_batch_size: int = 0  # where memory ran out and they are fewer than the config says
+
+    @classmethod
+    def from_json(cls, values: dict) -> "Progress":
+        """What a checkpoint holds. Raises ValueError where it is something else."""
+        made = cls(**values)
+        for f, model in zip(fields(cls), vars(cls()).values(), strict=True):
+            value = getattr(made, f.name)
+            if not isinstance(
+                value, (dict, type(None)) if model is None else (int, float) if f.type is float else type(model)
+            ):
+                raise ValueError(f"{f.name} is {value!r}")
+        return made
 
 
 def train(config: TrainConfig, on_step: Callable[[int, float], None] = lambda step, seconds: None) -> dict:
@@ -47,11 +63,23 @@ def train(config: TrainConfig, on_step: Callable[[int, float], None] = lambda st
     `on_step` is told the number of steps done and the seconds spent training so far, after each step.
 
     Whatever a user can get wrong is found before the first slow thing begins, and raises UserError. Raises RunFailed
-    where the run cannot go on: the gradient is not finite again and again, or the model or the last checkpoint cannot
-    be written. Raises Interrupted after a signal, when the step is done and the run is saved.
+    where the run cannot go on: the gradient is not finite again and again, memory does not hold one window, another rank
+    is gone, or the model or the last checkpoint cannot be written. Raises Interrupted after a signal, when the step is
+    done and the run is saved.
     """
     with runtime.StopSignals() as signals:
-        return _train(config, on_step, signals)
+        try:
+            return _train(config, on_step, signals)
+        except (RunFailed, Interrupted):
+            raise
+        except (RuntimeError, MemoryError) as error:
+            if runtime.out_of_memory(error):
+                raise RunFailed(f"memory ran out: {str(error).splitlines()[0]}") from None
+            if runtime.lost_a_rank(error):
+                raise RunFailed(
+                    "another rank is gone, or did not answer in time; the same command goes on from the last checkpoint"
+                ) from None
+            raise
 
 
 def _train(config: TrainConfig, on_step: Callable[[int, float], None], signals: runtime.StopSignals) -> dict:
@@ -61,7 +89,7 @@ def _train(config: TrainConfig, on_step: Callable[[int, float], None], signals: 
     documents = corpus.read_documents(files)
     run_dir, output_dir = Path(config.logging_dir).resolve() / config.run_name, Path(config.output_dir).resolve()
     prepare.check_writable(run_dir, output_dir)
-    where = runtime.start(config.device, config.precision)
+    where = runtime.start(config.device, config.precision, config.ddp_timeout)
 
     # What we train, and on what.
     runtime.set_seed(config.seed)
@@ -86,7 +114,15 @@ def _train(config: TrainConfig, on_step: Callable[[int, float], None], signals: 
     eval_every, save_every = steps_of(config.eval_steps, total_steps), steps_of(config.save_steps, total_steps)
 
     identity = {"config": asdict(config), "precision": where.precision, "world_size": where.world_size, **text.hashes}
-    resumed = where.main_first(lambda: prepare.find_checkpoint(config, run_dir, identity))
+    held = None  # the lock on the run's folder, as long as this function runs
+
+    def claim() -> tuple[Path | None, int]:
+        """Keep other processes out of the run's folder, and find where the run goes on."""
+        nonlocal held
+        held = prepare.lock(run_dir) if run_dir.is_dir() else None
+        return prepare.find_checkpoint(config, run_dir, identity, total_steps), prepare.remembered_batch_size(run_dir)
+
+    resumed, remembered = where.on_main(claim)
     if finished := prepare.finished_summary(run_dir, output_dir, resumed, total_steps):
         if where.is_main:
             say(
@@ -112,17 +148,24 @@ def _train(config: TrainConfig, on_step: Callable[[int, float], None], signals: 
     parallel.train()
 
     if where.is_main:
-        if config.resume_from_checkpoint == "none" and run_dir.exists():
-            prepare.lock(run_dir).close()  # nobody may be in it
-            checkpoint.set_aside(run_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        held = prepare.lock(run_dir)  # noqa: F841 (until this function ends)
-        (run_dir / "config.json").write_text(config.to_json(), encoding="utf-8")
-        _write_json(run_dir / "environment.json", prepare.environment(where))
-        _write_json(run_dir / "ledger.json", asdict(text.ledger))
+        with _writes(run_dir):
+            if config.resume_from_checkpoint == "none":
+                checkpoint.set_aside(run_dir)
+            run_dir.mkdir(parents=True, exist_ok=True)
+            held = held if resumed else prepare.lock(run_dir, held)
+            checkpoint.write_json(run_dir / "config.json", asdict(config))
+            checkpoint.write_json(run_dir / "environment.json", prepare.environment(where))
+            checkpoint.write_json(run_dir / "ledger.json", asdict(text.ledger))
         _introduce(config, where, model, text.ledger, len(files), batches, total_steps, run_dir, resumed)
     monitor = Monitor(run_dir, first_step=progress.step, total_steps=total_steps, enabled=where.is_main)
     speed = Throughput(progress.tokens, progress.train_seconds)
+    # The micro-batches may be smaller than the config's where memory ran out; the windows of a step stay the same.
+    largest = config.per_device_train_batch_size * (
+        config.gradient_accumulation_steps if config.auto_find_batch_size else 1
+    )
+    micro_batch = runtime.BatchSize(min(largest, progress.train_batch_size or largest, remembered or largest))
+    largest = config.per_device_eval_batch_size
+    eval_batch = runtime.BatchSize(min(largest, progress.eval_batch_size or largest))
     earlier_seconds = progress.wall_seconds
 
     # Written on the device in every step, read by the host only when logging or saving.
@@ -134,16 +177,21 @@ def _train(config: TrainConfig, on_step: Callable[[int, float], None], signals: 
 
     def take_stock() -> None:
         """Evaluate on the held-out text and draw the samples; neither moves the training's random numbers."""
+        size = eval_batch.size
         found = evaluate(
             module,
             text.held_out,
             text.held_out_bytes,
-            batch_size=config.per_device_eval_batch_size,
+            batch_size=eval_batch,
             runtime=where,
             give_up=lambda: signals.received and where.world_size == 1,  # ranks must stay together
         )
         if found is None:
             return
+        if eval_batch.size < size:
+            monitor.say(
+                f"step {progress.step}: memory ran out; evaluated {eval_batch.size} window(s) at a time instead of {size}"
+            )
         progress.after = {"step": progress.step, **asdict(found)}
         monitor.scalars(progress.step, {f"eval/{name}": value for name, value in asdict(found).items()})
         if progress.best is None or found.loss < progress.best["loss"]:
@@ -153,7 +201,9 @@ def _train(config: TrainConfig, on_step: Callable[[int, float], None], signals: 
                 with where.autocast():
                     drawn = generate(model, tokenizer, config.prompt, seed=config.seed, **config.sampling())
                 progress.samples_after = [sample.prompt + sample.text for sample in drawn]
-            except FloatingPointError as error:
+            except (FloatingPointError, RuntimeError, MemoryError) as error:
+                if not isinstance(error, FloatingPointError) and not runtime.out_of_memory(error):
+                    raise
                 progress.samples_after = [f"(no sample: {error})"]
             for number, sample in enumerate(progress.samples_after):
                 monitor.text(progress.step, f"samples/{number}", sample)
@@ -184,16 +234,43 @@ def _train(config: TrainConfig, on_step: Callable[[int, float], None], signals: 
         monitor.scalars(progress.step, values)
         monitor.progress(progress.step, loss=f"{loss:.4f}", tok_s=f"{values['perf/tokens_per_second']:.0f}")
         if progress.skipped_in_a_row >= config.max_nonfinite_steps:
+            give_up(loss)
+
+    def give_up(loss: float) -> None:
+        """Stop a run that only skips: name the last step's windows, and where its numbers first go bad."""
+        mine = batches[progress.step - 1]
+        bad = first_bad_tensor(module, data.load_step(text.train, mine, pin=False)[0], where)
+        found = where.gather((bad, [index for group in mine for index in group]))
+        bad, windows = next((one for one in found if one[0]), found[0])
+        raise RunFailed(
+            f"the gradient was not finite in {progress.skipped_in_a_row} steps in a row, up to step {progress.step} "
+            f"(loss {loss}); none of them was taken, the checkpoints are good. First to go bad: "
+            f"{bad or 'the scaled gradient'}, on the training windows {', '.join(map(str, windows))}. "
+            "Lower --learning_rate or use --precision fp32"
+        )
+
+    def undo(rng: dict) -> None:
+        """Forget what was done of a step when memory ran out: it is done again, in smaller parts, from the same state."""
+        if where.world_size > 1:  # the others wait for this rank's gradients: all begin again from the last checkpoint
+            prepare.remember_batch_size(run_dir, micro_batch.size)
             raise RunFailed(
-                f"the gradient was not finite in {progress.skipped_in_a_row} steps in a row, up to step {progress.step} "
-                f"(loss {loss}); none of them was taken. Lower --learning_rate or use --precision fp32"
+                f"memory ran out on rank {where.rank}; the same command goes on with {micro_batch.size} window(s) at a time"
             )
+        optimizer.zero_grad()
+        losses[progress.step - first_unlogged] = 0
+        runtime.set_rng_state(rng)
+        monitor.say(
+            f"step {progress.step + 1}: memory ran out; it is done again, and all that follow, with {micro_batch.size} "
+            f"window(s) at a time instead of {batches.batch_size} (the windows of a step stay the same)"
+        )
+        monitor.scalars(progress.step, {"train/micro_batch_size": micro_batch.size})
 
     def save_checkpoint() -> bool:
         """Save all that the run needs to go on as if it had never stopped; False where there is no room for it."""
         progress.unlogged_losses = losses[: progress.step - first_unlogged].tolist()
         progress.skipped_steps, progress.skipped_in_a_row = map(int, skipped.tolist())
         progress.tokens, progress.train_seconds = speed.tokens, speed.seconds
+        progress.train_batch_size, progress.eval_batch_size = micro_batch.size, eval_batch.size
         progress.wall_seconds = earlier_seconds + time.perf_counter() - started
         ranks = where.gather({"rng": runtime.rng_state(), "unlogged_losses": progress.unlogged_losses})
         if where.is_main:
@@ -204,7 +281,7 @@ def _train(config: TrainConfig, on_step: Callable[[int, float], None], signals: 
                     root, progress.step, model=model.state_dict(), optimizer=optimizer.state_dict(), state=state
                 )
                 checkpoint.prune(root, config.save_total_limit, progress.best and progress.best["step"])
-            except (OSError, FloatingPointError) as error:
+            except (OSError, FloatingPointError, checkpoint.CorruptCheckpoint) as error:
                 monitor.say(f"WARNING: no checkpoint at step {progress.step}: {error}; training goes on")
                 return False
         return True
@@ -232,17 +309,24 @@ def _train(config: TrainConfig, on_step: Callable[[int, float], None], signals: 
         speed.start()
         # ------------------------------------------------------------------------------------------------ one step
         step = progress.step
-        micro_batches, n_targets = data.load_step(text.train, batches[step], pin=where.device.type == "cuda")
-        # All valid targets of the step, over micro-batches and ranks; DDP averages gradients, so its share of them.
-        divisor = where.all_sum(n_targets.to(where.device, non_blocking=True)) / where.world_size
-        for number, (input_ids, labels) in enumerate(micro_batches, start=1):
-            input_ids = input_ids.to(where.device, non_blocking=True)  # (B, T)
-            labels = labels.to(where.device, non_blocking=True)  # (B, T)
-            with where.no_sync(parallel, skip=number < len(micro_batches)):
-                with where.autocast():
-                    loss = parallel(input_ids, labels, divisor)
-                scaler.scale(loss).backward()
-            losses[step - first_unlogged] += loss.detach()
+        rng = runtime.rng_state()
+        while True:
+            batches.batch_size = micro_batch.size
+            micro_batches, n_targets = data.load_step(text.train, batches[step], pin=where.device.type == "cuda")
+            # All valid targets of the step, over micro-batches and ranks; DDP averages gradients, so its share of them.
+            divisor = where.all_sum(n_targets.to(where.device, non_blocking=True)) / where.world_size
+            with micro_batch:
+                for number, (input_ids, labels) in enumerate(micro_batches, start=1):
+                    input_ids = input_ids.to(where.device, non_blocking=True)  # (B, T)
+                    labels = labels.to(where.device, non_blocking=True)  # (B, T)
+                    with where.no_sync(parallel, skip=number < len(micro_batches)):
+                        with where.autocast():
+                            loss = parallel(input_ids, labels, divisor)
+                        scaler.scale(loss).backward()
+                    losses[step - first_unlogged] += loss.detach()
+            if not micro_batch.halved:
+                break
+            undo(rng)
 
         lr = optim.learning_rate(
             step,
@@ -263,7 +347,8 @@ def _train(config: TrainConfig, on_step: Callable[[int, float], None], signals: 
         progress.step += 1
         # ---------------------------------------------------------------------------------------------------------
         speed.tokens += batches.windows_in(step) * config.block_size
-        if progress.step % config.logging_steps == 0 or progress.step == total_steps:
+        lost = progress.step % config.max_nonfinite_steps == 0 and skipped[1] >= config.max_nonfinite_steps
+        if progress.step % config.logging_steps == 0 or progress.step == total_steps or lost:
             log(grad_norm, lr)
         speed.stop()
         on_step(progress.step, speed.seconds)
@@ -285,8 +370,9 @@ def _train(config: TrainConfig, on_step: Callable[[int, float], None], signals: 
     }
     if where.is_main:
         _publish(model, tokenizer, output_dir)
-        summary["output_sha256"] = checkpoint.hashes(output_dir)
-        _write_json(run_dir / "summary.json", summary)
+        with _writes(run_dir):
+            summary["output_sha256"] = checkpoint.hashes(output_dir)
+            checkpoint.write_json(run_dir / "summary.json", summary)
         if progress.skipped_steps:
             say(f"WARNING: {progress.skipped_steps} of {total_steps} steps were skipped, their gradient was not finite")
         say(
@@ -309,10 +395,24 @@ def _restore(folder: Path, model, optimizer, scaler, where: runtime.Runtime) -> 
     """Put a checkpoint's tensors, scaler and random state in place; returns where the run stood."""
     state = checkpoint.load_state(folder)
     checkpoint.load_tensors(folder, model, optimizer)
-    scaler.load_state_dict(state["scaler"])
-    mine = state["ranks"][where.rank]
-    runtime.set_rng_state(mine["rng"])
-    return Progress(**{**state["progress"], "unlogged_losses": mine["unlogged_losses"]})
+    try:
+        scaler.load_state_dict(state["scaler"])
+        mine = state["ranks"][where.rank]
+        runtime.set_rng_state(mine["rng"])
+        return Progress.from_json({**state["progress"], "unlogged_losses": mine["unlogged_losses"]})
+    except (LookupError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise UserError(f"{folder / 'state.json'} is not what mori writes ({error}); take another checkpoint") from None
+
+
+@contextlib.contextmanager
+def _writes(folder: Path) -> Iterator[None]:
+    """A context in which a file that cannot be written ends the run in one line."""
+    try:
+        yield
+    except OSError as error:
+        raise RunFailed(
+            f"cannot write in {folder}: {error.strerror}; make room and run the same command again"
+        ) from None
 
 
 def _publish(model, tokenizer, output_dir: Path) -> None:
@@ -349,7 +449,3 @@ def _introduce(config, where, model, ledger, n_files, batches, total_steps, run_
         f"writes  {run_dir}/ (tensorboard --logdir {config.logging_dir}), the brain to {config.output_dir}/"
         + (f"\nresumes {resumed}" if resumed else "")
     )
-
-
-def _write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -10,7 +10,7 @@ from conftest import ROOT
 FLOORS = {
     "config": 0, "loss": 0, "optim": 0, "sampling": 0, "monitor": 0,
     "corpus": 1, "data": 1, "runtime": 1, "model": 1,
-    "checkpoint": 2, "generate": 2, "evaluate": 2,
+    "checkpoint": 2, "generate": 2, "evaluate": 2, "diagnose": 2,
     "prepare": 3,
     "train": 4, "report": 4,
     "compare": 5,
@@ -28,13 +28,14 @@ OUTSIDE = {
     "checkpoint": {"torch", "safetensors"},
     "generate": {"torch"},
     "evaluate": {"torch"},
+    "diagnose": {"torch"},
     "prepare": {"torch", "transformers"},
     "train": {"torch", "safetensors"},
     "report": {"matplotlib"},
     "compare": {"torch", "safetensors", "transformers"},
 }
 STANDARD = {
-    "argparse", "collections", "contextlib", "dataclasses", "difflib", "fcntl", "glob", "hashlib", "itertools", "json", "math",
+    "argparse", "collections", "contextlib", "dataclasses", "datetime", "difflib", "fcntl", "gc", "glob", "hashlib", "itertools", "json", "math",
     "os", "pathlib", "platform", "random", "re", "resource", "shutil", "signal", "statistics", "subprocess", "sys", "tempfile",
     "textwrap", "threading", "time", "typing",
 }  # fmt: skip

@@ -103,8 +103,8 @@ def test_json_round_trip_and_unknown_field():
 
 def test_only_what_shapes_the_weights_counts_as_a_difference():
     a = TrainConfig(max_steps=7, logging_steps=3)
-    assert a.differences(TrainConfig(max_steps=7, logging_steps=4, output_dir="x")) == []
-    assert a.differences(TrainConfig(max_steps=8)) == ["max_steps (7, 8)"]
+    assert a.differences(TrainConfig(max_steps=7, logging_steps=4, output_dir="x")) == {}
+    assert a.differences(TrainConfig(max_steps=8)) == {"max_steps": "(7, 8)"}
 
 
 def test_resolved_defaults():
