@@ -94,13 +94,11 @@ def _is_model(folder: Path) -> bool:
     return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
 
 
-def lock(run_dir: Path, held: IO | None = None) -> IO:
+def lock(run_dir: Path) -> IO:
     """Keep other processes out of the run's folder for as long as the returned file is open (a killed process closes it).
 
-    Raises UserError where another process is in it. `held`, a lock that this process has on it already, is given up.
+    Raises UserError where another process is in it.
     """
-    if held:
-        held.close()
     file = (run_dir / ".lock").open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

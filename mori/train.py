@@ -67,9 +67,9 @@ def train(config: TrainConfig, on_step: Callable[[int, float], None] = lambda st
     is gone, or the model or the last checkpoint cannot be written. Raises Interrupted after a signal, when the step is
     done and the run is saved.
     """
-    with runtime.StopSignals() as signals:
+    with runtime.StopSignals() as signals, contextlib.ExitStack() as held:
         try:
-            return _train(config, on_step, signals)
+            return _train(config, on_step, signals, held)
         except (RunFailed, Interrupted):
             raise
         except (RuntimeError, MemoryError) as error:
@@ -82,7 +82,12 @@ def train(config: TrainConfig, on_step: Callable[[int, float], None] = lambda st
             raise
 
 
-def _train(config: TrainConfig, on_step: Callable[[int, float], None], signals: runtime.StopSignals) -> dict:
+def _train(
+    config: TrainConfig,
+    on_step: Callable[[int, float], None],
+    signals: runtime.StopSignals,
+    held: contextlib.ExitStack,
+) -> dict:
     started = time.perf_counter()
     config = checked(config).resolve()
     files = corpus.find_files(config.corpus)
@@ -114,12 +119,11 @@ def _train(config: TrainConfig, on_step: Callable[[int, float], None], signals: 
     eval_every, save_every = steps_of(config.eval_steps, total_steps), steps_of(config.save_steps, total_steps)
 
     identity = {"config": asdict(config), "precision": where.precision, "world_size": where.world_size, **text.hashes}
-    held = None  # the lock on the run's folder, as long as this function runs
 
     def claim() -> tuple[Path | None, int]:
         """Keep other processes out of the run's folder, and find where the run goes on."""
-        nonlocal held
-        held = prepare.lock(run_dir) if run_dir.is_dir() else None
+        if run_dir.is_dir():
+            held.enter_context(prepare.lock(run_dir))
         return prepare.find_checkpoint(config, run_dir, identity, total_steps), prepare.remembered_batch_size(run_dir)
 
     resumed, remembered = where.on_main(claim)
@@ -152,7 +156,8 @@ def _train(config: TrainConfig, on_step: Callable[[int, float], None], signals: 
             if config.resume_from_checkpoint == "none":
                 checkpoint.set_aside(run_dir)
             run_dir.mkdir(parents=True, exist_ok=True)
-            held = held if resumed else prepare.lock(run_dir, held)
+            held.close()
+            held.enter_context(prepare.lock(run_dir))  # it may be another folder of that name now
             checkpoint.write_json(run_dir / "config.json", asdict(config))
             checkpoint.write_json(run_dir / "environment.json", prepare.environment(where))
             checkpoint.write_json(run_dir / "ledger.json", asdict(text.ledger))

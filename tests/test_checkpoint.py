@@ -1,9 +1,11 @@
+import hashlib
 import json
 import os
 import stat
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from mori import checkpoint
@@ -105,10 +107,10 @@ def test_with_none_whole_the_run_is_not_started_over(saved):
 def test_a_manifest_cannot_name_a_file_elsewhere(saved):
     path = saved / "step-00000003" / "manifest.json"
     manifest = json.loads(path.read_text())
-    manifest["files"]["../step-00000002/state.json"] = manifest["files"]["state.json"]
+    manifest["files"]["../step-00000002/state.json"] = manifest["files"].pop("state.json")
     manifest["seal"] = checkpoint._seal(manifest["files"])
     path.write_text(json.dumps(manifest))
-    with pytest.raises(checkpoint.CorruptCheckpoint, match="outside"):
+    with pytest.raises(checkpoint.CorruptCheckpoint, match="not what was written"):
         checkpoint.verify(path.parent)
 
 
@@ -116,17 +118,6 @@ def test_another_models_checkpoint_is_refused(saved):
     other = nn.Linear(4, 7)
     with pytest.raises(UserError, match="another model"):
         checkpoint.load_tensors(saved / "step-00000003", other, torch.optim.AdamW(other.parameters()))
-
-
-def test_a_full_disk_is_an_oserror_however_safetensors_tells_it(saved, monkeypatch):
-    from safetensors import SafetensorError
-
-    def full(*_):
-        raise SafetensorError("I/O error: File too large")
-
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(OSError, match="too large"):
-        checkpoint.save(saved, 4, model={}, optimizer={"state": {}, "param_groups": []}, state={})
 
 
 def test_a_failed_save_leaves_nothing_behind(saved, monkeypatch):
@@ -142,20 +133,80 @@ def test_a_failed_save_leaves_nothing_behind(saved, monkeypatch):
 
 
 def test_a_checkpoint_appears_by_one_rename_when_all_of_it_is_on_disk(saved, monkeypatch):
-    synced, real = [], checkpoint.sync
+    synced, real = [], os.fsync
 
-    def watched(path):
-        synced.append((path.name, path.stat().st_ino, (saved / "step-00000004").exists()))
-        real(path)
+    def watched(handle):
+        synced.append((os.readlink(f"/proc/self/fd/{handle}"), (saved / "step-00000004").exists()))
+        real(handle)
 
-    monkeypatch.setattr(checkpoint, "sync", watched)
+    monkeypatch.setattr(os, "fsync", watched)
     model, optimizer = make(1, 0)
     folder = checkpoint.save(saved, 4, model=model.state_dict(), optimizer=optimizer.state_dict(), state={})
-    *before, (last, _, there) = synced
-    assert last == saved.name and there  # the parent's list of names comes after the rename
-    assert not any(there for _, _, there in before)
-    assert {name for name, _, _ in before} == {*(path.name for path in folder.iterdir()), ".step-00000004.partial"}
-    assert folder.stat().st_ino == before[-1][1]  # the very folder that was synced
+    *before, (last, there) = synced
+    assert last == str(saved) and there  # the parent's list of names comes after the rename
+    assert not any(there for _, there in before)
+    staged = saved / ".step-00000004.partial"
+    assert {name for name, _ in before} == {str(staged), *(str(staged / path.name) for path in folder.iterdir())}
+
+
+def test_safetensors_reads_what_is_written_here(tmp_path):
+    torch.manual_seed(0)
+    tensors = {str(dtype): torch.randint(0, 2, (3, 5)).to(dtype) for dtype in checkpoint._DTYPES}
+    tensors |= {
+        "scalar": torch.tensor(2.5),
+        "none": torch.zeros(0, 4),
+        "turned": torch.randn(4, 3).T,
+        "é": torch.ones(1),
+    }
+    described = checkpoint.write(tmp_path / "t", checkpoint._serialized(tensors))
+    read = load_file(tmp_path / "t")
+    assert read.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert read[name].dtype == tensor.dtype and torch.equal(read[name], tensor), name
+    raw = (tmp_path / "t").read_bytes()
+    assert described == {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+
+
+def test_what_does_not_read_back_is_not_published(saved, monkeypatch):
+    monkeypatch.setattr(os, "write", lambda handle, block, real=os.write: real(handle, bytes(len(block))))
+    model, optimizer = make(1, 0)
+    with pytest.raises(checkpoint.CorruptCheckpoint, match="step-00000004.partial"):
+        checkpoint.save(saved, 4, model=model.state_dict(), optimizer=optimizer.state_dict(), state={})
+    assert [p.name for p in sorted(saved.iterdir())] == ["step-00000001", "step-00000002", "step-00000003"]
+
+
+def test_a_file_that_may_not_be_read_is_no_damage(saved, monkeypatch):
+    def denied(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(checkpoint, "_described", denied)
+    with pytest.raises(UserError, match="may not be read"):
+        checkpoint.newest(saved, pytest.fail)
+    assert len(checkpoint.published(saved)) == 3
+
+
+def test_only_our_own_whole_folders_are_pruned(saved):
+    (saved / "step-00000001" / "notes.txt").write_text("mine")
+    (saved / "step-00000002" / "state.json").unlink()
+    checkpoint.prune(saved, keep=1, best_step=None)
+    assert [p.name for p in checkpoint.published(saved)] == ["step-00000001", "step-00000002", "step-00000003"]
+
+
+def test_what_a_kill_left_is_cleaned_up(saved):
+    for name in (".step-00000004.partial", ".step-00000001.pruned", ".mine"):
+        (saved / name).mkdir()
+        (saved / name / "state.json").write_text("{}")
+    checkpoint.clean(saved)
+    assert [p.name for p in sorted(saved.iterdir())] == [".mine", *(f"step-0000000{n}" for n in (1, 2, 3))]
+
+
+def test_another_optimizers_checkpoint_is_refused(saved):
+    model, optimizer = make(1, 0)
+    state = optimizer.state_dict()
+    state["state"][0] = {"exp_avg": torch.zeros(3)}
+    folder = checkpoint.save(saved, 4, model=model.state_dict(), optimizer=state, state={})
+    with pytest.raises(UserError, match="another optimizer"):
+        checkpoint.load_tensors(folder, *make(0, 1))
 
 
 def test_pruning_keeps_the_newest_and_the_best(saved):
