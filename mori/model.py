@@ -204,10 +204,12 @@ def _no_larger_than(stored: foreign.Stored) -> Iterator[None]:
     room = {"elements": 2 * stored.elements + (1 << 20), "tensors": 8 * stored.tensors + 1024, "buffers": _BUFFER_BYTES}
 
     def count(module: nn.Module, name: str, tensor: torch.Tensor | None) -> None:
-        if tensor is not None and isinstance(tensor, nn.Parameter):
+        if tensor is None or name in module._parameters or name in module._buffers:
+            return  # loading puts the weights in the place of what was made
+        if isinstance(tensor, nn.Parameter):
             room["elements"] -= tensor.numel()
             room["tensors"] -= 1
-        elif tensor is not None:
+        else:
             room["buffers"] -= tensor.nbytes
         if min(room.values()) < 0:
             raise ValueError(f"config.json describes a far larger model than the weights beside it ({name})")
