@@ -51,15 +51,24 @@ def check_folder(folder: Path) -> Stored:
         raise UserError(
             f"{folder} holds an adapter (adapter_config.json); merge it into its model (peft: merge_and_unload) and save that"
         )
+    if any(path.name == ".metadata" or path.name.startswith("shard-0") for path in folder.iterdir()):
+        raise UserError(f"{folder} holds a distributed checkpoint; save the model whole, with save_pretrained()")
     for path in sorted(folder.glob("*.index.json")):
         _check_index(path)
     for path in sorted(folder.glob("*config.json")):
         _check_named_files(path)
+    # As transformers chooses; a .bin may also be something else that a training has left.
+    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    size, memory = sum(path.stat().st_size for path in weights), memory_bytes()
+    if size > memory:
+        raise UserError(
+            f"the weights in {folder} have {size / 2**30:,.0f} GiB, this machine's memory {memory / 2**30:,.0f} GiB; take a smaller model"
+        )
     stored = Stored()
-    for path in sorted(folder.iterdir()):
+    for path in weights:
         if path.suffix == ".safetensors":
             _add_header(path, stored)
-        elif path.suffix == ".bin":  # its shapes are known only by unpacking it; an element takes a byte at least
+        else:  # its shapes are known only by unpacking it; an element takes a byte at least
             size = path.stat().st_size
             stored.elements += size
             stored.tensors += min(size // 64, 10_000)

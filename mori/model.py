@@ -242,6 +242,15 @@ def _found(name: str, load):
     try:
         return load()
     except Exception as error:  # files from anywhere: what a loader raises over them has no common base
+        if "weights_only" in str(error):  # PyTorch's advice is to run what is in the file
+            raise UserError(
+                f"cannot load model {name}: its weights are damaged, or hold more than plain tensors, which is never run; "
+                "download it again, or take one with .safetensors"
+            ) from None
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"model {name} brings along Python code, which is not run; if you trust it, say --trust_remote_code"
+            ) from None
         raise UserError(f"cannot load model {name}: {_one_line(error)}") from None
 
 

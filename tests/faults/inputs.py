@@ -4,6 +4,7 @@ Held is a case that ends in time, in bounded memory, well or with one line of er
 and reads nothing of what lies outside the folder that was named.
 """
 
+import contextlib
 import json
 import os
 import pickle
@@ -45,17 +46,17 @@ class Place:
         return self.runs / "run"
 
     def train(self, **changed) -> tuple[str, dict]:
-        """A call of the door to training, on the case's inputs."""
+        """A call of the door to training, from the case's folder."""
         flags = {
-            "model": self.model, "corpus": self.text, "block_size": 16, "max_steps": STEPS, "save_steps": SAVE_STEPS,
-            "eval_steps": STEPS, "max_new_tokens": 2, "prompt": "Halo", "logging_dir": self.runs, "run_name": "run",
-            "output_dir": self.folder / "brain", "device": "cpu",
+            "model": "model", "corpus": "text.txt", "block_size": 16, "max_steps": STEPS, "save_steps": SAVE_STEPS, "save_total_limit": 3,
+            "eval_steps": STEPS, "max_new_tokens": 2, "prompt": "Halo", "logging_dir": "runs", "run_name": "run",
+            "output_dir": "brain", "device": "cpu",
         }  # fmt: skip
         return "train.py", flags | changed
 
     def speak(self) -> tuple[str, dict]:
         """A call of the door to generation, with the case's model."""
-        return "generate.py", {"model": self.model, "prompt": "Halo", "max_new_tokens": 2, "device": "cpu"}
+        return "generate.py", {"model": "model", "prompt": "Halo", "max_new_tokens": 2, "device": "cpu"}
 
 
 @dataclass
@@ -608,7 +609,8 @@ def _prepare(folder: Path) -> None:
         (place.secrets / name).write_text((SECRET + " ") * 400)
     shutil.copy(place.model / "model.safetensors", place.secrets / "secret.safetensors")
     shutil.copy(place.model / "tokenizer.json", place.secrets / "tokenizer.1.0.json")
-    _through_the_door(*place.train())
+    with contextlib.suppress(SystemExit):
+        _through_the_door(*place.train())
     shutil.rmtree(place.run / "checkpoints" / f"step-{STEPS:08d}")
     shutil.rmtree(folder / "brain")
     (place.run / "summary.json").unlink()
@@ -672,7 +674,7 @@ def _in_child(action: Callable[[], None], log: Path, timeout: float) -> tuple[in
 
     sys.stdout.flush()
     sys.stderr.flush()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _rss(os.getpid())
     child = os.fork()
     if child == 0:
         code = 70
@@ -700,7 +702,7 @@ def _in_child(action: Callable[[], None], log: Path, timeout: float) -> tuple[in
             os.kill(child, signal.SIGKILL)
             hung = True
         time.sleep(0.01)
-    return None if hung else os.waitstatus_to_exitcode(status), max(0, usage.ru_maxrss - before) * 1024
+    return None if hung else os.waitstatus_to_exitcode(status), max(0, usage.ru_maxrss * 1024 - before)
 
 
 def _rss(pid: int) -> int:
