@@ -131,8 +131,8 @@ def bad_text(place: Place, rng: random.Random):
 def bad_corpus_name(place: Place, rng: random.Random):
     """A word for --corpus that names nothing, or something odd."""
     words = [
-        "none.txt", "", " ", "*", "**", "[", "[a-", "?.txt", "~nobody/x", "x" * 5000, "a/" * 3000, "/", "/dev/null", "/dev/zero",
-        ".", "..", "text.txt/", "text.txt/x", "\\", "%s", "{}", "-", "text.txt\n", "téxt 🌧", "*/" * 30 + "*",
+        "none.txt", "", " ", "*.md", "?", "[", "[a-", "?.txt", "~nobody/x", "x" * 5000, "a/" * 3000, "/dev/null", "/dev/zero", "model",
+        "text.txt/", "text.txt/x", "\\", "%s", "{}", "-", "text.txt\n", "téxt 🌧", "*/" * 30 + "*", "./text.txt", "runs", "brain",
     ]  # fmt: skip
     return place.train(corpus=rng.choice(words), run_name="other")
 
