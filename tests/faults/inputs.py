@@ -683,7 +683,7 @@ def _in_child(action: Callable[[], None], log: Path, timeout: float) -> tuple[in
             output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(output, 1)
             os.dup2(output, 2)
-            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", errors="backslashreplace")
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             action()
             code = 0
