@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy
 
 from .config import UserError
-from .foreign import leads_out, memory_bytes
+from .foreign import guarded, leads_out, memory_bytes
 
 SHIPPED = Path(__file__).parent / "transcripts"
 _MAGIC, _VERSION = b"moritok\0", 2
@@ -157,13 +157,19 @@ def separator(tokenizer) -> int | None:
 
 
 def encode(tokenizer, text: str) -> list[int]:
-    """All the ids of `text`: nothing is truncated and no special token is added."""
+    """All the ids of `text`: nothing is truncated and no special token is added.
+
+    Raises UserError where the tokenizer fails over the text: one without an unknown token may.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        return tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+        return guarded(
+            "cannot tokenize the corpus",
+            lambda: tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"],
+        )
     backend.no_truncation()
     backend.no_padding()
-    return backend.encode(text, add_special_tokens=False).ids
+    return guarded("cannot tokenize the corpus", lambda: backend.encode(text, add_special_tokens=False).ids)
 
 
 class TokenFile:

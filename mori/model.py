@@ -181,7 +181,7 @@ def check_reachable(name: str) -> None:
         huggingface_hub.HfApi().model_info(name, timeout=10)
     except _HUB_ERRORS as error:
         raise UserError(
-            f"model {name} is no preset ({', '.join(PRESETS)}), no folder here, and the hub does not give it: {_one_line(error)}"
+            f"model {name} is no preset ({', '.join(PRESETS)}), no folder here, and the hub does not give it: {foreign.one_line(error)}"
         ) from None
 
 
@@ -192,7 +192,7 @@ def _stored(name: str) -> foreign.Stored | None:
     try:
         return foreign.check_folder(Path(name))
     except OSError as error:
-        raise UserError(f"cannot load model {name}: {_one_line(error)}") from None
+        raise UserError(f"cannot load model {name}: {foreign.one_line(error)}") from None
 
 
 @contextlib.contextmanager
@@ -239,20 +239,4 @@ def _found(name: str, load):
     check_reachable(name)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    try:
-        return load()
-    except Exception as error:  # files from anywhere: what a loader raises over them has no common base
-        if "weights_only" in str(error):  # PyTorch's advice is to run what is in the file
-            raise UserError(
-                f"cannot load model {name}: its weights are damaged, or hold more than plain tensors, which is never run; "
-                "download it again, or take one with .safetensors"
-            ) from None
-        if "trust_remote_code" in str(error):
-            raise UserError(
-                f"model {name} brings along Python code, which is not run; if you trust it, say --trust_remote_code"
-            ) from None
-        raise UserError(f"cannot load model {name}: {_one_line(error)}") from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return foreign.guarded(f"cannot load model {name}", load)

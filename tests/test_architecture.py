@@ -90,7 +90,7 @@ def test_what_is_not_done_anywhere(path):
         if isinstance(node, ast.ExceptHandler):
             broad = node.type is None or getattr(node.type, "id", "") in ("Exception", "BaseException")
             # The one place that loads files from anywhere, through libraries whose errors have no common base.
-            assert not broad or (path.name == "model.py" and source.count("except Exception") == 1)
+            assert not broad or (path.name == "foreign.py" and source.count("except BaseException") == 1)
         if isinstance(node, ast.ImportFrom) and path.stem != "compare":
             assert not {"Trainer", "TrainingArguments"} & {alias.name for alias in node.names}
     for word in ("pickle", "torch.load(", "torch.save(", "exec(", "import accelerate", "from accelerate"):

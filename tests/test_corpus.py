@@ -5,6 +5,9 @@ import os
 import numpy
 import pytest
 from conftest import REAL_CORPUS, needs_corpus
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 
 from mori.config import UserError
@@ -198,6 +201,16 @@ def test_a_tokenizer_that_makes_no_token_is_named(tmp_path):
 
     with pytest.raises(UserError, match="makes no token"):
         TokenFile.make(read_documents([write(tmp_path / "a", "a b c")]), Mute(), tmp_path)
+
+
+def test_a_tokenizer_that_fails_over_the_text_is_one_line(tmp_path):
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"halo": 0}, unk_token="none")))
+    # A search that takes longer than its library allows ends in a panic of the tokenizer, which is no Exception.
+    endless = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"halo": 0}, unk_token="halo")))
+    endless.backend_tokenizer.pre_tokenizer = Split(Regex("(a+)+$"), "isolated")
+    for tokenizer, text in ((words, "apa"), (endless, "a" * 5000 + "b")):
+        with pytest.raises(UserError, match="cannot tokenize the corpus: .*(UNK|Regex)"):
+            encode(tokenizer, text)
 
 
 def test_large_vocabularies_get_wide_ids(tmp_path):
