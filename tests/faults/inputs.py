@@ -203,6 +203,38 @@ def bad_weights_header(place: Place, rng: random.Random):
     return rng.choice((place.speak(), place.train(run_name="other")))
 
 
+def odd_tokenizer(place: Place, rng: random.Random):
+    """A tokenizer that can be loaded, but has no token for unknown words, or ids far apart, or a search that never ends."""
+    path = place.model / "tokenizer.json"
+    value = json.loads(path.read_text(encoding="utf-8"))
+    way = rng.randrange(6)
+    if way == 0:
+        words = {"continuing_subword_prefix": "##", "max_input_chars_per_word": 100, "vocab": {"halo": 0, "a": 1}}
+        value["model"] = {"type": "WordPiece", "unk_token": "[UNK]", **words}
+    elif way == 1:
+        value["model"] = {"type": "WordLevel", "vocab": {"halo": 0}, "unk_token": "<unk>"}
+    elif way == 2:
+        value["model"] = {"type": "Unigram", "unk_id": rng.choice((None, 5, 0)), "vocab": [["a", -1.0]]}
+    elif way == 3:
+        vocabulary = value["model"]["vocab"]
+        for word in vocabulary:
+            vocabulary[word] = rng.choice((0, 2**32 - 1, 70_000, vocabulary[word]))
+    elif way == 4:
+        value["pre_tokenizer"] = {
+            "type": "Split",
+            "pattern": {"Regex": "(a+)+$"},
+            "behavior": "Isolated",
+            "invert": False,
+        }
+        place.text.write_text(("a" * 5000 + "b ") + place.text.read_text(encoding="utf-8"), encoding="utf-8")
+    else:
+        fill = {"direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0, "pad_token": "x"}
+        value["padding"] = {"strategy": {"Fixed": 10**9}, **fill}
+        value["truncation"] = {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0}
+    path.write_text(json.dumps(value), encoding="utf-8")
+    return rng.choice((place.speak(), place.train(run_name="other")))
+
+
 def bad_checkpoint(place: Place, rng: random.Random):
     """A file of the newest checkpoint, or of both, damaged."""
     folders = sorted((place.run / "checkpoints").iterdir())
@@ -272,7 +304,7 @@ def bad_cache(place: Place, rng: random.Random):
 
 MALFORMED = {
     bad_text: 45, bad_corpus_name: 25, odd_corpus_folder: 15, bad_flags: 50, bad_model_file: 45, bad_model_setting: 60,
-    bad_weights_header: 20, bad_checkpoint: 30, resealed_checkpoint: 40, bad_run_file: 15, bad_cache: 30,
+    bad_weights_header: 20, odd_tokenizer: 18, bad_checkpoint: 30, resealed_checkpoint: 40, bad_run_file: 15, bad_cache: 30,
 }  # fmt: skip
 
 
@@ -724,7 +756,7 @@ def atime_moves(folder: Path) -> bool:
 SMALL = (
     "pickle in an archive as weights", "pickle as weights", "shard above the folder", "config.json is a link", "tokenizer.json is a pipe",
     "code for the model", "config says n_layer 1000000000", "header of a petabyte", "text is a pipe", "link in the corpus folder to elsewhere",
-    "sparse text", "bad_cache 0", "bad_model_setting 0", "bad_weights_header 0", "tokenizer version outside",
+    "sparse text", "bad_cache 0", "bad_model_setting 0", "bad_weights_header 0", "tokenizer version outside", "odd_tokenizer 0",
 )  # fmt: skip
 
 
