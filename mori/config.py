@@ -445,6 +445,11 @@ def checked(config):
     return config
 
 
+def _one_line(error: Exception) -> str:
+    """What an error says; a line break may stand in a name that a user gave."""
+    return " ".join(str(error).splitlines())
+
+
 def run_door(name: str, main) -> None:
     """Run a script's `main()` and leave with its exit code; a user's mistake is one line on standard error and code 2."""
     sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode is no reason to fail
@@ -452,10 +457,10 @@ def run_door(name: str, main) -> None:
         code = main() or EXIT_OK
     except UserError as mistake:
         if not getattr(mistake, "told_by_main", False):
-            _tell(f"{name}: error: {mistake}")
+            _tell(f"{name}: error: {_one_line(mistake)}")
         code = EXIT_MISTAKE
     except RunFailed as failure:
-        _tell(f"{name}: failed: {failure}")
+        _tell(f"{name}: failed: {_one_line(failure)}")
         code = EXIT_FAILURE
     except Interrupted as stop:
         _tell(f"\n{name}: {stop}")

@@ -11,9 +11,11 @@ from pathlib import Path
 import numpy
 
 from .config import UserError
+from .foreign import guarded, leads_out, memory_bytes
 
 SHIPPED = Path(__file__).parent / "transcripts"
-_MAGIC, _VERSION = b"moritok\0", 1
+_MAGIC, _VERSION = b"moritok\0", 2
+_HEADER_BYTES = 64 << 20  # the places of five million documents
 _DATA_ALIGNMENT = 64
 
 
@@ -48,34 +50,47 @@ def find_files(corpus: list[str]) -> list[Path]:
     """The files that the words of `--corpus` name, in a fixed order, none twice.
 
     A folder gives its `*.txt`, folders inside it too; a glob what it matches; both sorted by path. An empty list is the
-    transcripts that ship with mori. Raises UserError for what is missing or holds no text.
+    transcripts that ship with mori. Raises UserError for what is missing or holds no text, and for a link in a folder that
+    leads out of it: what lies elsewhere is read only when it is named.
     """
     found = []
     for name in corpus or [str(SHIPPED)]:
-        path = Path(name).expanduser()
-        if not name:
-            raise UserError("corpus is an empty word; give a text file, a folder of *.txt, or a glob")
-        if path.is_dir():
-            files = sorted(p for p in path.rglob("*.[tT][xX][tT]") if p.is_file() and not _hidden(p.relative_to(path)))
-            if not files:
-                raise UserError(
-                    f"corpus folder {name} holds no *.txt file; put the transcripts there as .txt, or name the files"
-                )
-        elif path.is_file():
-            files = [path]
-        elif path.exists():
-            raise UserError(f"corpus {name} is neither a file nor a folder")
-        elif glob.has_magic(name):
-            files = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
-            if not files:
-                raise UserError(f"corpus pattern {name} matches no file")
-        else:
-            raise UserError(f"corpus {name} does not exist; give a text file, a folder of *.txt, or a glob")
-        found += files
+        try:
+            found += _files_of(name)
+        except (OSError, RuntimeError) as error:  # too long a name, no permission, a link to itself
+            raise UserError(f"corpus {name[:200]} cannot be found: {getattr(error, 'strerror', error)}") from None
     first: dict[Path, Path] = {}
     for path in found:
         first.setdefault(path.resolve(), path)
     return list(first.values())
+
+
+def _files_of(name: str) -> list[Path]:
+    if not name:
+        raise UserError("corpus is an empty word; give a text file, a folder of *.txt, or a glob")
+    path = Path(name).expanduser()
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*.[tT][xX][tT]") if p.is_file() and not _hidden(p.relative_to(path)))
+        for file in files:
+            if leads_out(file, path):
+                raise UserError(
+                    f"{file} is a link that leads out of the corpus folder; to read it, name the file itself: {file.resolve()}"
+                )
+        if not files:
+            raise UserError(
+                f"corpus folder {name} holds no *.txt file; put the transcripts there as .txt, or name the files"
+            )
+    elif path.is_file():
+        files = [path]
+    elif path.exists():
+        raise UserError(f"corpus {name} is neither a file nor a folder")
+    elif glob.has_magic(name):
+        files = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
+        if not files:
+            raise UserError(f"corpus pattern {name} matches no file")
+    else:
+        raise UserError(f"corpus {name} does not exist; give a text file, a folder of *.txt, or a glob")
+    return files
 
 
 def _hidden(relative: Path) -> bool:
@@ -85,12 +100,19 @@ def _hidden(relative: Path) -> bool:
 def read_documents(files: Iterable[Path]) -> list[Document]:
     """Read UTF-8 text, with or without byte order mark. Blank files are left out.
 
-    Raises UserError for a file that cannot be read, that is binary or not UTF-8 (with the byte's offset), and when
-    all files are blank.
+    Raises UserError for a file that cannot be read, that is binary or not UTF-8 (with the byte's offset), for more text
+    than this machine's memory takes, and when all files are blank.
     """
     documents, blank = [], []
+    room = memory_bytes() // 4  # the text, and its tokens beside it
     for path in files:
         try:
+            room -= path.stat().st_size
+            if room < 0:
+                raise UserError(
+                    f"{path} has {path.stat().st_size / 2**30:,.1f} GiB, and the corpus is read whole: "
+                    f"all of it may be {memory_bytes() / 4 / 2**30:,.1f} GiB here; bring a part of it"
+                )
             raw = path.read_bytes()
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}") from None
@@ -135,75 +157,96 @@ def separator(tokenizer) -> int | None:
 
 
 def encode(tokenizer, text: str) -> list[int]:
-    """All the ids of `text`: nothing is truncated and no special token is added."""
+    """All the ids of `text`: nothing is truncated and no special token is added.
+
+    Raises UserError where the tokenizer fails over the text: one without an unknown token may.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        return tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+        return guarded(
+            "cannot tokenize the corpus",
+            lambda: tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"],
+        )
     backend.no_truncation()
     backend.no_padding()
-    return backend.encode(text, add_special_tokens=False).ids
+    return guarded("cannot tokenize the corpus", lambda: backend.encode(text, add_special_tokens=False).ids)
 
 
 class TokenFile:
     """The token ids of a corpus, memory-mapped: a magic word, a JSON header, then the ids.
 
     Attributes:
-        ids: `(N,)`, uint16 or uint32 by the size of the vocabulary, read-only.
+        ids: `(N,)`, uint16 or uint32 by the largest id, read-only.
         header: `version`, `dtype`, `count`, `max_id`, `first_tokens` (of each document), and the SHA-256 of the corpus, of
-            the tokenizer and of the ids.
+            the tokenizer, and of the rest of the header with the ids.
     """
 
     def __init__(self, path: Path):
         """Open a token file. Raises ValueError where it is not a whole one of ours."""
         self.path = path
+        if not path.is_file():  # a pipe would block
+            raise ValueError(f"{path} is not a token file")
+        size = path.stat().st_size
         with path.open("rb") as file:
             if file.read(8) != _MAGIC:
                 raise ValueError(f"{path} is not a token file")
             length = int.from_bytes(file.read(8), "little")
-            if length > path.stat().st_size:
+            if length > min(size, _HEADER_BYTES):
                 raise ValueError(f"{path} is cut short")
-            self.header = json.loads(file.read(length))
-        if self.header["version"] != _VERSION:
-            raise ValueError(f"{path} has version {self.header['version']}, this mori reads {_VERSION}")
-        start, dtype = _data_start(length), numpy.dtype(self.header["dtype"])
-        if path.stat().st_size != start + self.header["count"] * dtype.itemsize:
-            raise ValueError(f"{path} is cut short")
-        self.ids = numpy.memmap(path, dtype=dtype, mode="r", offset=start, shape=(self.header["count"],))
-        if _sha256([self.ids]) != self.header["ids_sha256"]:
+            try:
+                header = json.loads(file.read(length))
+            except RecursionError:
+                raise ValueError(f"{path} is damaged") from None
+        if not isinstance(header, dict) or header.get("version") != _VERSION:
+            raise ValueError(f"{path} is not a token file of this mori")
+        start, dtype, count = _data_start(length), header.get("dtype"), header.get("count")
+        if dtype not in ("uint16", "uint32") or type(count) is not int or count < 1:
             raise ValueError(f"{path} is damaged")
+        if size != start + count * numpy.dtype(dtype).itemsize:
+            raise ValueError(f"{path} is cut short")
+        self.ids = numpy.memmap(path, dtype=dtype, mode="r", offset=start, shape=(count,))
+        if header.pop("sha256", None) != _sha256(header, [self.ids]):
+            raise ValueError(f"{path} is damaged")
+        self.header = header
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @classmethod
     def make(cls, documents: list[Document], tokenizer, cache_dir: Path) -> "TokenFile":
-        """Tokenize the documents, each followed by the end-of-text token, or reuse the file that holds just that."""
+        """Tokenize the documents, each followed by the end-of-text token, or reuse the file that holds just that.
+
+        Raises UserError where the tokenizer makes no token at all, or the file cannot be written.
+        """
         hashes = {"corpus_sha256": corpus_hash(documents), "tokenizer_sha256": tokenizer_hash(tokenizer)}
         path = cache_dir / f"tokens-{hashes['corpus_sha256'][:16]}-{hashes['tokenizer_sha256'][:16]}.bin"
         try:
             made = cls(path)
             if hashes.items() <= made.header.items():
                 return made
-        except (FileNotFoundError, ValueError, KeyError):
+        except (OSError, ValueError):
             pass
         end = separator(tokenizer)
-        dtype = numpy.dtype("uint16" if len(tokenizer) <= 1 << 16 else "uint32")
         parts, first_tokens, count = [], [], 0
         for document in documents:
             ids = encode(tokenizer, document.text) + ([end] if end is not None else [])
             first_tokens.append(count)
-            parts.append(numpy.asarray(ids, dtype=dtype))
+            parts.append(numpy.asarray(ids, dtype="uint32"))
             count += len(ids)
+        if not count:
+            raise UserError("the tokenizer makes no token of this corpus; tokenizer and text do not belong together")
+        max_id = max(int(part.max()) for part in parts if len(part))
+        dtype = numpy.dtype("uint16" if max_id < 1 << 16 else "uint32")
+        parts = [part.astype(dtype) for part in parts]
         header = {
             "version": _VERSION,
             "dtype": dtype.name,
             "count": count,
-            "max_id": max((int(part.max()) for part in parts if len(part)), default=0),
+            "max_id": max_id,
             **hashes,
             "first_tokens": first_tokens,
-            "ids_sha256": _sha256(parts),
         }
-        _write(path, header, parts)
+        _write(path, {**header, "sha256": _sha256(header, parts)}, parts)
         return cls(path)
 
 
@@ -211,8 +254,8 @@ def _data_start(header_length: int) -> int:
     return -(-(16 + header_length) // _DATA_ALIGNMENT) * _DATA_ALIGNMENT
 
 
-def _sha256(parts: list[numpy.ndarray]) -> str:
-    digest = hashlib.sha256()
+def _sha256(header: dict, parts: list[numpy.ndarray]) -> str:
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for part in parts:
         digest.update(part.data)
     return digest.hexdigest()

@@ -9,7 +9,8 @@ from torch import nn
 
 from . import runtime
 from .config import PRESETS, GenerateConfig, SamplingConfig, UserError, checked
-from .model import context_length, load_config, load_model, load_tokenizer
+from .foreign import guarded
+from .model import check_fits, context_length, load_config, load_model, load_tokenizer
 from .sampling import Sampler
 
 
@@ -71,7 +72,7 @@ def generate(
     """
     controls = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty}
     checked(SamplingConfig(**controls, max_new_tokens=max_new_tokens, num_return_sequences=num_return_sequences))
-    encoded = [_prompt_ids(prompt, tokenizer, context_length(model.config)) for prompt in prompts]
+    encoded = [_prompt_ids(prompt, tokenizer, model.config) for prompt in prompts]
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
@@ -93,11 +94,12 @@ def generate(
 def check_prompts(prompts: list[str], tokenizer, model_config) -> None:
     """Raise UserError for a prompt that this model could not go on from."""
     for prompt in prompts:
-        _prompt_ids(prompt, tokenizer, context_length(model_config))
+        _prompt_ids(prompt, tokenizer, model_config)
 
 
-def _prompt_ids(prompt: str, tokenizer, context: int | None) -> list[int]:
-    ids = tokenizer(prompt)["input_ids"] if prompt else []
+def _prompt_ids(prompt: str, tokenizer, model_config) -> list[int]:
+    context = context_length(model_config)
+    ids = guarded("cannot tokenize the prompt", lambda: tokenizer(prompt)["input_ids"]) if prompt else []
     if not ids:
         if tokenizer.bos_token_id is None:
             raise UserError(
@@ -106,6 +108,7 @@ def _prompt_ids(prompt: str, tokenizer, context: int | None) -> list[int]:
         ids = [tokenizer.bos_token_id]
     if context and len(ids) > context:
         raise UserError(f"the prompt has {len(ids)} tokens, the model's context is {context}; make the prompt shorter")
+    check_fits(model_config, block_size=len(ids), max_id=max(ids))
     return ids
 
 

@@ -1,7 +1,8 @@
 """Load a model and its tokenizer: from the hub, from a folder, or made from scratch; and the model with its loss."""
 
+import contextlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import huggingface_hub
@@ -9,9 +10,14 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from . import foreign
 from .config import PRESETS, UserError
 from .loss import IGNORE_INDEX, cross_entropy_sum
 
@@ -19,6 +25,7 @@ from .loss import IGNORE_INDEX, cross_entropy_sum
 _HUB_ERRORS = (OSError, *huggingface_hub.errors.HfHubHTTPError.__bases__)
 END_OF_TEXT = "<|endoftext|>"
 MINI_VOCABULARY = 8192
+_BUFFER_BYTES = 1 << 29  # buffers stand in no file; the largest in use are attention masks of some ten million bytes
 
 
 class CausalLMLoss(nn.Module):
@@ -94,6 +101,7 @@ def load_config(name: str, tokenizer, *, dropout: float | None = None, trust_rem
             raise UserError(
                 f"model {name} is a {config.model_type} that reads text in both directions; take a causal model"
             )
+        _check_config(name, config, trust_remote_code)
     if dropout is not None:
         for field, value in config.to_dict().items():
             if field.endswith(("dropout", "pdrop")) and isinstance(value, float):
@@ -105,17 +113,20 @@ def load_model(name: str, config, trust_remote_code: bool = False) -> nn.Module:
     """The model in fp32, in training mode; a preset's weights are drawn from PyTorch's global generator."""
     if name in PRESETS:
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
-    model, found = _found(
-        name,
-        lambda: AutoModelForCausalLM.from_pretrained(
-            name,
-            config=config,
-            dtype=torch.float32,
-            trust_remote_code=trust_remote_code,
-            ignore_mismatched_sizes=True,  # so that they are told below, with those that are missing
-            output_loading_info=True,
-        ),
-    )
+
+    def load():
+        with _no_larger_than(stored) if stored else contextlib.nullcontext():
+            return AutoModelForCausalLM.from_pretrained(
+                name,
+                config=config,
+                dtype=torch.float32,
+                trust_remote_code=trust_remote_code,
+                ignore_mismatched_sizes=True,  # so that they are told below, with those that are missing
+                output_loading_info=True,
+            )
+
+    stored = _stored(name)
+    model, found = _found(name, load)
     absent = sorted(found["missing_keys"]) + [str(key) for key, *_ in sorted(found["mismatched_keys"])]
     if absent:
         raise UserError(
@@ -151,9 +162,12 @@ def save(model: nn.Module, tokenizer, folder: Path) -> None:
 
 
 def check_reachable(name: str) -> None:
-    """Raise UserError, at once, where `name` is no preset, no folder with a model, and no model on the hub."""
+    """Raise UserError, at once, where `name` is no preset, no safe folder with a model, and no model on the hub."""
     folder = Path(name).expanduser()
-    if name in PRESETS or (folder / "config.json").is_file():
+    if name in PRESETS:
+        return
+    if (folder / "config.json").is_file():
+        _stored(name)
         return
     if folder.exists():
         raise UserError(
@@ -167,8 +181,57 @@ def check_reachable(name: str) -> None:
         huggingface_hub.HfApi().model_info(name, timeout=10)
     except _HUB_ERRORS as error:
         raise UserError(
-            f"model {name} is no preset ({', '.join(PRESETS)}), no folder here, and the hub does not give it: {_one_line(error)}"
+            f"model {name} is no preset ({', '.join(PRESETS)}), no folder here, and the hub does not give it: {foreign.one_line(error)}"
         ) from None
+
+
+def _stored(name: str) -> foreign.Stored | None:
+    """What the weights in the folder `name` come to, the folder found safe; None where it is a model on the hub."""
+    if not Path(name).is_dir():
+        return None
+    try:
+        return foreign.check_folder(Path(name))
+    except OSError as error:
+        raise UserError(f"cannot load model {name}: {foreign.one_line(error)}") from None
+
+
+@contextlib.contextmanager
+def _no_larger_than(stored: foreign.Stored) -> Iterator[None]:
+    """Stop the making of a model, which takes no memory yet, as soon as it outgrows the weights that are to fill it.
+
+    A tied head and its embedding stand in the files once. Loaders may cut a tensor into several, or join several to one.
+    """
+    room = {"elements": 2 * stored.elements + (1 << 20), "tensors": 8 * stored.tensors + 1024, "buffers": _BUFFER_BYTES}
+
+    def count(module: nn.Module, name: str, tensor: torch.Tensor | None) -> None:
+        if tensor is None or name in module._parameters or name in module._buffers:
+            return  # loading puts the weights in the place of what was made
+        if isinstance(tensor, nn.Parameter):
+            room["elements"] -= tensor.numel()
+            room["tensors"] -= 1
+        else:
+            room["buffers"] -= tensor.nbytes
+        if min(room.values()) < 0:
+            raise ValueError(f"config.json describes a far larger model than the weights beside it ({name})")
+
+    hooks = [register_module_parameter_registration_hook(count), register_module_buffer_registration_hook(count)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _check_config(name: str, config, trust_remote_code: bool) -> None:
+    """Raise UserError for settings that would bring in other code, or a kind of weights that is not trained here."""
+    if getattr(config, "quantization_config", None):
+        raise UserError(f"model {name} is quantized; mori trains whole weights: take the model it was made from")
+    for chosen in (config._attn_implementation, getattr(config, "_experts_implementation", None)):
+        if isinstance(chosen, str) and "/" in chosen and not trust_remote_code:
+            raise UserError(
+                f"model {name} asks for code from the hub ({chosen[:100]}); "
+                "if you trust it, say --trust_remote_code, else remove attn_implementation from its config.json"
+            )
 
 
 def _found(name: str, load):
@@ -176,11 +239,4 @@ def _found(name: str, load):
     check_reachable(name)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    try:
-        return load()
-    except Exception as error:  # files from anywhere: what a loader raises over them has no common base
-        raise UserError(f"cannot load model {name}: {_one_line(error)}") from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return foreign.guarded(f"cannot load model {name}", load)

@@ -9,6 +9,7 @@ from conftest import ROOT
 
 FLOORS = {
     "config": 0, "loss": 0, "optim": 0, "sampling": 0, "monitor": 0,
+    "foreign": 0.5,  # a mezzanine: corpus and model both look at files before they read them
     "corpus": 1, "data": 1, "runtime": 1, "model": 1,
     "checkpoint": 2, "generate": 2, "evaluate": 2, "diagnose": 2,
     "prepare": 3,
@@ -17,6 +18,7 @@ FLOORS = {
 }  # fmt: skip
 OUTSIDE = {
     "config": set(),
+    "foreign": set(),
     "loss": {"torch"},
     "optim": {"torch"},
     "sampling": {"torch"},
@@ -89,7 +91,7 @@ def test_what_is_not_done_anywhere(path):
         if isinstance(node, ast.ExceptHandler):
             broad = node.type is None or getattr(node.type, "id", "") in ("Exception", "BaseException")
             # The one place that loads files from anywhere, through libraries whose errors have no common base.
-            assert not broad or (path.name == "model.py" and source.count("except Exception") == 1)
+            assert not broad or (path.name == "foreign.py" and source.count("except BaseException") == 1)
         if isinstance(node, ast.ImportFrom) and path.stem != "compare":
             assert not {"Trainer", "TrainingArguments"} & {alias.name for alias in node.names}
     for word in ("pickle", "torch.load(", "torch.save(", "exec(", "import accelerate", "from accelerate"):

@@ -1,8 +1,13 @@
+import hashlib
 import json
+import os
 
 import numpy
 import pytest
 from conftest import REAL_CORPUS, needs_corpus
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 
 from mori.config import UserError
@@ -69,6 +74,39 @@ def test_what_is_not_there_is_named(tmp_path):
             find_files([str(tmp_path / name)])
 
 
+def test_a_link_that_leads_out_of_the_folder_is_read_only_when_it_is_named(tmp_path):
+    outside, inside = write(tmp_path / "outside.txt", "rahasia"), write(tmp_path / "texts" / "a.txt", "halo")
+    (tmp_path / "texts" / "link.txt").symlink_to("a.txt")
+    assert find_files([str(tmp_path / "texts")]) == [inside]
+    (tmp_path / "texts" / "out.txt").symlink_to(outside)
+    with pytest.raises(UserError, match="leads out of the corpus folder; to read it, name the file itself"):
+        find_files([str(tmp_path / "texts")])
+    assert find_files([str(tmp_path / "texts" / "out.txt")]) == [tmp_path / "texts" / "out.txt"]
+    (tmp_path / "link to texts").symlink_to(tmp_path / "texts")
+    (tmp_path / "texts" / "out.txt").unlink()
+    assert len(find_files([str(tmp_path / "link to texts")])) == 1
+
+
+def test_pipes_devices_and_endless_files_are_never_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    for name in (tmp_path / "pipe.txt", "/dev/zero"):
+        with pytest.raises(UserError, match="neither a file nor a folder"):
+            find_files([str(name)])
+    with pytest.raises(UserError, match="holds no"):
+        find_files([str(tmp_path)])
+    write(tmp_path / "endless.txt", "halo")
+    os.truncate(tmp_path / "endless.txt", 1 << 40)
+    with pytest.raises(UserError, match="1,024.0 GiB"):
+        read_documents(find_files([str(tmp_path)]))
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a/" * 3000, "~nobody-of-that-name/x"])
+def test_names_that_cannot_be_are_one_line(name):
+    with pytest.raises(UserError) as error:
+        find_files([name])
+    assert len(str(error.value)) < 400
+
+
 def test_token_file_holds_every_token_and_the_end_of_each_document(tmp_path, tokenizer):
     documents = read_documents([write(tmp_path / "a", "halo dunia " * 50), write(tmp_path / "b", "apa kabar?")])
     tokens = TokenFile.make(documents, tokenizer, tmp_path / "cache")
@@ -103,23 +141,76 @@ def test_token_file_is_reused_only_for_the_same_corpus_and_tokenizer(tmp_path, t
     assert TokenFile.make(documents, other_tokenizer, tmp_path / "cache").path != first.path
 
 
-@pytest.mark.parametrize("damage", ["cut", "magic", "header", "hash", "ids"])
+def rewritten(path, *, seal=True, said=None, text=None, **changed):
+    """Change a token file's header; with `seal`, as one would who knows the format."""
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[8:16], "little")
+    header = {**json.loads(raw[16 : 16 + length]), **changed}
+    data = raw[-(-(16 + length) // 64) * 64 :]
+    if seal:
+        rest = {key: value for key, value in header.items() if key != "sha256"}
+        header["sha256"] = hashlib.sha256(json.dumps(rest, sort_keys=True).encode() + data).hexdigest()
+    text = json.dumps(header).encode() if text is None else text
+    head = raw[:8] + (len(text) if said is None else said).to_bytes(8, "little") + text
+    path.write_bytes(head.ljust(-(-len(head) // 64) * 64, b"\0") + data)
+
+
+DAMAGES = {
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-3]),
+    "empty": lambda path: path.write_bytes(b""),
+    "magic": lambda path: path.write_bytes(b"x" + path.read_bytes()[1:]),
+    "another token, and a possible one": lambda path: path.write_bytes(path.read_bytes()[:-2] + b"\1\0"),
+    "another place of a document": lambda path: rewritten(path, seal=False, first_tokens=[1]),
+    "another largest id": lambda path: rewritten(path, seal=False, max_id=1),
+    "header of an exabyte": lambda path: rewritten(path, said=1 << 60),
+    "header of a terabyte, which is there": lambda path: (rewritten(path, said=1 << 39), os.truncate(path, 1 << 40)),
+    "header is no JSON": lambda path: rewritten(path, text=b"{"),
+    "header is no object": lambda path: rewritten(path, text=b"[1]"),
+    "header is nested deeply": lambda path: rewritten(path, text=b"[" * 100_000),
+    "count below nothing": lambda path: rewritten(path, count=-1),
+    "count beyond all": lambda path: rewritten(path, count=10**30),
+    "count is a word": lambda path: rewritten(path, count="1"),
+    "objects": lambda path: rewritten(path, dtype="object"),
+    "no type": lambda path: rewritten(path, dtype=None),
+    "a list of types": lambda path: rewritten(path, dtype=["uint16"]),
+    "another corpus": lambda path: rewritten(path, corpus_sha256="0" * 64),
+    "another version": lambda path: rewritten(path, version="1"),
+    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_token_file_is_made_again(tmp_path, tokenizer, damage):
     documents = read_documents([write(tmp_path / "a", "halo dunia " * 50)])
     first = TokenFile.make(documents, tokenizer, tmp_path / "cache")
-    ids, raw = first.ids.tolist(), bytearray(first.path.read_bytes())
-    if damage == "cut":
-        raw = raw[:-3]
-    elif damage == "magic":
-        raw[0] ^= 1
-    elif damage == "header":
-        raw[8:16] = (1 << 60).to_bytes(8, "little")
-    elif damage == "ids":
-        raw[-2:] = b"\1\0"  # another token, and a possible one
-    else:
-        raw = raw.replace(first.header["corpus_sha256"].encode(), b"0" * 64)
-    first.path.write_bytes(raw)
-    assert TokenFile.make(documents, tokenizer, tmp_path / "cache").ids.tolist() == ids
+    ids, header = first.ids.tolist(), first.header
+    DAMAGES[damage](first.path)
+    again = TokenFile.make(documents, tokenizer, tmp_path / "cache")
+    assert again.ids.tolist() == ids and again.header == header
+
+
+def test_a_tokenizer_that_makes_no_token_is_named(tmp_path):
+    class Mute:
+        eos_token_id = bos_token_id = None
+
+        def get_vocab(self):
+            return {}
+
+        def __call__(self, text, **_):
+            return {"input_ids": []}
+
+    with pytest.raises(UserError, match="makes no token"):
+        TokenFile.make(read_documents([write(tmp_path / "a", "a b c")]), Mute(), tmp_path)
+
+
+def test_a_tokenizer_that_fails_over_the_text_is_one_line(tmp_path):
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"halo": 0}, unk_token="none")))
+    # A search that takes longer than its library allows ends in a panic of the tokenizer, which is no Exception.
+    endless = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"halo": 0}, unk_token="halo")))
+    endless.backend_tokenizer.pre_tokenizer = Split(Regex("(a+)+$"), "isolated")
+    for tokenizer, text in ((words, "apa"), (endless, "a" * 5000 + "b")):
+        with pytest.raises(UserError, match="cannot tokenize the corpus: .*(UNK|Regex)"):
+            encode(tokenizer, text)
 
 
 def test_large_vocabularies_get_wide_ids(tmp_path):

@@ -388,7 +388,7 @@ def test_ids_beyond_the_embedding_are_refused(run_train, small_model, tmp_path):
     cropped.resize_token_embeddings(100)
     cropped.save_pretrained(tmp_path / "cropped")
     AutoTokenizer.from_pretrained(small_model).save_pretrained(tmp_path / "cropped")
-    with pytest.raises(UserError, match="token id 319, but the model has embeddings for 100"):
+    with pytest.raises(UserError, match=r"token id \d+, but the model has embeddings for 100"):
         run_train(model=str(tmp_path / "cropped"))
 
 
