@@ -78,6 +78,12 @@ class Monitor:
             with contextlib.suppress(OSError), self._bar.external_write_mode(file=sys.stdout):
                 say(message)
 
+    def sync(self) -> None:
+        """Wait until what was logged is on disk: a checkpoint must not outlive the lines before it."""
+        if self.enabled and self._path.exists():
+            with self._survive():
+                _sync(self._path)
+
     def close(self) -> None:
         """Flush and close everything."""
         if self.enabled:
@@ -120,10 +126,21 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def _cut_from(path: Path, step: int) -> None:
-    kept = [json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] < step]
-    staged = path.with_suffix(".tmp")
-    staged.write_text("".join(kept), encoding="utf-8")
-    staged.replace(path)
+    kept = "".join(json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] < step)
+    if path.exists() and path.read_bytes() != kept.encode():
+        staged = path.with_suffix(".tmp")
+        staged.write_text(kept, encoding="utf-8")
+        _sync(staged)
+        staged.replace(path)
+        _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 class Throughput:

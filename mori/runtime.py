@@ -166,7 +166,12 @@ def start(device: str = "auto", precision: str = "fp32", timeout: int = 1800) ->
         torch.cuda.set_device(chosen)
     patience = timedelta(seconds=timeout)
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=patience)
+        # torchrun keeps one store for all restarts (torch 2.13): what the ranks of an earlier start left there, such as
+        # their addresses, must not be found by those of this one.
+        store, rank, size = next(dist.rendezvous("env://", timeout=patience))
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
     if precision == "auto":
         precision = "fp32"
         if chosen.type == "cuda":

@@ -54,6 +54,8 @@ class Progress:
                 value, (dict, type(None)) if model is None else (int, float) if f.type is float else type(model)
             ):
                 raise ValueError(f"{f.name} is {value!r}")
+        if not all(isinstance(loss, float) for loss in made.unlogged_losses):
+            raise ValueError("unlogged_losses are not numbers")
         return made
 
 
@@ -281,6 +283,7 @@ def _train(
         if where.is_main:
             state = {**identity, "progress": asdict(progress), "ranks": ranks, "scaler": scaler.state_dict()}
             root = run_dir / "checkpoints"
+            monitor.sync()
             try:
                 checkpoint.save(
                     root, progress.step, model=model.state_dict(), optimizer=optimizer.state_dict(), state=state
