@@ -48,11 +48,10 @@ class Progress:
     def from_json(cls, values: dict) -> "Progress":
         """What a checkpoint holds. Raises ValueError where it is something else."""
         made = cls(**values)
-        for f, model in zip(fields(cls), vars(cls()).values(), strict=True):
+        for f, plain in zip(fields(cls), vars(cls()).values(), strict=True):
             value = getattr(made, f.name)
-            if not isinstance(
-                value, (dict, type(None)) if model is None else (int, float) if f.type is float else type(model)
-            ):
+            kinds = (dict, type(None)) if plain is None else (int, float) if f.type is float else type(plain)
+            if not isinstance(value, kinds) or (isinstance(value, dict) and not {"step", "loss"} <= value.keys()):
                 raise ValueError(f"{f.name} is {value!r}")
         if not all(isinstance(loss, float) for loss in made.unlogged_losses):
             raise ValueError("unlogged_losses are not numbers")
