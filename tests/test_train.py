@@ -341,6 +341,96 @@ def test_a_run_with_other_settings_is_not_resumed(run_train, text_file, tmp_path
     assert (tmp_path / "runs" / "run.1" / "summary.json").exists()  # the old run is set aside
 
 
+def test_a_run_is_extended_to_a_new_length_only_when_asked(run_train, tmp_path, monkeypatch):
+    run_train(max_steps=4, lr_scheduler_type="constant")
+    with pytest.raises(UserError, match=r"max_steps \(4, 8\).*--extend"):
+        run_train(max_steps=8, lr_scheduler_type="constant")
+    with pytest.raises(UserError, match=r"learning_rate \(0.001, 0.002\)"):
+        run_train(max_steps=8, lr_scheduler_type="constant", learning_rate=2e-3, extend=True)
+    with pytest.raises(UserError, match="has done 4 steps already"):
+        run_train(max_steps=3, lr_scheduler_type="constant", extend=True)
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        run_train(run_name="new", extend=True)
+    # A constant learning rate does not know how long the run is: extended, it is the run that was as long from the start.
+    run_train(max_steps=8, lr_scheduler_type="constant", extend=True)
+    run_train(max_steps=8, lr_scheduler_type="constant", run_name="long", output_dir=str(tmp_path / "long"))
+    assert_equal_weights(tmp_path / "brain", tmp_path / "long")
+    assert run_train(max_steps=8, lr_scheduler_type="constant")["steps"] == 8  # its length is 8 now
+
+
+def test_an_extended_run_goes_on_along_the_schedule_of_its_new_length(run_train, tmp_path):
+    run_train(max_steps=4)
+    run_train(max_steps=8, extend=True)
+    rates = [
+        line["train/learning_rate"]
+        for line in read_metrics(tmp_path / "runs/run/metrics.jsonl")
+        if "train/loss" in line
+    ]
+    assert rates == pytest.approx([1e-3 * x for x in (1, 3 / 4, 2 / 4, 1 / 4, 4 / 8, 3 / 8, 2 / 8, 1 / 8)])
+
+
+def test_memory_that_runs_out_is_remembered(run_train, tmp_path, monkeypatch, capsys):
+    real, sizes = models.CausalLMLoss.forward, []
+
+    def forward(self, input_ids, labels, n_targets=None):
+        if n_targets is not None:
+            sizes.append(len(input_ids))
+            if len(input_ids) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(self, input_ids, labels, n_targets)
+
+    monkeypatch.setattr(models.CausalLMLoss, "forward", forward)
+    options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "max_steps": 8}
+    _stop_after(4, lambda: run_train(**options))
+    assert sizes == [4] + [2] * 10  # the step that is broken off among them
+    assert "step 1: memory ran out" in capsys.readouterr().out
+    sizes.clear()
+    run_train(**options)
+    assert sizes == [2] * 8  # 4 is not tried again
+    monkeypatch.undo()
+    options |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    run_train(**options, run_name="small", output_dir=str(tmp_path / "small"))
+    assert_equal_weights(tmp_path / "small", tmp_path / "brain")
+
+
+def test_where_not_even_one_window_fits_it_says_so(run_train, monkeypatch):
+    def forward(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(models.CausalLMLoss, "forward", forward)
+    with pytest.raises(RunFailed, match="not even one window fits"):
+        run_train()
+
+
+def test_an_error_that_is_not_about_memory_is_not_swallowed(run_train, monkeypatch):
+    def forward(*_):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(models.CausalLMLoss, "forward", forward)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run_train()
+
+
+def test_a_log_that_a_kill_cut_short_is_mended(run_train, tmp_path):
+    _stop_after(6, run_train)
+    path = tmp_path / "runs" / "run" / "metrics.jsonl"
+    with path.open("a") as lines:
+        lines.write('{"step": 6, "train/lo')
+    run_train()
+    steps = [json.loads(line)["step"] for line in path.read_text().splitlines() if "train/loss" in line]
+    assert steps == list(range(1, 13))
+
+
+def test_an_attempt_that_was_killed_before_its_first_checkpoint_leaves_no_lines(run_train, tmp_path):
+    _stop_after(2, lambda: run_train(save_steps=100))
+    run_train()
+    logged = read_metrics(tmp_path / "runs" / "run" / "metrics.jsonl")
+    assert [line["step"] for line in logged if "eval/loss" in line] == [0, 6, 12]
+    board = EventAccumulator(str(tmp_path / "runs" / "run"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("eval/loss")] == [0, 6, 12]
+
+
 def test_a_checkpoint_can_be_named(run_train, tmp_path):
     run_train(save_total_limit=9)
     named = tmp_path / "runs" / "run" / "checkpoints" / "step-00000004"
