@@ -200,6 +200,22 @@ def clean(root: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
+def publish(final: Path, fill: Callable[[Path], None]) -> None:
+    """Put a folder, filled by `fill(folder)`, in the place of `final` once it is complete and on disk.
+
+    Raises OSError where it cannot be written; what was staged is removed.
+    """
+    staged = final.with_name(f".{final.name}.partial")
+    shutil.rmtree(staged, ignore_errors=True)
+    try:
+        fill(staged)
+        replace_folder(staged, final)
+    except SafetensorError as error:  # how safetensors tells of a full disk
+        raise OSError(str(error)) from None
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
 def replace_folder(staged: Path, final: Path) -> None:
     """Put the complete folder `staged` in the place of `final`.
 

@@ -5,17 +5,50 @@ import json
 import platform
 import sys
 import tempfile
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import IO
 
 import torch
 import transformers
 
-from . import __version__, checkpoint, corpus, data
+from . import __version__, checkpoint, corpus, data, runtime
 from .config import HORIZON, TrainConfig, UserError
 from .model import check_fits
-from .runtime import Runtime
+from .monitor import say
+
+
+@dataclass
+class Progress:
+    """Where a run stands: all of its state but the tensors and the random generators. Every checkpoint holds it."""
+
+    step: int = 0
+    before: dict | None = None  # the evaluation at step 0
+    best: dict | None = None  # the evaluation with the lowest loss
+    after: dict | None = None  # the newest evaluation
+    samples_before: list[str] = field(default_factory=list)
+    samples_after: list[str] = field(default_factory=list)
+    unlogged_losses: list[float] = field(default_factory=list)
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    tokens: int = 0
+    train_seconds: float = 0.0
+    wall_seconds: float = 0.0
+    train_batch_size: int = 0  # windows in one micro-batch, and in one batch of the evaluation,
+    eval_batch_size: int = 0  # where memory ran out and they are fewer than the config says
+
+    @classmethod
+    def from_json(cls, values: dict) -> "Progress":
+        """What a checkpoint holds. Raises ValueError where it is something else."""
+        made = cls(**values)
+        for f, plain in zip(fields(cls), vars(cls()).values(), strict=True):
+            value = getattr(made, f.name)
+            kinds = (dict, type(None)) if plain is None else (int, float) if f.type is float else type(plain)
+            if not isinstance(value, kinds) or (isinstance(value, dict) and not {"step", "loss"} <= value.keys()):
+                raise ValueError(f"{f.name} is {value!r}")
+        if not all(isinstance(loss, float) for loss in made.unlogged_losses):
+            raise ValueError("unlogged_losses are not numbers")
+        return made
 
 
 @dataclass
@@ -35,7 +68,7 @@ class Text:
 
 
 def prepare_text(
-    config: TrainConfig, documents: list[corpus.Document], tokenizer, model_config, where: Runtime
+    config: TrainConfig, documents: list[corpus.Document], tokenizer, model_config, where: runtime.Runtime
 ) -> Text:
     """Tokenize the documents (or find them tokenized), and cut the tokens into training and held-out windows.
 
@@ -190,7 +223,40 @@ def finished_summary(run_dir: Path, output_dir: Path, resumed: Path | None, tota
         return None  # not there, or damaged: it is written again
 
 
-def environment(where: Runtime) -> dict:
+def restore(folder: Path, model, optimizer, scaler, where: runtime.Runtime) -> Progress:
+    """Put a checkpoint's tensors, scaler and random state in place; returns where the run stood.
+
+    Raises UserError where they are not those of this run: nothing of the state is optional.
+    """
+    state = checkpoint.load_state(folder)
+    checkpoint.load_tensors(folder, model, optimizer)
+    try:
+        scaler.load_state_dict(state["scaler"])
+        mine = state["ranks"][where.rank]
+        runtime.set_rng_state(mine["rng"])
+        return Progress.from_json({**state["progress"], "unlogged_losses": mine["unlogged_losses"]})
+    except (LookupError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise UserError(f"{folder / 'state.json'} is not what mori writes ({error}); take another checkpoint") from None
+
+
+def introduce(config, where, model, ledger, n_files, batches, total_steps, run_dir, resumed) -> None:
+    """Say what is read, what is trained, and where it goes."""
+    found = environment(where)
+    left_out = f" ({n_files - ledger.documents} blank file(s) left out)" if n_files > ledger.documents else ""
+    size = sum(parameter.numel() for parameter in model.parameters())
+    layout = f"{config.per_device_train_batch_size} windows x {config.gradient_accumulation_steps} x {where.world_size} rank(s)"
+    say(
+        f"mori {found['mori']}, torch {found['torch']}, transformers {found['transformers']}; "
+        f"{where.device}, {where.precision}, {found['threads']} threads\n"
+        f"reads   {ledger}{left_out}\n"
+        f"model   {config.model}, {size / 1e6:.1f} M parameters\n"
+        f"trains  {total_steps} steps ({batches.steps_per_epoch} an epoch) of {layout} x {config.block_size} tokens\n"
+        f"writes  {run_dir}/ (tensorboard --logdir {config.logging_dir}), the brain to {config.output_dir}/"
+        + (f"\nresumes {resumed}" if resumed else "")
+    )
+
+
+def environment(where: runtime.Runtime) -> dict:
     """What the run ran on, for `environment.json`."""
     gpu = where.device.type == "cuda"
     return {

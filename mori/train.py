@@ -6,14 +6,12 @@
 import contextlib
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch.nn.utils import clip_grad_norm_
 
 from . import checkpoint, corpus, data, optim, prepare, runtime
@@ -23,39 +21,6 @@ from .diagnose import first_bad_tensor
 from .evaluate import evaluate
 from .generate import check_prompts, generate
 from .monitor import Monitor, Throughput, peak_memory_bytes, say
-
-
-@dataclass
-class Progress:
-    """Where a run stands: all of its state but the tensors and the random generators. Every checkpoint holds it."""
-
-    step: int = 0
-    before: dict | None = None  # the evaluation at step 0
-    best: dict | None = None  # the evaluation with the lowest loss
-    after: dict | None = None  # the newest evaluation
-    samples_before: list[str] = field(default_factory=list)
-    samples_after: list[str] = field(default_factory=list)
-    unlogged_losses: list[float] = field(default_factory=list)
-    skipped_steps: int = 0
-    skipped_in_a_row: int = 0
-    tokens: int = 0
-    train_seconds: float = 0.0
-    wall_seconds: float = 0.0
-    train_batch_size: int = 0  # windows in one micro-batch, and in one batch of the evaluation,
-    eval_batch_size: int = 0  # where memory ran out and they are fewer than the config says
-
-    @classmethod
-    def from_json(cls, values: dict) -> "Progress":
-        """What a checkpoint holds. Raises ValueError where it is something else."""
-        made = cls(**values)
-        for f, plain in zip(fields(cls), vars(cls()).values(), strict=True):
-            value = getattr(made, f.name)
-            kinds = (dict, type(None)) if plain is None else (int, float) if f.type is float else type(plain)
-            if not isinstance(value, kinds) or (isinstance(value, dict) and not {"step", "loss"} <= value.keys()):
-                raise ValueError(f"{f.name} is {value!r}")
-        if not all(isinstance(loss, float) for loss in made.unlogged_losses):
-            raise ValueError("unlogged_losses are not numbers")
-        return made
 
 
 def train(config: TrainConfig, on_step: Callable[[int, float], None] = lambda step, seconds: None) -> dict:
@@ -147,7 +112,7 @@ def _train(
     )
     scaler = where.grad_scaler()
     runtime.set_seed(config.seed + where.rank)
-    progress = _restore(resumed, model, optimizer, scaler, where) if resumed else Progress()
+    progress = prepare.restore(resumed, model, optimizer, scaler, where) if resumed else prepare.Progress()
     parallel = where.parallel(module)
     parameters = list(model.parameters())
     parallel.train()
@@ -162,7 +127,7 @@ def _train(
             checkpoint.write_json(run_dir / "config.json", asdict(config))
             checkpoint.write_json(run_dir / "environment.json", prepare.environment(where))
             checkpoint.write_json(run_dir / "ledger.json", asdict(text.ledger))
-        _introduce(config, where, model, text.ledger, len(files), batches, total_steps, run_dir, resumed)
+        prepare.introduce(config, where, model, text.ledger, len(files), batches, total_steps, run_dir, resumed)
     monitor = Monitor(run_dir, first_step=progress.step, total_steps=total_steps, enabled=where.is_main)
     speed = Throughput(progress.tokens, progress.train_seconds)
     # The micro-batches may be smaller than the config's where memory ran out; the windows of a step stay the same.
@@ -398,17 +363,18 @@ def _train(
     return summary
 
 
-def _restore(folder: Path, model, optimizer, scaler, where: runtime.Runtime) -> Progress:
-    """Put a checkpoint's tensors, scaler and random state in place; returns where the run stood."""
-    state = checkpoint.load_state(folder)
-    checkpoint.load_tensors(folder, model, optimizer)
+def _publish(model, tokenizer, output_dir: Path) -> None:
+    """Put the trained model at `output_dir`; the one before stays as `<name>.previous`."""
+    bad = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
+    if bad:
+        raise RunFailed(f"the model is not written: {len(bad)} of its tensors are not finite, such as {bad[0]}")
     try:
-        scaler.load_state_dict(state["scaler"])
-        mine = state["ranks"][where.rank]
-        runtime.set_rng_state(mine["rng"])
-        return Progress.from_json({**state["progress"], "unlogged_losses": mine["unlogged_losses"]})
-    except (LookupError, TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise UserError(f"{folder / 'state.json'} is not what mori writes ({error}); take another checkpoint") from None
+        checkpoint.publish(output_dir, lambda folder: models.save(model, tokenizer, folder))
+    except OSError as error:
+        raise RunFailed(
+            f"cannot write the trained model to {output_dir}: {error.strerror or error}; the last checkpoint holds it: "
+            "make room and run the same command again"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -420,39 +386,3 @@ def _writes(folder: Path) -> Iterator[None]:
         raise RunFailed(
             f"cannot write in {folder}: {error.strerror}; make room and run the same command again"
         ) from None
-
-
-def _publish(model, tokenizer, output_dir: Path) -> None:
-    """Put the trained model at `output_dir` once it is complete on disk; the one before stays as `<name>.previous`."""
-    bad = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
-    if bad:
-        raise RunFailed(f"the model is not written: {len(bad)} of its tensors are not finite, such as {bad[0]}")
-    staged = output_dir.with_name(f".{output_dir.name}.partial")
-    shutil.rmtree(staged, ignore_errors=True)
-    try:
-        models.save(model, tokenizer, staged)
-        checkpoint.replace_folder(staged, output_dir)
-    except (OSError, SafetensorError) as error:
-        raise RunFailed(
-            f"cannot write the trained model to {output_dir}: {error}; the last checkpoint holds it: "
-            "make room and run the same command again"
-        ) from None
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-
-
-def _introduce(config, where, model, ledger, n_files, batches, total_steps, run_dir, resumed) -> None:
-    """Say what is read, what is trained, and where it goes."""
-    found = prepare.environment(where)
-    left_out = f" ({n_files - ledger.documents} blank file(s) left out)" if n_files > ledger.documents else ""
-    size = sum(parameter.numel() for parameter in model.parameters())
-    layout = f"{config.per_device_train_batch_size} windows x {config.gradient_accumulation_steps} x {where.world_size} rank(s)"
-    say(
-        f"mori {found['mori']}, torch {found['torch']}, transformers {found['transformers']}; "
-        f"{where.device}, {where.precision}, {found['threads']} threads\n"
-        f"reads   {ledger}{left_out}\n"
-        f"model   {config.model}, {size / 1e6:.1f} M parameters\n"
-        f"trains  {total_steps} steps ({batches.steps_per_epoch} an epoch) of {layout} x {config.block_size} tokens\n"
-        f"writes  {run_dir}/ (tensorboard --logdir {config.logging_dir}), the brain to {config.output_dir}/"
-        + (f"\nresumes {resumed}" if resumed else "")
-    )

@@ -32,7 +32,7 @@ OUTSIDE = {
     "evaluate": {"torch"},
     "diagnose": {"torch"},
     "prepare": {"torch", "transformers"},
-    "train": {"torch", "safetensors"},
+    "train": {"torch"},
     "report": {"matplotlib"},
     "compare": {"torch", "safetensors", "transformers"},
 }
