@@ -234,29 +234,40 @@ def set_seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def random_state() -> tuple:
+    """The state of every random generator that a model may draw from; cheap enough for every step."""
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return random.getstate(), numpy.random.get_state(), torch.get_rng_state(), cuda
+
+
+def set_random_state(state: tuple) -> None:
+    """Put back what `random_state` gave."""
+    python, legacy, cpu, cuda = state
+    random.setstate(python)
+    numpy.random.set_state(legacy)
+    torch.set_rng_state(cpu)
+    if cuda is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(cuda)
+
+
 def rng_state() -> dict:
-    """The state of every random generator that a model may draw from, as plain JSON values."""
-    version, python, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = numpy.random.get_state()
+    """The same as plain JSON values."""
+    (version, python, gauss), (_, keys, position, has_gauss, cached), cpu, cuda = random_state()
     state = {
         "python": [version, list(python), gauss],
         "numpy": [keys.tolist(), position, has_gauss, cached],
-        "torch": bytes(torch.get_rng_state()).hex(),
+        "torch": cpu.numpy().tobytes().hex(),
     }
-    if torch.cuda.is_available():
-        state["cuda"] = bytes(torch.cuda.get_rng_state()).hex()
-    return state
+    return state if cuda is None else state | {"cuda": cuda.numpy().tobytes().hex()}
 
 
 def set_rng_state(state: dict) -> None:
     """Put back what `rng_state` gave."""
     version, python, gauss = state["python"]
-    random.setstate((version, tuple(python), gauss))
     keys, position, has_gauss, cached = state["numpy"]
-    numpy.random.set_state(("MT19937", keys, position, has_gauss, cached))
-    torch.set_rng_state(_bytes(state["torch"]))
-    if torch.cuda.is_available() and "cuda" in state:
-        torch.cuda.set_rng_state(_bytes(state["cuda"]))
+    legacy = ("MT19937", keys, position, has_gauss, cached)
+    cuda = _bytes(state["cuda"]) if "cuda" in state else None
+    set_random_state(((version, tuple(python), gauss), legacy, _bytes(state["torch"]), cuda))
 
 
 def _bytes(hexadecimal: str) -> torch.Tensor:

@@ -220,7 +220,7 @@ def _train(
             "Lower --learning_rate or use --precision fp32"
         )
 
-    def undo(rng: dict) -> None:
+    def undo(before: tuple) -> None:
         """Forget what was done of a step when memory ran out: it is done again, in smaller parts, from the same state."""
         if where.world_size > 1:  # the others wait for this rank's gradients: all begin again from the last checkpoint
             prepare.remember_batch_size(run_dir, micro_batch.size)
@@ -229,7 +229,7 @@ def _train(
             )
         optimizer.zero_grad()
         losses[progress.step - first_unlogged] = 0
-        runtime.set_rng_state(rng)
+        runtime.set_random_state(before)
         monitor.say(
             f"step {progress.step + 1}: memory ran out; it is done again, and all that follow, with {micro_batch.size} "
             f"window(s) at a time instead of {batches.batch_size} (the windows of a step stay the same)"
@@ -281,7 +281,7 @@ def _train(
         speed.start()
         # ------------------------------------------------------------------------------------------------ one step
         step = progress.step
-        rng = runtime.rng_state()
+        before = runtime.random_state()
         while True:
             batches.batch_size = micro_batch.size
             micro_batches, n_targets = data.load_step(text.train, batches[step], pin=where.device.type == "cuda")
@@ -298,7 +298,7 @@ def _train(
                     losses[step - first_unlogged] += loss.detach()
             if not micro_batch.halved:
                 break
-            undo(rng)
+            undo(before)
 
         lr = optim.learning_rate(
             step,
