@@ -1,5 +1,6 @@
 """What happens before the first step: the text made ready, the folders looked at, the checkpoint to go on from found."""
 
+import contextlib
 import fcntl
 import json
 import platform
@@ -140,18 +141,18 @@ def lock(run_dir: Path) -> IO:
     return file
 
 
-def remember_batch_size(run_dir: Path, size: int) -> None:
-    """Leave word for the next start that micro-batches of more than `size` windows do not fit in memory."""
-    checkpoint.write_json(run_dir / "batch_size.json", size)
+def remember_batch_size(run_dir: Path, rank: int, size: int) -> None:
+    """Leave word for the next start that micro-batches of more than `size` windows do not fit in this rank's memory."""
+    checkpoint.write_json(run_dir / f"batch_size-{rank}.json", size)
 
 
 def remembered_batch_size(run_dir: Path) -> int | None:
-    """What `remember_batch_size` left, if anything."""
-    try:
-        size = json.loads((run_dir / "batch_size.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return size if isinstance(size, int) and size > 0 else None
+    """The smallest size that any rank has left word of."""
+    found = []
+    for path in run_dir.glob("batch_size-*.json"):
+        with contextlib.suppress(OSError, ValueError):
+            found.append(json.loads(path.read_text(encoding="utf-8")))
+    return min((size for size in found if isinstance(size, int) and size > 0), default=None)
 
 
 def find_checkpoint(config: TrainConfig, run_dir: Path, identity: dict, total_steps: int) -> Path | None:

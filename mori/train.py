@@ -86,7 +86,7 @@ def _train(
 
     identity = {"config": asdict(config), "precision": where.precision, "world_size": where.world_size, **text.hashes}
 
-    def claim() -> tuple[Path | None, int]:
+    def claim() -> tuple[Path | None, int | None]:
         """Keep other processes out of the run's folder, and find where the run goes on."""
         if run_dir.is_dir():
             held.enter_context(prepare.lock(run_dir))
@@ -223,7 +223,7 @@ def _train(
     def undo(before: tuple) -> None:
         """Forget what was done of a step when memory ran out: it is done again, in smaller parts, from the same state."""
         if where.world_size > 1:  # the others wait for this rank's gradients: all begin again from the last checkpoint
-            prepare.remember_batch_size(run_dir, micro_batch.size)
+            prepare.remember_batch_size(run_dir, where.rank, micro_batch.size)
             raise RunFailed(
                 f"memory ran out on rank {where.rank}; the same command goes on with {micro_batch.size} window(s) at a time"
             )

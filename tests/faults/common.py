@@ -214,17 +214,17 @@ def run(
     return Ended(code, text, time.perf_counter() - started)
 
 
-def together(config: dict, ranks: int, timeout: float = 120) -> Ended:
+def together(config: dict, ranks: int, before: Callable[[], object] = lambda: None, timeout: float = 120) -> Ended:
     """Train in `ranks` children that work together."""
     if ranks == 1:
-        return run(config, timeout=timeout)
+        return run(config, before, timeout=timeout)
     folder = Path(config["logging_dir"]).parent
     folder.mkdir(parents=True, exist_ok=True)
     output = folder.with_name(folder.name + ".out")
     started = time.perf_counter()
     port = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
     pids = [
-        fork(config, output=None if rank else output, RANK=str(rank), LOCAL_RANK=str(rank), **port)
+        fork(config, before, None if rank else output, RANK=str(rank), LOCAL_RANK=str(rank), **port)
         for rank in range(ranks)
     ]
     codes = [wait(pid, timeout) for pid in pids]

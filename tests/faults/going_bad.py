@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from mori import checkpoint, model, optim
 from mori.monitor import read_metrics
 
-from .common import STEPS, Case, Lab, patched, row, run, seeds
+from .common import STEPS, Case, Lab, patched, row, run, seeds, together
 
 _forward = model.CausalLMLoss.forward
 
@@ -195,6 +195,13 @@ def memory(lab: Lab, full: bool, seed: int) -> list[dict]:
             Case(f"{kind}, in step {call}", seed, "" if found == ends["forward"] and len(found) == 64 else found)
             for kind, found in ends.items()
         ]
+    # Ranks cannot do a step again by themselves: all leave, and the same command goes on with half.
+    config = lab.config("oom", per_device_train_batch_size=4, gradient_accumulation_steps=1)
+    ended = together(config, 2, lambda: _room_for(2, "forward"))
+    problem = ended.problem(1) or ("" if "goes on with 2 window(s) at a time" in ended.text else ended.text[-300:])
+    problem = problem or together(config, 2, lambda: _room_for(2, "forward")).problem(0)
+    cases.append(Case("forward of two ranks, 4 to 2", seed, problem or _weights_differ(lab, "oom", lab.whole(2))))
+    lab.drop("oom")
     name, both = "oom", {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
     ended = run(lab.config(name, **both, auto_find_batch_size=True), lambda: _room_for(4, "forward"))
     whole = lab.whole(per_device_train_batch_size=4, gradient_accumulation_steps=2)
