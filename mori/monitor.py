@@ -20,18 +20,18 @@ class Monitor:
     Args:
         run_dir: the run's folder; TensorBoard's events and `metrics.jsonl` go there.
         first_step: the step the run goes on from. What was logged after it belongs to work that was lost, and is cut.
+        resumed: whether there is something to go on from; if not, all that an earlier attempt has logged is cut.
         total_steps: the length of the progress bar.
     """
 
-    def __init__(self, run_dir: Path, *, first_step: int, total_steps: int, enabled: bool):
+    def __init__(self, run_dir: Path, *, first_step: int, total_steps: int, enabled: bool, resumed: bool = False):
         self.enabled = enabled
         if not enabled:
             return
         self._path = run_dir / "metrics.jsonl"
         self._failed = False
         self._board = None
-        # At step 0 nothing is gone on from: what an attempt logged that was killed before its first checkpoint goes too.
-        first_lost = first_step + 1 if first_step else 0
+        first_lost = first_step + 1 if resumed else 0
         shape = {"total": total_steps, "initial": first_step, "unit": "step", "dynamic_ncols": True}
         try:
             self._bar = tqdm(**shape, file=sys.stderr)

@@ -128,7 +128,9 @@ def _train(
             checkpoint.write_json(run_dir / "environment.json", prepare.environment(where))
             checkpoint.write_json(run_dir / "ledger.json", asdict(text.ledger))
         prepare.introduce(config, where, model, text.ledger, len(files), batches, total_steps, run_dir, resumed)
-    monitor = Monitor(run_dir, first_step=progress.step, total_steps=total_steps, enabled=where.is_main)
+    monitor = Monitor(
+        run_dir, first_step=progress.step, total_steps=total_steps, enabled=where.is_main, resumed=resumed is not None
+    )
     speed = Throughput(progress.tokens, progress.train_seconds)
     # The micro-batches may be smaller than the config's where memory ran out; the windows of a step stay the same.
     largest = config.per_device_train_batch_size * (

@@ -32,7 +32,11 @@ from mori.train import train
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, SAVE_STEPS = 12, 4
-HOURS = ("train_seconds", "wall_seconds", "tokens")  # what differs between equal runs, or is told by the step
+APART = (
+    "tokens",
+    "samples_before",
+    "samples_after",
+)  # what a checkpoint in the middle may hold otherwise; see the summary
 
 
 @dataclass
@@ -130,13 +134,17 @@ class Lab:
         checkpoint.verify(last)
         described = json.loads((last / "manifest.json").read_text())["files"]
         state = json.loads((last / "state.json").read_text())
+        summary = json.loads((self.run_dir(name) / "summary.json").read_text())
         names = ("step", "train/loss", "train/grad_norm", "train/learning_rate", "eval/loss")
         lines = [[line.get(n) for n in names] for line in read_metrics(self.run_dir(name) / "metrics.jsonl")]
+        lines = [line for line in lines if any(line[1:])]
         return {
             "brain": checkpoint.hashes(self.folder / name / "brain")["model.safetensors"],
             "model": described["model.safetensors"]["sha256"],
             "optimizer": described["optimizer.safetensors"]["sha256"],
-            "state": {k: v for k, v in state["progress"].items() if k not in HOURS} | {"ranks": state["ranks"], "scaler": state["scaler"]},
+            "state": {k: v for k, v in state["progress"].items() if isinstance(v, (int, list)) and k not in APART},
+            "random": [state["ranks"], state["scaler"]],
+            "found": [summary["eval"], summary["samples"], summary["skipped_steps"]],
             "log": json.dumps(lines),
         }  # fmt: skip
 

@@ -161,12 +161,19 @@ def memory(lab: Lab, full: bool, seed: int) -> list[dict]:
             )
         )
         lab.drop(name)
+    for size, windows in ((4, 2), (4, 1), (2, 1)) if full else ((4, 2),):
+        name, parts = "oom", {"per_device_train_batch_size": size, "gradient_accumulation_steps": 2}
+        small = {"per_device_train_batch_size": windows, "gradient_accumulation_steps": 2 * size // windows}
+        ended = run(lab.config(name, **parts), lambda windows=windows: _room_for(windows, "forward", 2))
+        problem = ended.problem(0) or _weights_differ(lab, name, lab.whole(**small))
+        cases.append(Case(f"forward of the second micro-batch, {size} to {windows}", seed, problem))
+        lab.drop(name)
     for windows in (1, 2, 4) if full else (2,):
         name = "oom"
         ended = run(
             lab.config(name, per_device_eval_batch_size=8), lambda windows=windows: _room_for(windows, "evaluation", 3)
         )
-        problem = ended.problem(0) or _weights_differ(lab, name, lab.whole())
+        problem = ended.problem(0) or _weights_differ(lab, name, lab.whole(), "brain model optimizer")
         cases.append(
             Case(f"evaluation, 8 to {windows}", seed, problem or ("" if "memory ran out" in ended.text else "not told"))
         )
@@ -217,9 +224,9 @@ def memory(lab: Lab, full: bool, seed: int) -> list[dict]:
     ]
 
 
-def _weights_differ(lab: Lab, name: str, whole: dict) -> str:
+def _weights_differ(lab: Lab, name: str, whole: dict, what: str = "brain model optimizer log") -> str:
     left = lab.left_by(name)
-    return "; ".join(f"{key} differs" for key in ("brain", "model", "optimizer") if left[key] != whole[key])
+    return "; ".join(f"{key} differs" for key in what.split() if left[key] != whole[key])
 
 
 CAMPAIGNS = [numbers, memory]
