@@ -56,9 +56,9 @@ class Recording(TorchFunctionMode):
         name = getattr(function, "__name__", "")
         if self._within or (name in _MAY_DO_NOTHING and result is args[0]):
             return result
-        if name in _READS_VALUES or _shaped_by_values(name, args):
-            if any(self.slot_of.get(id(value)) in self.results for value in _flat((args, kwargs))):
-                raise Unrecordable(f"{name} depends on the values")
+        reads_values = name in _READS_VALUES or _shaped_by_values(name, args)
+        if reads_values and any(self.slot_of.get(id(value)) in self.results for value in _flat((args, kwargs))):
+            raise Unrecordable(f"{name} depends on the values")
         if name == "__setitem__" or any(isinstance(value, torch.Tensor) for value in _flat(result)):
             self._note(function, args, kwargs, result)
         return result
@@ -80,11 +80,10 @@ class Recording(TorchFunctionMode):
         """Whether both noted the same functions, on the same slots, with the same constants."""
         if self.calls != other.calls or self.results != other.results or len(self.values) != len(other.values):
             return False
-        for slot, (mine, theirs) in enumerate(zip(self.values, other.values, strict=True)):
-            if slot not in self.results and mine is not theirs:
-                if isinstance(mine, torch.Tensor) or type(mine) is not type(theirs) or mine != theirs:
-                    return False
-        return True
+        return all(
+            slot in self.results or _same_constant(mine, theirs)
+            for slot, (mine, theirs) in enumerate(zip(self.values, other.values, strict=True))
+        )
 
 
 class Replay:
@@ -139,6 +138,12 @@ def _shaped_by_values(name: str, args: tuple) -> bool:
     if name == "__getitem__":
         return any(isinstance(i, torch.Tensor) and i.dtype in (torch.bool, torch.uint8) for i in _flat(args[1]))
     return name == "where" and len(args) == 1
+
+
+def _same_constant(mine, theirs) -> bool:
+    if mine is theirs:
+        return True
+    return not isinstance(mine, torch.Tensor) and type(mine) is type(theirs) and mine == theirs
 
 
 def _map(function: Callable, value):

@@ -57,7 +57,9 @@ def apply_bad_words(logits: torch.Tensor, input_ids: torch.Tensor, words: list, 
 
     transformers' documentation of `bad_words_ids`.
     """
-    return apply_sequence_bias(logits, input_ids, [[ids, -torch.inf] for ids in words if ids not in [[e] for e in eos_ids]])
+    return apply_sequence_bias(
+        logits, input_ids, [[ids, -torch.inf] for ids in words if ids not in [[e] for e in eos_ids]]
+    )
 
 
 def suppress(logits: torch.Tensor, tokens: list[int]) -> torch.Tensor:
