@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import ClassVar
 
 PRESETS = ("mini",)
-GROUP_ORDER = ["comparison", "model", "corpus", "training", "device", "logging", "sampling", "output"]
+GROUP_ORDER = ["benchmark", "comparison", "model", "corpus", "training", "device", "logging", "sampling", "output"]
 EXIT_OK, EXIT_FAILURE, EXIT_MISTAKE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
@@ -448,6 +448,33 @@ class CompareConfig(TrainConfig):
         return TrainConfig(**{f.name: getattr(self, f.name) for f in fields(TrainConfig)} | changed)
 
 
+DECODE_ARMS = ("mori-greedy", "generate-greedy", "mori-sampled", "generate-sampled", "mori-process", "generate-process")
+
+
+@dataclass
+class DecodeBenchConfig:
+    """A call of `scripts/bench.py decode`: text from random weights, by `mori` and by `generate()`, in turn."""
+
+    shape: str = flag(
+        "benchmark", "small", "a GPT-2 of 4 layers and width 128, or of 124M parameters", ("small", "124m")
+    )
+    batch_size: int = flag("benchmark", 1, "texts side by side")
+    new_tokens: int = flag("benchmark", 100, "tokens to draw after a prompt of 16")
+    repeats: int = flag("benchmark", 5, "processes of each arm, in turn")
+    threads: int = flag("benchmark", 0, "threads of each process; 0 is what PyTorch takes")
+    device: str = flag("device", "auto", "auto, cpu, cuda, cuda:1 ...")
+    output_dir: str = flag("output", "runs/bench", "where the figures go, as JSON")
+    arm: str = flag("output", "", "run this arm alone and print what it took: what the benchmark calls itself")
+
+    def mistakes(self) -> list[str]:
+        """All that is wrong with the values, one phrase each."""
+        positive = ("batch_size", "new_tokens", "repeats")
+        found = [f"{name} is {getattr(self, name)}, must be 1 or more" for name in positive if getattr(self, name) < 1]
+        if self.threads < 0:
+            found.append(f"threads is {self.threads}, must be 0 or more")
+        return found + _bad_device(self.device)
+
+
 def steps_of(value: float, total: int) -> int:
     """A number of steps that may be given as a share of `total` (`TrainingArguments` rounds the share up too)."""
     return int(value) if value >= 1 else math.ceil(value * total)
@@ -547,6 +574,14 @@ def parse(cls, description: str, argv: list[str] | None = None):
     config = checked(cls(**vars(values)))
     config.given = frozenset(vars(values))
     return config
+
+
+def take_command(commands) -> tuple[str, list[str]]:
+    """The first word of the command line, which must be one of `commands`, and the words after it."""
+    command, *rest = sys.argv[1:] or [""]
+    if command not in commands:
+        raise UserError(f"{command!r} is no command; say one of {', '.join(commands)} first, then --help for its flags")
+    return command, rest
 
 
 def checked(config):

@@ -346,11 +346,14 @@ class Sampler:
             else:
                 shares = (kept.double() - (logits / self.temperature).logsumexp(-1, keepdim=True)).exp()
             before = shares.cumsum(-1) - shares
+            dropped = before >= self.top_p
             doubtful = ((before - self.top_p).abs() < _UNSURE).any(-1, keepdim=True)
+            split_tie = ~dropped[:, :-1] & dropped[:, 1:] & (kept[:, :-1] == kept[:, 1:])
+            doubtful |= split_tie.any(-1, keepdim=True)
             if not self.top_k:
                 doubtful |= before[:, -1:] < self.top_p  # the nucleus may reach beyond the window
             unsure = doubtful if unsure is None else unsure | doubtful
-            kept = kept.masked_fill(before >= self.top_p, -torch.inf)
+            kept = kept.masked_fill(dropped, -torch.inf)
         if unsure.any():
             return None
         tokens, order = tokens[:, :-1].sort()

@@ -94,6 +94,9 @@ def test_together_in_the_order_of_generate(seed):
     theirs = rows.clone()
     for _, processor in chosen.values():
         theirs = processor()(texts, theirs)
+        alive = (theirs > -torch.inf).any(1)  # transformers' classes raise over a row in which all is forbidden
+        rows, texts, theirs = rows[alive], texts[alive], theirs[alive]
+    assert len(rows) > 20
     ours = sampler(**{name: value for name, (value, _) in chosen.items()}).filtered(rows, texts, NEW)
     assert torch.equal(ours.nan_to_num(7e37), theirs.nan_to_num(7e37)), names
 
@@ -237,7 +240,7 @@ def chi_square(controls: dict, wrong: float = 0.0) -> tuple[float, float]:
 
     The exact ones come from transformers' processors and a float64 softmax; `wrong` takes this share from the likeliest.
     """
-    logits = torch.randn(1, 300, generator=torch.Generator().manual_seed(0)) * 1.5
+    logits = torch.randn(1, 60, generator=torch.Generator().manual_seed(0)) * 1.5
     text = torch.tensor([[3, 7, 11]])
     expected = logits.clone()
     for name in CONTROLS:
@@ -255,7 +258,7 @@ def chi_square(controls: dict, wrong: float = 0.0) -> tuple[float, float]:
         uniforms = torch.tensor([[numbers.random()] for _ in range(50_000)], dtype=torch.float64)
         made._numbers = lambda streams, uniforms=uniforms: uniforms
         tokens.append(made(logits.expand(50_000, -1), text.expand(50_000, -1))[:, 0])
-    counts = torch.bincount(torch.cat(tokens), minlength=300).double()
+    counts = torch.bincount(torch.cat(tokens), minlength=60).double()
     if wrong:
         best = probabilities.argmax()
         probabilities[best] *= 1 - wrong
