@@ -18,6 +18,7 @@ _READS_VALUES = frozenset(
 )
 # What gives back its very argument where there is nothing to do.
 _MAY_DO_NOTHING = frozenset("contiguous dropout expand float to type type_as".split())
+_LEANER = {torch.nn.functional.layer_norm: torch.layer_norm}  # the same arguments, without a wrapper in Python
 
 
 class Unrecordable(RuntimeError):
@@ -111,6 +112,7 @@ class Replay:
     def _instruction(self, function: Callable, args: tuple, kwargs: dict, result, results: set[int]) -> tuple:
         """A call made ready: constants bound, and the arguments' slots turned into one function that fetches them."""
         several = isinstance(result, (tuple, list))
+        function = _LEANER.get(function, function)
         args = tuple(arg if isinstance(arg, int) else self._constant(arg, results) for arg in args)
         if not results.isdisjoint(_flat(kwargs)) or not all(isinstance(arg, int) for arg in args):
             return partial(_call_nested, function, args, kwargs), lambda values: (values,), result, several

@@ -80,37 +80,37 @@ def _converse(model, tokenizer, controls: dict, how: dict) -> None:
     if importlib.util.find_spec("readline"):
         import readline  # noqa: F401 (input() has a history from now on)
     print("/help shows what can be done; Ctrl-D leaves")
-    last = ""
+    said = []  # the last text, so that /again can say it again
     while True:
         try:
             line = input("> ")
-        except KeyboardInterrupt:
-            print()
-            continue
+            if line == "/quit":
+                return
+            _turn(line, said, model, tokenizer, controls, how)
         except EOFError:
             print()
             return
-        if line == "/quit":
-            return
-        try:
-            if line.startswith("/") and line.split()[0] != "/again":
-                print(_obey(line, model, controls, how))
-                continue
-            if line.startswith("/again"):
-                if not last:
-                    raise UserError("/again: nothing was said yet")
-                how["seed"] = (how["seed"] + 1) % 2**32
-                line = last
-            if not line.strip():
-                continue
-            last = line
-            _print_now(line)
-            generate(model, tokenizer, [line], **how, on_text=lambda _, piece: _print_now(piece), **controls)
-            print()
         except KeyboardInterrupt:
             print("\n(stopped)")
         except (UserError, FloatingPointError) as mistake:
             print(f"mistake: {mistake}")
+
+
+def _turn(line: str, said: list[str], model, tokenizer, controls: dict, how: dict) -> None:
+    """Answer one line."""
+    if line.strip() == "/again":
+        if not said:
+            raise UserError("/again: nothing was said yet")
+        how["seed"] = (how["seed"] + 1) % 2**32
+        line = said[0]
+    elif line.startswith("/"):
+        print(_obey(line, model, controls, how))
+        return
+    if line.strip():
+        said[:] = [line]
+        _print_now(line)
+        generate(model, tokenizer, [line], **how, on_text=lambda _, piece: _print_now(piece), **controls)
+        print()
 
 
 def _obey(line: str, model, controls: dict, how: dict) -> str:

@@ -13,7 +13,7 @@ FLOORS = {
     "checkpoint": 2, "decode": 2, "evaluate": 2,
     "prepare": 3, "generate": 3,
     "train": 4, "report": 4, "talk": 4,
-    "compare": 5,
+    "compare": 5, "bench": 5,
 }  # fmt: skip
 OUTSIDE = {
     "config": set(),
@@ -34,6 +34,7 @@ OUTSIDE = {
     "train": {"torch", "safetensors"},
     "report": {"matplotlib"},
     "talk": {"readline"},
+    "bench": {"torch", "transformers"},
     "compare": {"torch", "safetensors", "transformers"},
 }
 STANDARD = {
