@@ -14,17 +14,21 @@ import re
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import ClassVar
 
 PRESETS = ("mini",)
-GROUP_ORDER = ["comparison", "model", "corpus", "training", "device", "logging", "sampling", "output"]
+GROUP_ORDER = ["benchmark", "comparison", "model", "corpus", "training", "device", "logging", "sampling", "output"]
 EXIT_OK, EXIT_FAILURE, EXIT_MISTAKE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
 # What a resumed run may change: none of it touches the weights. (The corpus is compared by its hash.)
 MAY_CHANGE = frozenset(
     "corpus device output_dir logging_dir run_name resume_from_checkpoint logging_steps eval_steps save_steps "
-    "save_total_limit per_device_eval_batch_size max_nonfinite_steps ddp_timeout extend prompt temperature top_k top_p "
-    "repetition_penalty max_new_tokens num_return_sequences".split()
+    "save_total_limit per_device_eval_batch_size max_nonfinite_steps ddp_timeout extend prompt temperature top_h top_k top_p min_p typical_p "
+    "epsilon_cutoff eta_cutoff xtc_probability xtc_threshold repetition_penalty frequency_penalty presence_penalty "
+    "no_repeat_ngram_size dry_multiplier dry_base dry_allowed_length dry_sequence_breakers sequence_bias bad_words_ids "
+    "suppress_tokens min_new_tokens exponential_decay_length_penalty max_new_tokens max_time stop_strings "
+    "num_return_sequences".split()
 )
 # What a run that is extended may change besides: how long it is.
 HORIZON = frozenset({"num_train_epochs", "max_steps"})
@@ -42,11 +46,22 @@ class Interrupted(RuntimeError):
     """A run that was asked to stop, and is saved: one line that says where it stands."""
 
 
-def flag(group: str, default, help: str, choices=None):
-    """A dataclass field that is also a command-line flag; a default of None is a number that depends on other fields."""
+def json_list(text: str) -> list:
+    """The list that a JSON text holds; ValueError where it holds none."""
+    value = json.loads(text)
+    if not isinstance(value, list):
+        raise ValueError("no list")
+    return value
+
+
+def flag(group: str, default, help: str, choices=None, kind=None):
+    """A dataclass field that is also a command-line flag; a default of None is a number that depends on other fields.
+
+    `kind` is the type of a list's items, str where it is not said; a `json_list` is given as one JSON text.
+    """
     metadata = {"group": group, "help": help, "choices": choices}
-    metadata["type"] = str if isinstance(default, list) else float if default is None else type(default)
-    metadata["nargs"] = "+" if isinstance(default, list) else None
+    metadata["type"] = kind or (str if isinstance(default, list) else float if default is None else type(default))
+    metadata["nargs"] = "+" if isinstance(default, list) and kind is not json_list else None
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -55,22 +70,67 @@ def flag(group: str, default, help: str, choices=None):
 def same_flag(cls, name: str, default):
     """The flag `name` of another config class, with another default."""
     meta = cls.__dataclass_fields__[name].metadata
-    return flag(meta["group"], default, meta["help"], meta["choices"])
+    return flag(meta["group"], default, meta["help"], meta["choices"], meta["type"])
 
 
 @dataclass
 class SamplingConfig:
     """How text is drawn. The names and meanings are those of `generate()`; an unset control does nothing."""
 
+    given: ClassVar[frozenset] = frozenset()  # the flags that stood on the command line
+
     temperature: float = flag("sampling", 1.0, "divides the logits; 0 takes the likeliest token (greedy)")
+    top_h: float = flag("sampling", 1.0, "keep the likeliest tokens with this share of the entropy; 1 keeps all")
     top_k: int = flag("sampling", 0, "keep the k likeliest tokens; 0 keeps all")
     top_p: float = flag("sampling", 1.0, "keep the smallest set of tokens whose probability reaches p; 1 keeps all")
+    min_p: float = flag(
+        "sampling", 0.0, "keep the tokens with this share of the likeliest one's probability; 0 keeps all"
+    )
+    typical_p: float = flag("sampling", 1.0, "keep the tokens of most typical surprise that reach p; 1 keeps all")
+    epsilon_cutoff: float = flag("sampling", 0.0, "keep the tokens of this probability or more; 0 keeps all")
+    eta_cutoff: float = flag("sampling", 0.0, "the same, lower where the model is unsure; 0 keeps all")
+    xtc_probability: float = flag("sampling", 0.0, "how often XTC takes the top choices away; 0 is off")
+    xtc_threshold: float = flag(
+        "sampling", 0.1, "XTC leaves the least likely of the tokens with this probability or more"
+    )
     repetition_penalty: float = flag(
         "sampling",
         1.0,
         "divides the positive logits of tokens already in the text and multiplies the negative; 1 is off",
     )
+    frequency_penalty: float = flag("sampling", 0.0, "taken from a token's logit for each time it was drawn; 0 is off")
+    presence_penalty: float = flag("sampling", 0.0, "taken from a token's logit once it was drawn; 0 is off")
+    no_repeat_ngram_size: int = flag("sampling", 0, "no run of this many tokens comes twice; 0 is off")
+    dry_multiplier: float = flag(
+        "sampling", 0.0, "DRY: strength of the penalty on longer and longer repetitions; 0 is off"
+    )
+    dry_base: float = flag("sampling", 1.75, "DRY: the penalty grows by this factor with each token repeated")
+    dry_allowed_length: int = flag("sampling", 2, "DRY: tokens that may be repeated before the penalty begins")
+    dry_sequence_breakers: list[str] = flag(
+        "sampling", ["\n", ":", '"', "*"], "DRY: no repetition reaches over a token with one of these texts in it"
+    )
+    sequence_bias: list = flag(
+        "sampling",
+        [],
+        "added to the logit that completes a sequence of ids, as JSON: [[[5, 7], -2.0], ...]",
+        None,
+        json_list,
+    )
+    bad_words_ids: list = flag(
+        "sampling", [], "sequences of ids that are never completed, as JSON: [[5, 7], ...]", None, json_list
+    )
+    suppress_tokens: list[int] = flag("sampling", [], "token ids that are never drawn", None, int)
+    min_new_tokens: int = flag("sampling", 0, "the text does not end before this many tokens")
+    exponential_decay_length_penalty: list[float] = flag(
+        "sampling",
+        [],
+        "after the first number of tokens, the end's logit grows by the power of the second",
+        None,
+        float,
+    )
     max_new_tokens: int = flag("sampling", 100, "tokens to draw after the prompt")
+    max_time: float = flag("sampling", 0.0, "seconds after which no further token is begun; 0 is off")
+    stop_strings: list[str] = flag("sampling", [], "texts that end the answer, and are not part of it")
     num_return_sequences: int = flag("sampling", 1, "texts to draw for each prompt")
 
     def sampling(self) -> dict:
@@ -82,7 +142,54 @@ class SamplingConfig:
         checks = [
             (self.temperature >= 0, f"temperature is {self.temperature}, must be 0 or more"),
             (self.top_k >= 0, f"top_k is {self.top_k}, must be 0 (off) or more"),
-            (0 < self.top_p <= 1, f"top_p is {self.top_p}, must be above 0 and at most 1"),
+            *(
+                (0 < value <= 1, f"{name} is {value}, must be above 0 and at most 1")
+                for name, value in (("top_h", self.top_h), ("top_p", self.top_p), ("typical_p", self.typical_p))
+            ),
+            *(
+                (0 <= value <= 1, f"{name} is {value}, must be between 0 and 1")
+                for name, value in (
+                    ("min_p", self.min_p),
+                    ("xtc_probability", self.xtc_probability),
+                    ("xtc_threshold", self.xtc_threshold),
+                )
+            ),
+            *(
+                (0 <= value < 1, f"{name} is {value}, must be 0 (off) or more and below 1")
+                for name, value in (("epsilon_cutoff", self.epsilon_cutoff), ("eta_cutoff", self.eta_cutoff))
+            ),
+            *(
+                (value >= 0, f"{name} is {value}, must be 0 (off) or more")
+                for name, value in (
+                    ("no_repeat_ngram_size", self.no_repeat_ngram_size),
+                    ("dry_multiplier", self.dry_multiplier),
+                    ("min_new_tokens", self.min_new_tokens),
+                    ("max_time", self.max_time),
+                )
+            ),
+            (self.dry_base > 0, f"dry_base is {self.dry_base}, must be above 0"),
+            (self.dry_allowed_length >= 1, f"dry_allowed_length is {self.dry_allowed_length}, must be 1 or more"),
+            (
+                self.min_new_tokens <= self.max_new_tokens,
+                f"min_new_tokens {self.min_new_tokens} is more than max_new_tokens {self.max_new_tokens}",
+            ),
+            (all(map(_is_ids, self.bad_words_ids)), "bad_words_ids must be lists of token ids, such as [[5, 7], [9]]"),
+            (
+                all(
+                    isinstance(pair, list) and len(pair) == 2 and _is_ids(pair[0]) and isinstance(pair[1], (int, float))
+                    for pair in self.sequence_bias
+                ),
+                "sequence_bias must be pairs of token ids and a number, such as [[[5, 7], -2.0]]",
+            ),
+            (not self.suppress_tokens or _is_ids(self.suppress_tokens), "suppress_tokens must be token ids"),
+            (
+                not self.exponential_decay_length_penalty
+                or len(self.exponential_decay_length_penalty) == 2
+                and self.exponential_decay_length_penalty[0] >= 0
+                and self.exponential_decay_length_penalty[1] > 0,
+                "exponential_decay_length_penalty must be two numbers: the tokens before it begins, and a factor above 0",
+            ),
+            ("" not in self.stop_strings, "stop_strings has an empty text, with which every answer would end"),
             (self.repetition_penalty > 0, f"repetition_penalty is {self.repetition_penalty}, must be above 0"),
             (self.max_new_tokens >= 1, f"max_new_tokens is {self.max_new_tokens}, must be 1 or more"),
             (self.num_return_sequences >= 1, f"num_return_sequences is {self.num_return_sequences}, must be 1 or more"),
@@ -103,13 +210,29 @@ class GenerateConfig(SamplingConfig):
     prompt: list[str] = flag(
         "sampling", [""], "text to go on from; several make several answers, an empty one starts from nothing"
     )
+    prompt_file: str = flag("sampling", "", "a UTF-8 file with one prompt on each line; empty lines are left out")
     seed: int = flag("sampling", 0, "seed of the sampler; each prompt starts from it anew")
+    batch_size: int = flag("sampling", 32, "texts that are drawn side by side")
+    crop_prompt: bool = flag("sampling", False, "leave out the beginning of a prompt that is longer than the context")
+    on_full_context: str = flag(
+        "sampling", "stop", "where the context is full: stop, or slide on with its newer half", ("stop", "slide")
+    )
     device: str = flag("device", "auto", "auto, cpu, cuda, cuda:1 ...")
-    json: bool = flag("output", False, "print one JSON list of {prompt, text, new_token_ids} and nothing else")
+    interactive: bool = flag("output", False, "a prompt line: type, read the answer, change settings with /help")
+    json: bool = flag(
+        "output", False, "print one JSON list of {prompt, text, new_token_ids, finish_reason} and nothing else"
+    )
 
     def mistakes(self) -> list[str]:
         """All that is wrong with the values, one phrase each."""
-        return super().mistakes() + _bad_seed(self.seed) + _bad_device(self.device)
+        found = super().mistakes() + _bad_seed(self.seed) + _bad_device(self.device)
+        if self.batch_size < 1:
+            found.append(f"batch_size is {self.batch_size}, must be 1 or more")
+        if self.on_full_context not in ("stop", "slide"):
+            found.append(f"on_full_context is {self.on_full_context!r}, must be stop or slide")
+        if self.interactive and (self.json or self.prompt_file):
+            found.append("interactive contradicts json and prompt_file")
+        return found
 
 
 @dataclass
@@ -342,9 +465,40 @@ class CompareConfig(TrainConfig):
         return TrainConfig(**{f.name: getattr(self, f.name) for f in fields(TrainConfig)} | changed)
 
 
+DECODE_ARMS = ("mori-greedy", "generate-greedy", "mori-sampled", "generate-sampled", "mori-process", "generate-process")
+
+
+@dataclass
+class DecodeBenchConfig:
+    """A call of `scripts/bench.py decode`: text from random weights, by `mori` and by `generate()`, in turn."""
+
+    shape: str = flag(
+        "benchmark", "small", "a GPT-2 of 4 layers and width 128, or of 124M parameters", ("small", "124m")
+    )
+    batch_size: int = flag("benchmark", 1, "texts side by side")
+    new_tokens: int = flag("benchmark", 100, "tokens to draw after a prompt of 16")
+    repeats: int = flag("benchmark", 5, "processes of each arm, in turn")
+    threads: int = flag("benchmark", 0, "threads of each process; 0 is what PyTorch takes")
+    device: str = flag("device", "auto", "auto, cpu, cuda, cuda:1 ...")
+    output_dir: str = flag("output", "runs/bench", "where the figures go, as JSON")
+    arm: str = flag("output", "", "run this arm alone and print what it took: what the benchmark calls itself")
+
+    def mistakes(self) -> list[str]:
+        """All that is wrong with the values, one phrase each."""
+        positive = ("batch_size", "new_tokens", "repeats")
+        found = [f"{name} is {getattr(self, name)}, must be 1 or more" for name in positive if getattr(self, name) < 1]
+        if self.threads < 0:
+            found.append(f"threads is {self.threads}, must be 0 or more")
+        return found + _bad_device(self.device)
+
+
 def steps_of(value: float, total: int) -> int:
     """A number of steps that may be given as a share of `total` (`TrainingArguments` rounds the share up too)."""
     return int(value) if value >= 1 else math.ceil(value * total)
+
+
+def _is_ids(value) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(i, int) and i >= 0 for i in value)
 
 
 def _not_finite(config) -> list[str]:
@@ -434,7 +588,17 @@ def parse(cls, description: str, argv: list[str] | None = None):
         raise UserError(
             f"unknown flag {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; --help lists the flags")
         )
-    return checked(cls(**vars(values)))
+    config = checked(cls(**vars(values)))
+    config.given = frozenset(vars(values))
+    return config
+
+
+def take_command(commands) -> tuple[str, list[str]]:
+    """The first word of the command line, which must be one of `commands`, and the words after it."""
+    command, *rest = sys.argv[1:] or [""]
+    if command not in commands:
+        raise UserError(f"{command!r} is no command; say one of {', '.join(commands)} first, then --help for its flags")
+    return command, rest
 
 
 def checked(config):

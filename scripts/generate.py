@@ -6,7 +6,7 @@ from mori.config import GenerateConfig, parse, run_door
 
 def main():
     config = parse(GenerateConfig, __doc__)
-    from mori.generate import speak
+    from mori.talk import speak
 
     speak(config)
 

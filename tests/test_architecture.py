@@ -8,13 +8,13 @@ import pytest
 from conftest import ROOT
 
 FLOORS = {
-    "config": 0, "loss": 0, "optim": 0, "sampling": 0, "monitor": 0,
+    "config": 0, "loss": 0, "optim": 0, "sampling": 0, "replay": 0, "monitor": 0,
     "foreign": 0.5,  # a mezzanine: corpus and model both look at files before they read them
     "corpus": 1, "data": 1, "runtime": 1, "model": 1,
-    "checkpoint": 2, "generate": 2, "evaluate": 2, "diagnose": 2,
-    "prepare": 3,
-    "train": 4, "report": 4,
-    "compare": 5,
+    "checkpoint": 2, "decode": 2, "evaluate": 2, "diagnose": 2,
+    "prepare": 3, "generate": 3,
+    "train": 4, "report": 4, "talk": 4,
+    "compare": 5, "bench": 5,
 }  # fmt: skip
 OUTSIDE = {
     "config": set(),
@@ -22,23 +22,28 @@ OUTSIDE = {
     "loss": {"torch"},
     "optim": {"torch"},
     "sampling": {"torch"},
+    "replay": {"torch"},
     "monitor": {"torch", "tqdm"},
     "corpus": {"numpy"},
     "data": {"torch", "numpy"},
     "runtime": {"torch", "numpy"},
     "model": {"torch", "transformers", "tokenizers", "safetensors", "huggingface_hub"},
     "checkpoint": {"torch", "safetensors"},
+    "decode": {"torch", "transformers"},
     "generate": {"torch"},
     "evaluate": {"torch"},
     "diagnose": {"torch"},
     "prepare": {"torch", "transformers"},
     "train": {"torch"},
     "report": {"matplotlib"},
+    "talk": {"readline"},
+    "bench": {"torch", "transformers"},
     "compare": {"torch", "safetensors", "transformers"},
 }
 STANDARD = {
-    "argparse", "collections", "contextlib", "dataclasses", "datetime", "difflib", "fcntl", "gc", "glob", "hashlib", "itertools", "json", "math",
-    "os", "pathlib", "platform", "random", "re", "resource", "shutil", "signal", "statistics", "subprocess", "sys", "tempfile",
+    "argparse", "collections", "contextlib", "dataclasses", "datetime", "difflib", "fcntl", "functools", "gc", "glob", "hashlib",
+    "importlib", "inspect", "itertools", "json", "math", "operator", "os", "pathlib", "platform", "random", "re", "resource",
+    "shlex", "shutil", "signal", "statistics", "subprocess", "sys", "tempfile",
     "textwrap", "threading", "time", "typing",
 }  # fmt: skip
 ROOMS = sorted(path.stem for path in (ROOT / "mori").glob("*.py") if path.stem != "__init__")

@@ -3,10 +3,16 @@ import json
 import pytest
 import torch
 from conftest import STORIES, door, needs_stories
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from families import FAMILIES
+from families import small_model as model_of
+from tokenizers import Tokenizer, decoders, models
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.generation.stopping_criteria import StopStringCriteria
 
 from mori.config import UserError
-from mori.generate import decode, generate
+from mori.decode import _Reader, decode
+from mori.generate import TextStream, generate
+from mori.model import train_tokenizer
 from mori.sampling import Sampler
 
 PUBLISHED = """Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw a big, red ball. She wanted to play with it, but it was too high.
@@ -30,21 +36,100 @@ def test_greedy_decoding_gives_the_published_text():
     assert answer["text"].startswith(PUBLISHED) and answer["prompt"] == ""
 
 
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+def greedy(model, prompts: list[list[int]], count: int, **how) -> list[list[int]]:
+    """Our ids after `prompts`."""
+    rows = [[] for _ in prompts]
+    for new_ids in decode(model, prompts, Sampler(range(len(prompts)), temperature=0), count, **how):
+        for row, ids in zip(rows, new_ids, strict=True):
+            row += ids
+    return rows
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "bloom", "qwen2", "gemma2", "mixtral", "mamba"])
-def test_greedy_ids_equal_generate(family):
-    torch.manual_seed(1)
-    config = AutoConfig.for_model(family, vocab_size=97, pad_token_id=0, eos_token_id=96, bos_token_id=1)
-    config.update({k: v for k, v in SIZES.items() if hasattr(config, k)})
-    config.update({k: v for k, v in {"num_key_value_heads": 1, "head_dim": 16}.items() if hasattr(config, k)})
+def expected(model, prompts: list[list[int]], count: int) -> list[list[int]]:
+    """The ids of `generate()`."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    out = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=count, pad_token_id=0)
+    return out[:, longest:].tolist()
+
+
+def prompts_of(*lengths: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(sum(lengths))
+    return [torch.randint(2, 96, (length,), generator=generator).tolist() for length in lengths]
+
+
+REPLAYED = set("gpt2 gpt_neox phi llama qwen2 qwen3 gemma granite cohere olmo2 stablelm smollm3".split())
+
+
+@pytest.fixture
+def replays(monkeypatch):
+    """How many steps were replayed so far."""
+    done = []
+    inside = _Reader._replayed
+    monkeypatch.setattr(_Reader, "_replayed", lambda self, newest: done.append(1) or inside(self, newest))
+    return done
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_ids_equal_generate(family, replays):
+    model = model_of(family, 97).eval()
+    model.generation_config.eos_token_id = None
+    model.config.output_router_logits = False
+    for lengths, count in (((9,), 40), ((1,), 30), ((30,), 34), ((9, 9, 9), 20), ((3, 9, 6), 30)):
+        prompts = prompts_of(*lengths)
+        assert greedy(model, prompts, count) == expected(model, prompts, count), lengths
+    assert (len(replays) > 100) == (family in REPLAYED), len(replays)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "qwen2"])
+def test_two_hundred_tokens_and_the_whole_context(family):
+    torch.manual_seed(0)
+    config = model_of(family, 97).config
+    config.max_position_embeddings = 256
     model = AutoModelForCausalLM.from_config(config).eval()
-    prompt = torch.randint(2, 96, (3, 9))
-    theirs = model.generate(prompt, do_sample=False, max_new_tokens=20, attention_mask=torch.ones_like(prompt))
-    ours = decode(model, prompt, Sampler(temperature=0), 20, {96})
-    for row, expected in zip(ours, theirs[:, 9:].tolist(), strict=True):
-        assert row == expected[: expected.index(96) if 96 in expected else None]
+    model.generation_config.eos_token_id = None
+    for lengths, count in (((5,), 200), ((250,), 6), ((2, 40), 200)):
+        assert greedy(model, prompts_of(*lengths), count) == expected(model, prompts_of(*lengths), count)
+    full = prompts_of(256)
+    assert greedy(model, full, 1) == [[model(torch.tensor(full)).logits[0, -1].argmax().item()]]
+
+
+def test_blocks_of_steps_give_the_same_ids():
+    model, prompts = model_of("llama", 97).eval(), prompts_of(3, 7)
+    assert greedy(model, prompts, 21, steps_at_once=8) == greedy(model, prompts, 21)
+
+
+def test_every_replayed_step_gives_the_logits_of_the_model_to_the_bit(monkeypatch):
+    model, [prompt] = model_of("llama", 97).eval(), prompts_of(5)
+    seen = []
+    inside = _Reader._replayed
+    monkeypatch.setattr(_Reader, "_replayed", lambda self, newest: seen.append(inside(self, newest)) or seen[-1])
+    [new] = greedy(model, [prompt], 20)
+    cache, logits = None, []
+    with torch.no_grad():
+        for unread in ([prompt], *([[token]] for token in new)):
+            out = model(input_ids=torch.tensor(unread), past_key_values=cache, use_cache=True)
+            cache, logits = out.past_key_values, [*logits, out.logits[:, -1]]
+    assert len(seen) > 15 and all(torch.equal(a, b) for a, b in zip(seen[1:], logits[3:-1], strict=True))
+
+
+def test_a_step_that_depends_on_its_place_is_not_replayed(replays, monkeypatch):
+    """A model that counts its calls in Python gives other calls each time; one that looks at a value cannot be recorded."""
+    for change in (
+        lambda logits, calls: logits + len(calls),
+        lambda logits, calls: logits + (1 if logits[0, 0, 0] > 0 else 2),
+    ):
+        model, calls = model_of("llama", 97).eval(), []
+        inside = model.lm_head.forward
+        monkeypatch.setattr(
+            model.lm_head,
+            "forward",
+            lambda x, inside=inside, change=change, calls=calls: calls.append(1) or change(inside(x), calls),
+        )
+        prompts = prompts_of(5)
+        assert greedy(model, prompts, 12) == expected(model, prompts, 12)
+        assert not replays
 
 
 def test_a_row_ends_at_its_own_end_of_text(small):
@@ -71,13 +156,13 @@ def test_a_prompt_answers_the_same_whatever_stands_beside_it(small):
 def test_text_stops_where_the_context_is_full(small):
     model, tokenizer = small
     ids = tokenizer("halo semua " * 20)["input_ids"][:64]
-    for length, expected in ((64, 1), (60, 5), (30, 35)):
+    for length, count in ((64, 1), (60, 5), (30, 35)):
         prompt = tokenizer.decode(ids[:length])
         assert len(tokenizer(prompt)["input_ids"]) == length
         model.generation_config.eos_token_id = 10_000  # a token that never comes
         [answer] = generate(model, tokenizer, [prompt], temperature=0, max_new_tokens=500)
         model.generation_config.eos_token_id = 0
-        assert len(answer.new_token_ids) == expected
+        assert len(answer.new_token_ids) == count and answer.finish_reason == "context"
     with pytest.raises(UserError, match="context is 64"):
         generate(model, tokenizer, ["halo semua " * 30])
 
@@ -85,8 +170,8 @@ def test_text_stops_where_the_context_is_full(small):
 def test_an_empty_prompt_starts_from_the_beginning_of_text(small):
     model, tokenizer = small
     [answer] = generate(model, tokenizer, [""], temperature=0, max_new_tokens=4)
-    expected = decode(model, torch.tensor([[tokenizer.bos_token_id]]), Sampler(temperature=0), 4, {0})
-    assert [answer.new_token_ids] == expected
+    [ids] = greedy(model, [[tokenizer.bos_token_id]], 4)
+    assert answer.new_token_ids == ids[: ids.index(0) if 0 in ids else None]
     bare = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
     bare.bos_token = None
     with pytest.raises(UserError, match="no beginning-of-text token"):
@@ -113,7 +198,7 @@ def test_json_is_all_that_standard_output_holds(small_model):
     done = door("generate.py", "--model", small_model, *words)
     answers = json.loads(done.stdout)
     assert [a["prompt"] for a in answers] == ["Halo", "Halo", "Apa", "Apa"]
-    assert all(set(a) == {"prompt", "text", "new_token_ids"} for a in answers)
+    assert all(set(a) == {"prompt", "text", "new_token_ids", "finish_reason"} for a in answers)
     assert door("generate.py", "--model", small_model, *words).stdout == done.stdout
     shown = door("generate.py", "--model", small_model, *words[:-1]).stdout
     assert answers[0]["prompt"] + answers[0]["text"] in shown
@@ -125,3 +210,187 @@ def test_json_is_all_that_standard_output_holds(small_model):
 def test_mistakes_are_one_line(words, named):
     done = door("generate.py", *words)
     assert done.returncode == 2 and named in done.stderr and done.stderr.count("\n") == 1 and not done.stdout
+
+
+def test_many_prompts_are_one_batch_and_each_answers_as_if_alone(small):
+    prompts = ["Halo semua, selamat datang", "apa", "Terima kasih sudah datang di stream ini", "ya"]
+    how = {"seed": 9, "num_return_sequences": 2, "top_k": 30, "max_new_tokens": 12}
+    together = generate(*small, prompts, **how)
+    assert together == [answer for prompt in prompts for answer in generate(*small, [prompt], **how)]
+    assert together == generate(*small, prompts, batch_size=3, **how)
+    assert [answer.prompt for answer in together] == [prompt for prompt in prompts for _ in range(2)]
+
+
+def test_a_long_prompt_is_cropped_from_the_left_when_asked(small):
+    model, tokenizer = small
+    text = "halo semua " * 30
+    [answer] = generate(model, tokenizer, [text], crop_prompt=True, temperature=0, max_new_tokens=1)
+    last = tokenizer(text)["input_ids"][-64:]
+    assert answer.new_token_ids == [model(torch.tensor([last])).logits[0, -1].argmax().item()]
+
+
+def test_text_slides_on_where_the_context_is_full(small):
+    """The same ids as a loop that reads the newer half again whenever the context is full."""
+    model, tokenizer = small
+    model.generation_config.eos_token_id = 10_000
+    prompts = ["Halo semua", "Terima kasih sudah datang"]
+    answers = generate(model, tokenizer, prompts, on_full_context="slide", temperature=0, max_new_tokens=150)
+    model.generation_config.eos_token_id = 0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = tokenizer(prompt)["input_ids"]
+        known, length = list(ids), len(ids)
+        for _ in range(150):
+            if len(known) > 64:
+                known = known[-32:]
+            with torch.no_grad():
+                known.append(model(torch.tensor([known])).logits[0, -1].argmax().item())
+            ids.append(known[-1])
+        assert answer.new_token_ids == ids[length:] and answer.finish_reason == "length"
+
+
+def test_stop_strings_end_the_text_across_token_borders(small):
+    model, tokenizer = small
+    [free] = generate(model, tokenizer, ["Halo"], seed=2, max_new_tokens=40)
+    stops = [free.text[at : at + 3] for at in range(4, len(free.text) - 3, 5)]
+    stops = [stop for stop in stops if stop.isascii() and stop.isprintable()][:6]
+    assert len(stops) > 2
+    for stop in stops:
+        pieces = []
+        [cut] = generate(
+            model,
+            tokenizer,
+            ["Halo"],
+            seed=2,
+            max_new_tokens=40,
+            stop_strings=[stop, "never"],
+            on_text=lambda _, piece, pieces=pieces: pieces.append(piece),
+        )
+        assert cut.text == free.text[: free.text.index(stop)] == "".join(pieces)
+        assert cut.finish_reason == "stop_string"
+        assert cut.new_token_ids == free.new_token_ids[: len(cut.new_token_ids)]
+        criteria, prompt = StopStringCriteria(tokenizer, [stop]), tokenizer("Halo")["input_ids"]
+        stopped = [
+            criteria(torch.tensor([prompt + cut.new_token_ids[:n]]), None).item()
+            for n in range(1, len(cut.new_token_ids) + 1)
+        ]
+        assert stopped[-1] and not any(stopped[:-1])  # transformers would have stopped at the same token
+
+
+def test_what_a_model_brings_is_honoured_and_flags_go_before(small):
+    model, tokenizer = small
+    model.generation_config.top_k, model.generation_config.max_new_tokens = 1, 7
+    try:
+        brought = generate(model, tokenizer, ["Halo"], seed=1)
+        given = generate(model, tokenizer, ["Halo"], seed=1, top_k=0, max_new_tokens=5)
+    finally:
+        model.generation_config.top_k = model.generation_config.max_new_tokens = None
+    assert brought == generate(model, tokenizer, ["Halo"], seed=1, top_k=1, max_new_tokens=7)
+    assert given == generate(model, tokenizer, ["Halo"], seed=1, max_new_tokens=5) != brought
+    assert len(generate(model, tokenizer, ["Halo"], seed=1)[0].new_token_ids) > 7  # nothing is hidden: no top_k of 50
+
+
+def test_what_a_model_brings_is_shown(small_model, tmp_path):
+    import shutil
+
+    shutil.copytree(small_model, tmp_path / "brain")
+    path = tmp_path / "brain" / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "do_sample": True, "temperature": 0.6, "top_k": 40}))
+    done = door(
+        "generate.py", "--model", tmp_path / "brain", "--prompt", "Halo", "--top_k", "3", "--max_new_tokens", "3"
+    )
+    assert "generation_config.json: temperature 0.6 (flags go before)" in done.stderr
+
+
+def test_time_is_up(small):
+    [answer] = generate(*small, ["Halo"], max_time=1e-9, max_new_tokens=50)
+    assert answer.finish_reason == "time" and len(answer.new_token_ids) == 1
+
+
+@pytest.mark.parametrize(
+    "controls, named",
+    [
+        ({"suppress_tokens": [9999]}, "vocabulary ends at"),
+        ({"bad_words_ids": [[1, 9999]]}, "vocabulary ends at"),
+        ({"no_such": 1}, "no control no_such"),
+        ({"min_new_tokens": 9, "max_new_tokens": 3}, "min_new_tokens 9 is more"),
+        ({"sequence_bias": [[1, 2]]}, "pairs of token ids"),
+        ({"stop_strings": [""]}, "empty text"),
+        ({"exponential_decay_length_penalty": [3.0]}, "two numbers"),
+    ],
+)
+def test_settings_that_cannot_be_are_named(small, controls, named):
+    with pytest.raises(UserError, match=named):
+        generate(*small, ["Halo"], **controls)
+
+
+def test_a_model_that_has_diverged_is_named(small_model):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(small_model), AutoTokenizer.from_pretrained(small_model)
+    with torch.no_grad():
+        model.transformer.ln_f.weight.fill_(torch.nan)
+    for temperature in (0.0, 1.0):
+        with pytest.raises(FloatingPointError, match="not finite"):
+            generate(model, tokenizer, ["Halo"], temperature=temperature)
+
+
+TEXTS = [
+    "Halo semua, selamat datang di stream kali ini! Jangan lupa makan ya, hehe...",
+    "Wah 😀😃 keren banget 👩‍👩‍👧 mantap 🇮🇩🇮🇩!! é ñ ü",
+    "日本語とKoreaの한국어 и русский العربية हिन्दी mixed\n\ttabs  and   spaces \ufffd end",
+    "😀" * 60 + " panjang " * 80,
+]
+
+
+def byte_fallback_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of SentencePiece's kind: words begin with ▁, and what it does not know is spelled in bytes."""
+    vocabulary = {"<unk>": 0, "<s>": 1, **{f"<0x{byte:02X}>": 3 + byte for byte in range(256)}}
+    for piece in ["▁", *"abcdefghijklmnopqrstuvwxyz,.!", "an", "▁s", "la", "▁h"]:
+        vocabulary.setdefault(piece, len(vocabulary) + 1)
+    inner = Tokenizer(
+        models.BPE(
+            vocab=vocabulary,
+            merges=[("a", "n"), ("▁", "s"), ("l", "a"), ("▁", "h")],
+            unk_token="<unk>",
+            byte_fallback=True,
+            fuse_unk=True,
+        )
+    )
+    from tokenizers import normalizers
+
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    inner.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "byte-fallback"])
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_stream_is_the_final_text_character_by_character(kind, text):
+    tokenizer = train_tokenizer([TEXTS[0]], 300) if kind == "byte-level" else byte_fallback_tokenizer()
+    ids = tokenizer(text)["input_ids"]
+    assert len(ids) > len(text) / 2
+    for prompt_length in (1, 2, 7):
+        prompt = ids[:prompt_length] if kind == "byte-level" else [1, *ids[:prompt_length]]
+        for stop in (len(ids), len(ids) - 1, len(ids) - 2, len(ids) // 2, len(ids) // 2 + 1):
+            new = ids[prompt_length:stop]
+            stream = TextStream(tokenizer, prompt)
+            pieces = [stream.add(token) for token in new]
+            whole = tokenizer.decode(prompt + new, clean_up_tokenization_spaces=False, skip_special_tokens=True)
+            start = len(tokenizer.decode(prompt, clean_up_tokenization_spaces=False, skip_special_tokens=True))
+            assert "".join(pieces) + stream.rest() == whole[start:]
+            if text is not TEXTS[2]:
+                assert "\ufffd" not in "".join(pieces[5:])  # never half a character
+            if text is TEXTS[0]:
+                assert sum(map(bool, pieces)) > len(new) / 4  # it is told as it is born
+
+
+def test_a_single_answer_is_streamed_and_prompts_may_stand_in_a_file(small_model, tmp_path):
+    words = ["--model", small_model, "--max_new_tokens", "8", "--seed", "3"]
+    [answer] = json.loads(door("generate.py", *words, "--prompt", "Halo", "--json").stdout)
+    assert door("generate.py", *words, "--prompt", "Halo").stdout == "Halo" + answer["text"] + "\n"
+    path = tmp_path / "prompts.txt"
+    path.write_text("Halo\n\nApa kabar\n", encoding="utf-8")
+    answers = json.loads(door("generate.py", *words, "--prompt_file", path, "--json").stdout)
+    assert [a["prompt"] for a in answers] == ["Halo", "Apa kabar"] and answers[0] == answer
+    done = door("generate.py", *words, "--prompt_file", tmp_path / "none.txt")
+    assert done.returncode == 2 and "none.txt" in done.stderr and done.stderr.count("\n") == 1

@@ -6,11 +6,16 @@ import shlex
 import pytest
 from conftest import ROOT
 
-from mori.config import CompareConfig, GenerateConfig, TrainConfig, parse
+from mori.config import CompareConfig, DecodeBenchConfig, GenerateConfig, TrainConfig, parse
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines() if line]
-PARSERS = {"scripts/train.py": TrainConfig, "scripts/generate.py": GenerateConfig, "scripts/compare.py": CompareConfig}
+PARSERS = {
+    "scripts/train.py": TrainConfig,
+    "scripts/generate.py": GenerateConfig,
+    "scripts/compare.py": CompareConfig,
+    "scripts/bench.py": DecodeBenchConfig,
+}
 
 
 def test_there_are_commands():
@@ -30,6 +35,8 @@ def test_every_command_is_one_we_know(command):
         script = next(word for word in words if word.startswith("scripts/"))
         assert words[: words.index(script)] in (["python"], ["torchrun", "--nproc-per-node=2"])
         rest = words[words.index(script) + 1 :]
+        if script == "scripts/bench.py":
+            assert rest.pop(0) == "decode"
         if rest != ["--help"]:
             parse(PARSERS[script], "", rest)
 

@@ -227,7 +227,7 @@ def _stopped_at(lab: Lab, number: int, seed: int, unplugged: bool) -> Case:
     if not problem:
         ended = run(config)
         problem = ended.problem(0) or lab.differs(name, whole)
-        problem = problem or ("a checkpoint was taken for damaged" if "set aside" in ended.text else "")
+        problem = problem or ("a checkpoint was taken for damaged" if "checkpoint set aside" in ended.text else "")
     lab.drop(name)
     return Case(f"change {number}", seed, problem)
 

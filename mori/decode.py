@@ -1,0 +1,217 @@
+"""From prompts to new token ids: one pass over the prompts, then a token at a time over the model's key-value cache.
+
+Two roads lead there. Models with an ordinary cache keep their keys and values in buffers that are allocated ahead, and
+their step is recorded and replayed without its Python (see replay.py). All others run as they are, with their own cache:
+sliding windows, state spaces, mixtures of experts whose path depends on the values.
+"""
+
+import inspect
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from .replay import Recording, Replay, Unrecordable
+from .sampling import Sampler
+
+ROOM = 128  # tokens for which a cache has room at first beyond the prompt; it doubles when it is full
+
+
+class _Layer(DynamicLayer):
+    """One layer's keys and values `(B, H, S, D)` in buffers with room to grow, so that nothing is copied at each token."""
+
+    def __init__(self):
+        super().__init__()
+        self.length, self.recording = 0, None
+
+    def lazy_initialization(self, keys: torch.Tensor, values: torch.Tensor | None = None) -> None:
+        self.dtype, self.device = keys.dtype, keys.device
+        self.is_initialized = True
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *_, **__) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(keys)
+            self.keys, self.values = _with_room(keys, ROOM), _with_room(values, ROOM)
+        if self.recording:
+            return self.recording.call(self._append, keys, values)
+        return self._append(keys, values)
+
+    def _append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        start, count = self.length, keys.size(2)
+        self.length = end = start + count
+        if end > self.keys.size(2):
+            self.keys, self.values = _with_room(self.keys, end), _with_room(self.values, end)
+        self.keys.narrow(2, start, count).copy_(keys)
+        self.values.narrow(2, start, count).copy_(values)
+        return self.keys.narrow(2, 0, end), self.values.narrow(2, 0, end)
+
+    def get_seq_length(self, *_) -> int:
+        return self.length
+
+
+def _with_room(tensor: torch.Tensor, more: int) -> torch.Tensor:
+    batch, heads, length, size = tensor.shape
+    grown = tensor.new_zeros(batch, heads, length + more, size)
+    grown.narrow(2, 0, length).copy_(tensor)
+    return grown
+
+
+class _Reader:
+    """The model reading a batch of texts, of which the first `pads` `(B, 1)` tokens are padding."""
+
+    def __init__(self, model: nn.Module, pads: torch.Tensor, context: int | None):
+        self.model, self.pads, self.padded = model, pads, bool(pads.any())
+        self.last_position = (context or 2**62) - 1
+        self.takes = set(inspect.signature(model.forward).parameters)
+        self.cache, self.cache_name = (
+            None,
+            next((n for n in ("past_key_values", "cache_params") if n in self.takes), None),
+        )
+        self.layers: list[_Layer] = []  # where the cache is ours
+        self.recording, self.replay, self.may_record, self.started = None, None, False, False
+        self._grow(0)
+
+    def read(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """The logits `(B, V)` after the last token of the texts `(B, S)`; all that was read before is remembered."""
+        self.length = input_ids.size(1)
+        if self.length > self.columns.size(0):
+            self._grow(self.length)
+        if self.replay:
+            return self._replayed(input_ids[:, -1:])
+        if self.may_record:
+            return self._recorded(input_ids[:, -1:])
+        if not self.started and self.cache_name == "past_key_values":
+            self._open_cache()
+        if self.cache is not None and self.started:
+            return self._forward(input_ids[:, -1:])
+        logits = self._forward(input_ids)
+        self.started = True
+        self.may_record = bool(self.layers)
+        return logits
+
+    def _grow(self, length: int) -> None:
+        """Positions and mask for twice the text."""
+        self.columns = torch.arange(2 * length + ROOM, device=self.pads.device)
+        self.positions = (self.columns - self.pads).clamp(0, self.last_position)  # (B, S)
+        self.visible = (self.columns >= self.pads)[:, None, None]  # (B, 1, 1, S)
+
+    def _open_cache(self) -> None:
+        """An ordinary cache is replaced by one that does not move; any other is the model's own affair."""
+        self.cache = DynamicCache(config=self.model.config)
+        ordinary = self.cache.layers and all(type(layer) is DynamicLayer for layer in self.cache.layers)
+        if ordinary and "position_ids" in self.takes:
+            self.cache.layers = self.layers = [_Layer() for _ in self.cache.layers]
+
+    @torch.no_grad()
+    def _forward(self, unread: torch.Tensor, mask: torch.Tensor | None = None, positions: torch.Tensor | None = None):
+        """The model's own pass over the tokens that were not read yet; the logits after the last, `(B, V)`."""
+        start = self.length - unread.size(1)
+        if mask is None and self.padded:
+            mask = self.visible[:, 0, 0, : self.length].long()
+        given = {"input_ids": unread, "attention_mask": mask, "use_cache": self.cache_name is not None}
+        if "position_ids" in self.takes:
+            given["position_ids"] = self.positions[:, start : self.length] if positions is None else positions
+        if "logits_to_keep" in self.takes:
+            given["logits_to_keep"] = 1
+        if "output_router_logits" in self.takes:
+            given["output_router_logits"] = False  # they are for a loss, which nobody asks for here
+        if self.cache is not None:
+            given[self.cache_name] = self.cache
+        out = self.model(**given)
+        self.cache = out.get(self.cache_name) if self.cache_name else None
+        return out.logits[:, -1]
+
+    @torch.inference_mode()
+    def _replayed(self, newest: torch.Tensor) -> torch.Tensor:
+        return self.replay(*self._inputs_of_step(newest))
+
+    def _inputs_of_step(self, newest: torch.Tensor) -> list[torch.Tensor]:
+        inputs = [newest, self.positions.narrow(1, self.length - 1, 1)]
+        return [*inputs, self.visible.narrow(3, 0, self.length)] if self.padded else inputs
+
+    def _recorded(self, newest: torch.Tensor) -> torch.Tensor:
+        """A step that is recorded. When two recordings are the same, and the replay of the second gives the logits of the
+        model's own pass to the bit, all steps to come are replayed; at the first difference recording is given up.
+        """
+        own = None
+        if self.padded:  # the model is given another mask than it makes itself
+            own = self._forward(newest)
+            self._forget_newest()
+        inputs = self._inputs_of_step(newest)
+        recording = Recording(inputs)
+        for layer in self.layers:
+            layer.recording = recording
+        try:
+            with recording:
+                logits = self._forward(inputs[0], *inputs[2:], positions=inputs[1])
+        except Unrecordable:
+            self.may_record = False
+        for layer in self.layers:
+            layer.recording = None
+        if not self.may_record:
+            self._forget_newest()
+            return self._forward(newest)
+        own = logits if own is None else own
+        self.may_record = torch.equal(logits, own)
+        if self.may_record and self.recording:
+            self._forget_newest()
+            self.replay = Replay(recording, logits) if recording.same_as(self.recording) else None
+            self.may_record = self.replay is not None and torch.equal(self._replayed(newest), own)
+            if not self.may_record:
+                self.replay = None
+        if not self.may_record:
+            self._forget_newest()
+            own = self._forward(newest)
+        self.recording = recording
+        return own
+
+    def _forget_newest(self) -> None:
+        for layer in self.layers:
+            layer.length = self.length - 1
+
+
+def decode(
+    model: nn.Module,
+    prompts: list[list[int]],
+    sampler: Sampler,
+    max_new_tokens: int,
+    *,
+    context: int | None = None,
+    steps_at_once: int = 1,
+) -> Iterator[list[list[int]]]:
+    """Draw `max_new_tokens` tokens after each of `prompts`; yields the new ids of every row, `steps_at_once` of them at a time.
+
+    Whoever reads them decides when a row has ended, and leaves when all have. Prompts of unequal length are padded on the
+    left. Where `context` tokens are full and all prompts are as long, the texts go on from their newer half.
+
+    Raises FloatingPointError where the logits are not finite, or every token is forbidden.
+    """
+    device = next(model.parameters()).device
+    longest = max(map(len, prompts))
+    pads = torch.tensor([[longest - len(prompt)] for prompt in prompts], device=device)
+    vocabulary = model.get_output_embeddings().weight.size(0)
+    # The texts as the sampler sees them, where padding is no token of the vocabulary, and as the model reads them.
+    seen = torch.full((len(prompts), longest + max_new_tokens), vocabulary, device=device)
+    for row, prompt in zip(seen, prompts, strict=True):
+        row[longest - len(prompt) : longest] = torch.tensor(prompt, device=device)
+    unread = seen.masked_fill(seen == vocabulary, 0)
+    reader, first = _Reader(model, pads, context), 0  # the reader knows the texts from column `first` on
+    for start in range(longest, longest + max_new_tokens, steps_at_once):
+        stop = min(start + steps_at_once, longest + max_new_tokens)
+        for end in range(start, stop):
+            if context and not reader.padded and end - first > context:
+                reader, first = _Reader(model, pads, context), end - max(1, context // 2)
+            logits = reader.read(unread[:, first:end])
+            with torch.inference_mode():
+                chosen = sampler(logits, seen[:, :end], end - longest)
+                seen[:, end : end + 1] = chosen
+                unread[:, end : end + 1] = chosen.clamp(min=0)
+        new_ids = seen[:, start:stop].tolist()
+        if any(token < 0 for row in new_ids for token in row):
+            raise FloatingPointError(
+                "no token can be drawn: the model has diverged (its logits are not finite), a control's value is too extreme, "
+                "or every token is forbidden"
+            )
+        yield new_ids

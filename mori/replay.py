@@ -1,0 +1,168 @@
+"""A function of tensors, recorded once and replayed without its Python: on a CPU what a captured graph is on a GPU.
+
+A small model's step spends most of its time in the Python of its modules. Recorded, it is a flat list of the very same
+tensor functions on the very same weights, so that its results are the same to the last bit.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from operator import itemgetter
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+# What turns a tensor's values into Python's, or into a shape: the list of calls would depend on the values.
+_READS_VALUES = frozenset(
+    "item tolist numpy equal allclose is_nonzero __bool__ __int__ __float__ __index__ __contains__ "
+    "nonzero argwhere unique unique_consecutive masked_select bincount histc".split()
+)
+# What gives back its very argument where there is nothing to do.
+_MAY_DO_NOTHING = frozenset("contiguous dropout expand float to type type_as".split())
+_LEANER = {torch.nn.functional.layer_norm: torch.layer_norm}  # the same arguments, without a wrapper in Python
+
+
+class Unrecordable(RuntimeError):
+    """The function's calls depend on the values or on the place in the text: it must be run as it is."""
+
+
+class Recording(TorchFunctionMode):
+    """While it is entered, notes every function of tensors that is called (torch.overrides.TorchFunctionMode).
+
+    Args:
+        inputs: the tensors that will be others at a replay; every other tensor that comes from outside stays itself.
+    """
+
+    def __init__(self, inputs: list[torch.Tensor]):
+        super().__init__()
+        self.calls: list[tuple[Callable, tuple, dict, object]] = []  # function, arguments, keywords, result
+        self.values: list = []  # slot -> what it holds; tensors are kept alive, so that an id() stays theirs
+        self.slot_of: dict[int, int] = {}
+        self.inputs = [self._slot(tensor) for tensor in inputs]
+        self.results: set[int] = set(self.inputs)  # slots that are filled anew at every replay
+        self._within = False
+
+    def call(self, function: Callable, *args):
+        """Call `function` and note it as one call, whatever it calls itself."""
+        self._within = True
+        try:
+            result = function(*args)
+        finally:
+            self._within = False
+        self._note(function, args, {}, result)
+        return result
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        name = getattr(function, "__name__", "")
+        if self._within or (name in _MAY_DO_NOTHING and result is args[0]):
+            return result
+        reads_values = name in _READS_VALUES or _shaped_by_values(name, args)
+        if reads_values and any(self.slot_of.get(id(value)) in self.results for value in _flat((args, kwargs))):
+            raise Unrecordable(f"{name} depends on the values")
+        if name == "__setitem__" or any(isinstance(value, torch.Tensor) for value in _flat(result)):
+            self._note(function, args, kwargs, result)
+        return result
+
+    def _slot(self, value) -> int:
+        if isinstance(value, torch.Tensor) and id(value) in self.slot_of:
+            return self.slot_of[id(value)]
+        self.values.append(value)
+        if isinstance(value, torch.Tensor):
+            self.slot_of[id(value)] = len(self.values) - 1
+        return len(self.values) - 1
+
+    def _note(self, function: Callable, args: tuple, kwargs: dict, result) -> None:
+        call = (function, _map(self._slot, args), _map(self._slot, kwargs), _map(self._slot, result))
+        self.calls.append(call)
+        self.results.update(_flat(call[3]))
+
+    def same_as(self, other: "Recording") -> bool:
+        """Whether both noted the same functions, on the same slots, with the same constants."""
+        if self.calls != other.calls or self.results != other.results or len(self.values) != len(other.values):
+            return False
+        return all(
+            slot in self.results or _same_constant(mine, theirs)
+            for slot, (mine, theirs) in enumerate(zip(self.values, other.values, strict=True))
+        )
+
+
+class Replay:
+    """The calls of a recording, as a function of its inputs that returns the tensor which `result` was then."""
+
+    def __init__(self, recording: Recording, result: torch.Tensor):
+        self._values = list(recording.values)
+        self._inputs = recording.inputs
+        self._result = recording.slot_of[id(result)]
+        self._program = [self._instruction(*call, recording.results) for call in recording.calls]
+
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """Run the calls again; `inputs` in the order of the recording's."""
+        values = self._values
+        for slot, tensor in zip(self._inputs, inputs, strict=True):
+            values[slot] = tensor
+        for function, arguments, slot, several in self._program:
+            if several:
+                for one, value in zip(slot, function(*arguments(values)), strict=True):
+                    values[one] = value
+            else:
+                values[slot] = function(*arguments(values))
+        return values[self._result]
+
+    def _instruction(self, function: Callable, args: tuple, kwargs: dict, result, results: set[int]) -> tuple:
+        """A call made ready: constants bound, and the arguments' slots turned into one function that fetches them."""
+        several = isinstance(result, (tuple, list))
+        function = _LEANER.get(function, function)
+        args = tuple(arg if isinstance(arg, int) else self._constant(arg, results) for arg in args)
+        if not results.isdisjoint(_flat(kwargs)) or not all(isinstance(arg, int) for arg in args):
+            return partial(_call_nested, function, args, kwargs), lambda values: (values,), result, several
+        if kwargs:
+            function = partial(function, **_map(self._values.__getitem__, kwargs))
+        if len(args) > 1:
+            return function, itemgetter(*args), result, several
+        return function, (lambda values: (values[args[0]],)) if args else (lambda values: ()), result, several
+
+    def _constant(self, nested, results: set[int]):
+        """The slot of what `nested` holds, where no part of it is filled anew at a replay; else `nested` as it is."""
+        if not results.isdisjoint(_flat(nested)):
+            return nested
+        self._values.append(_map(self._values.__getitem__, nested))
+        return len(self._values) - 1
+
+
+def _call_nested(function: Callable, args: tuple, kwargs: dict, values: list):
+    return function(*_map(values.__getitem__, args), **_map(values.__getitem__, kwargs))
+
+
+def _shaped_by_values(name: str, args: tuple) -> bool:
+    if name == "repeat_interleave":
+        return any(isinstance(repeats, torch.Tensor) for repeats in args[1:])
+    if name == "__getitem__":
+        return any(isinstance(i, torch.Tensor) and i.dtype in (torch.bool, torch.uint8) for i in _flat(args[1]))
+    return name == "where" and len(args) == 1
+
+
+def _same_constant(mine, theirs) -> bool:
+    if mine is theirs:
+        return True
+    return not isinstance(mine, torch.Tensor) and type(mine) is type(theirs) and mine == theirs
+
+
+def _map(function: Callable, value):
+    """`function` of every leaf of nested tuples, lists, slices and dictionaries."""
+    if isinstance(value, tuple):
+        return tuple(_map(function, item) for item in value)
+    if isinstance(value, list):
+        return [_map(function, item) for item in value]
+    if isinstance(value, dict):
+        return {key: _map(function, item) for key, item in value.items()}
+    return function(value)
+
+
+def _flat(value) -> list:
+    """The leaves of nested tuples, lists and dictionaries."""
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (tuple, list)):
+        return [value]
+    return [leaf for item in value for leaf in _flat(item)]
