@@ -47,11 +47,24 @@ class Runtime:
         """Scales the loss so that fp16 gradients do not vanish (Micikevicius et al., 2018, arXiv:1710.03740); else does nothing."""
         return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
-    def parallel(self, model: nn.Module) -> nn.Module:
-        """The model in DistributedDataParallel, when there are several ranks."""
+    def parallel(self, model: nn.Module, *example: torch.Tensor) -> nn.Module:
+        """The model in DistributedDataParallel, when there are several ranks. `example` are arguments that give a loss of 0.
+
+        DDP lays out its buckets anew after the first backward pass, and the place of a gradient in them decides in which
+        order the ranks are summed. That is done here, on the example, so that the first step after a resume sums like
+        every other.
+        """
         if self.world_size == 1:
             return model
-        return DistributedDataParallel(model, device_ids=[self.device.index] if self.device.type == "cuda" else None)
+        wrapped = DistributedDataParallel(model, device_ids=[self.device.index] if self.device.type == "cuda" else None)
+        before = random_state()
+        for _ in range(2):  # the new layout is made before the second
+            with self.autocast():
+                loss = wrapped(*example)
+            loss.backward()
+        wrapped.zero_grad()
+        set_random_state(before)
+        return wrapped
 
     def no_sync(self, model: nn.Module, skip: bool):
         """The context of a micro-batch whose gradients (`skip`) are not yet exchanged between ranks."""

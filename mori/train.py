@@ -113,7 +113,9 @@ def _train(
     scaler = where.grad_scaler()
     runtime.set_seed(config.seed + where.rank)
     progress = prepare.restore(resumed, model, optimizer, scaler, where) if resumed else prepare.Progress()
-    parallel = where.parallel(module)
+    (nothing, no_labels), *_ = data.load_step(text.train, [[]], pin=False)[0]
+    one = torch.tensor(1.0, device=where.device)
+    parallel = where.parallel(module, nothing.to(where.device), no_labels.to(where.device), one)
     parameters = list(model.parameters())
     parallel.train()
 

@@ -314,6 +314,7 @@ def cuts(lab: Lab, full: bool, seed: int) -> list[dict]:
         "accumulation": ({"gradient_accumulation_steps": 3}, 1),
         "scaler": ({"precision": "fp16"}, 1),
         "two ranks": ({}, 2),
+        "three ranks": ({}, 3),  # whose sums have an order
     }
     for kind, (options, ranks) in kinds.items():
         steps, started = 21 if full else 4, time.perf_counter()
