@@ -14,6 +14,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -137,8 +138,12 @@ def newest(root: Path, say: Callable[[str], None]) -> Path | None:
 
 
 def published(root: Path) -> list[Path]:
-    """The checkpoints under `root`, oldest first."""
-    return sorted(path for path in root.glob("step-????????") if path.is_dir())
+    """The checkpoints under `root`, oldest first. Raises OSError where `root` may not be read."""
+    try:
+        names = os.listdir(root)
+    except FileNotFoundError:
+        return []
+    return [root / name for name in sorted(names) if re.fullmatch(r"step-\d{8}", name) and (root / name).is_dir()]
 
 
 def load_state(folder: Path) -> dict:
@@ -210,8 +215,6 @@ def publish(final: Path, fill: Callable[[Path], None]) -> None:
     try:
         fill(staged)
         replace_folder(staged, final)
-    except SafetensorError as error:  # how safetensors tells of a full disk
-        raise OSError(str(error)) from None
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 

@@ -279,7 +279,9 @@ class TrainConfig(SamplingConfig):
     adam_epsilon: float = flag("training", 1e-8, "AdamW's epsilon")
     max_grad_norm: float = flag("training", 1.0, "clip the gradient to this norm; 0 is off")
     max_nonfinite_steps: int = flag(
-        "training", 20, "stop after this many steps in a row whose gradient was not finite (such steps are never taken)"
+        "training",
+        20,
+        "stop once so many steps in a row, or a few more, had a gradient that was not finite (such steps are never taken)",
     )
     seed: int = flag("training", 42, "seed of the weights, the order of the windows and the dropout")
 
@@ -621,16 +623,16 @@ def run_door(name: str, main) -> None:
         code = main() or EXIT_OK
     except UserError as mistake:
         if not getattr(mistake, "told_by_main", False):
-            _tell(f"{name}: error: {_one_line(mistake)}")
+            tell(f"{name}: error: {_one_line(mistake)}")
         code = EXIT_MISTAKE
     except RunFailed as failure:
-        _tell(f"{name}: failed: {_one_line(failure)}")
+        tell(f"{name}: failed: {_one_line(failure)}")
         code = EXIT_FAILURE
     except Interrupted as stop:
-        _tell(f"\n{name}: {stop}")
+        tell(f"\n{name}: {stop}")
         code = EXIT_INTERRUPTED
     except KeyboardInterrupt:
-        _tell(f"\n{name}: interrupted")
+        tell(f"\n{name}: interrupted")
         code = EXIT_INTERRUPTED
     except BrokenPipeError:
         code = EXIT_OK
@@ -641,6 +643,7 @@ def run_door(name: str, main) -> None:
     sys.exit(code)
 
 
-def _tell(line: str) -> None:
+def tell(line: str) -> None:
+    """Print a line on standard error, where that is possible."""
     with contextlib.suppress(OSError):  # standard error may be a file on a full disk
         print(line, file=sys.stderr, flush=True)

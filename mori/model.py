@@ -8,6 +8,7 @@ from pathlib import Path
 import huggingface_hub
 import torch
 import transformers
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from torch.nn.modules.module import (
@@ -156,9 +157,15 @@ def check_fits(config, *, block_size: int, max_id: int) -> None:
 
 
 def save(model: nn.Module, tokenizer, folder: Path) -> None:
-    """Write model and tokenizer so that `AutoModelForCausalLM` and `AutoTokenizer` load them from `folder`."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    """Write model and tokenizer so that `AutoModelForCausalLM` and `AutoTokenizer` load them from `folder`.
+
+    Raises OSError, and UserError for what the tokenizer's library raises, where they cannot be written.
+    """
+    try:
+        model.save_pretrained(folder)
+    except SafetensorError as error:  # how safetensors tells of a full disk
+        raise OSError(str(error)) from None
+    foreign.guarded("the tokenizer cannot be saved", lambda: tokenizer.save_pretrained(folder))
 
 
 def check_reachable(name: str) -> None:

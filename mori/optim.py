@@ -63,8 +63,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
 def skip_unless_finite(optimizer: torch.optim.Optimizer, grad_norm: torch.Tensor) -> torch.Tensor:
     """Make the optimizer's next step do nothing where `grad_norm` is NaN or infinite; returns 1.0 there and else 0.0.
 
-    The choice stays on the device: fused optimizers read `found_inf` in their kernel, as for `torch.amp.GradScaler`,
-    which puts its own in the place of this one.
+    The choice stays on the device: fused optimizers read `found_inf` in their kernel, as for `torch.amp.GradScaler`. (Its
+    `step` would put its own there, which looks at single gradients and not at their norm: call the optimizer's.)
     """
     optimizer.grad_scale = None
     optimizer.found_inf = grad_norm.isfinite().logical_not().float()

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from . import __version__, checkpoint, corpus, data, runtime
-from .config import HORIZON, TrainConfig, UserError
+from .config import HORIZON, TrainConfig, UserError, tell
 from .model import check_fits
 from .monitor import say
 
@@ -143,7 +143,8 @@ def lock(run_dir: Path) -> IO:
 
 def remember_batch_size(run_dir: Path, rank: int, size: int) -> None:
     """Leave word for the next start that micro-batches of more than `size` windows do not fit in this rank's memory."""
-    checkpoint.write_json(run_dir / f"batch_size-{rank}.json", size)
+    with contextlib.suppress(OSError):
+        checkpoint.write_json(run_dir / f"batch_size-{rank}.json", size)
 
 
 def remembered_batch_size(run_dir: Path) -> int | None:
@@ -166,7 +167,7 @@ def find_checkpoint(config: TrainConfig, run_dir: Path, identity: dict, total_st
         return None
     if config.resume_from_checkpoint == "auto":
         checkpoint.clean(root)
-        folder = checkpoint.newest(root, lambda message: print(message, file=sys.stderr))
+        folder = checkpoint.newest(root, tell)
     else:
         folder = Path(config.resume_from_checkpoint)
         if not folder.is_dir():
@@ -180,7 +181,7 @@ def find_checkpoint(config: TrainConfig, run_dir: Path, identity: dict, total_st
         newer = [path.name for path in checkpoint.published(root) if path.name > folder.name]
         if newer:
             raise UserError(
-                f"resume_from_checkpoint: the run {run_dir} has gone on to {newer[-1]}; give another --run_name to branch off {folder}"
+                f"resume_from_checkpoint: the run {run_dir} has gone on to {newer[-1]}; leave the flag out to go on with it, or give another --run_name to branch off {folder}"
             )
     if folder is None:
         if config.extend:
@@ -219,7 +220,8 @@ def finished_summary(run_dir: Path, output_dir: Path, resumed: Path | None, tota
         return None
     try:
         summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
-        return summary if summary["output_sha256"] == checkpoint.hashes(output_dir) else None
+        mine = summary["steps"] == total_steps and summary["output_sha256"] == checkpoint.hashes(output_dir)
+        return summary if mine else None
     except (OSError, ValueError, KeyError, TypeError):
         return None  # not there, or damaged: it is written again
 
@@ -230,13 +232,15 @@ def restore(folder: Path, model, optimizer, scaler, where: runtime.Runtime) -> P
     Raises UserError where they are not those of this run: nothing of the state is optional.
     """
     state = checkpoint.load_state(folder)
-    checkpoint.load_tensors(folder, model, optimizer)
     try:
+        checkpoint.load_tensors(folder, model, optimizer)
         scaler.load_state_dict(state["scaler"])
         mine = state["ranks"][where.rank]
         runtime.set_rng_state(mine["rng"])
         return Progress.from_json({**state["progress"], "unlogged_losses": mine["unlogged_losses"]})
-    except (LookupError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+    except UserError:
+        raise
+    except (OSError, LookupError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise UserError(f"{folder / 'state.json'} is not what mori writes ({error}); take another checkpoint") from None
 
 

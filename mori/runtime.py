@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -47,8 +48,8 @@ class Runtime:
         """Scales the loss so that fp16 gradients do not vanish (Micikevicius et al., 2018, arXiv:1710.03740); else does nothing."""
         return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
-    def parallel(self, model: nn.Module, *example: torch.Tensor) -> nn.Module:
-        """The model in DistributedDataParallel, when there are several ranks. `example` are arguments that give a loss of 0.
+    def parallel(self, model: nn.Module, example: Callable[[], tuple]) -> nn.Module:
+        """The model in DistributedDataParallel, when there are several ranks. `example()` are arguments that give a loss of 0.
 
         DDP lays out its buckets anew after the first backward pass, and the place of a gradient in them decides in which
         order the ranks are summed. That is done here, on the example, so that the first step after a resume sums like
@@ -60,7 +61,7 @@ class Runtime:
         before = random_state()
         for _ in range(2):  # the new layout is made before the second
             with self.autocast():
-                loss = wrapped(*example)
+                loss = wrapped(*example())
             loss.backward()
         wrapped.zero_grad()
         set_random_state(before)
@@ -101,6 +102,8 @@ class Runtime:
                 result = action()
             except UserError as raised:
                 mistake = raised
+            except OSError as raised:
+                mistake = UserError(f"{raised.filename}: {raised.strerror}")
         result, mistake = self.gather((result, mistake))[0]
         if mistake:
             mistake.told_by_main = not self.is_main
@@ -157,7 +160,13 @@ class BatchSize:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether `error` says that memory ran out: the device's, or that of the host (PyTorch has no type for the latter)."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    said = (
+        "can't allocate memory",
+        "CUDA error: out of memory",
+        "CUBLAS_STATUS_ALLOC_FAILED",
+        "MPS backend out of memory",
+    )
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in said)
 
 
 def lost_a_rank(error: BaseException) -> bool:
@@ -234,9 +243,15 @@ class StopSignals:
         if not self.received:
             self.received, self._at = signal.Signals(number).name, time.monotonic()
             text = f"\n{self.received}: this step is finished and saved first (Ctrl-C again leaves at once)\n"
-            os.write(sys.stderr.fileno(), text.encode())  # print() may be interrupted in the middle of a print()
+            with contextlib.suppress(OSError, ValueError):  # `| tee` may have died of the same Ctrl-C
+                os.write(sys.stderr.fileno(), text.encode())  # print() may be interrupted in the middle of a print()
         elif number == signal.SIGINT and time.monotonic() - self._at > 1:
             raise KeyboardInterrupt
+
+
+def restarted() -> bool:
+    """Whether torchrun has started this process again (`--max-restarts`) after another one of the same command failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def set_seed(seed: int) -> None:
@@ -249,7 +264,7 @@ def set_seed(seed: int) -> None:
 
 def random_state() -> tuple:
     """The state of every random generator that a model may draw from; cheap enough for every step."""
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
     return random.getstate(), numpy.random.get_state(), torch.get_rng_state(), cuda
 
 
@@ -259,7 +274,7 @@ def set_random_state(state: tuple) -> None:
     random.setstate(python)
     numpy.random.set_state(legacy)
     torch.set_rng_state(cpu)
-    if cuda is not None and torch.cuda.is_available():
+    if cuda is not None and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(cuda)
 
 

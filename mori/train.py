@@ -8,7 +8,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -56,6 +56,8 @@ def _train(
 ) -> dict:
     started = time.perf_counter()
     config = checked(config).resolve()
+    if runtime.restarted():  # what was asked of the first start is begun already
+        config = replace(config, resume_from_checkpoint="auto")
     files = corpus.find_files(config.corpus)
     documents = corpus.read_documents(files)
     run_dir, output_dir = Path(config.logging_dir).resolve() / config.run_name, Path(config.output_dir).resolve()
@@ -90,7 +92,8 @@ def _train(
         """Keep other processes out of the run's folder, and find where the run goes on."""
         if run_dir.is_dir():
             held.enter_context(prepare.lock(run_dir))
-        return prepare.find_checkpoint(config, run_dir, identity, total_steps), prepare.remembered_batch_size(run_dir)
+        found = prepare.find_checkpoint(config, run_dir, identity, total_steps)
+        return found, None if config.resume_from_checkpoint == "none" else prepare.remembered_batch_size(run_dir)
 
     resumed, remembered = where.on_main(claim)
     if finished := prepare.finished_summary(run_dir, output_dir, resumed, total_steps):
@@ -113,9 +116,13 @@ def _train(
     scaler = where.grad_scaler()
     runtime.set_seed(config.seed + where.rank)
     progress = prepare.restore(resumed, model, optimizer, scaler, where) if resumed else prepare.Progress()
-    (nothing, no_labels), *_ = data.load_step(text.train, [[]], pin=False)[0]
-    one = torch.tensor(1.0, device=where.device)
-    parallel = where.parallel(module, nothing.to(where.device), no_labels.to(where.device), one)
+
+    def nothing() -> tuple[torch.Tensor, ...]:
+        """A micro-batch without labels."""
+        [(input_ids, labels)], _ = data.load_step(text.train, [[]], pin=False)
+        return input_ids.to(where.device), labels.to(where.device), torch.tensor(1.0, device=where.device)
+
+    parallel = where.parallel(module, nothing)
     parameters = list(model.parameters())
     parallel.train()
 
@@ -141,6 +148,8 @@ def _train(
     micro_batch = runtime.BatchSize(min(largest, progress.train_batch_size or largest, remembered or largest))
     largest = config.per_device_eval_batch_size
     eval_batch = runtime.BatchSize(min(largest, progress.eval_batch_size or largest))
+    if micro_batch.size < config.per_device_train_batch_size:
+        monitor.say(f"{micro_batch.size} window(s) at a time: memory ran out before with more")
     earlier_seconds = progress.wall_seconds
 
     # Written on the device in every step, read by the host only when logging or saving.
@@ -169,7 +178,7 @@ def _train(
             )
         progress.after = {"step": progress.step, **asdict(found)}
         monitor.scalars(progress.step, {f"eval/{name}": value for name, value in asdict(found).items()})
-        if progress.best is None or found.loss < progress.best["loss"]:
+        if progress.best is None or math.isnan(progress.best["loss"]) or found.loss < progress.best["loss"]:
             progress.best = progress.after
         if where.is_main:
             try:
@@ -248,6 +257,7 @@ def _train(
         progress.train_batch_size, progress.eval_batch_size = micro_batch.size, eval_batch.size
         progress.wall_seconds = earlier_seconds + time.perf_counter() - started
         ranks = where.gather({"rng": runtime.rng_state(), "unlogged_losses": progress.unlogged_losses})
+        failed = False
         if where.is_main:
             state = {**identity, "progress": asdict(progress), "ranks": ranks, "scaler": scaler.state_dict()}
             root = run_dir / "checkpoints"
@@ -256,11 +266,16 @@ def _train(
                 checkpoint.save(
                     root, progress.step, model=model.state_dict(), optimizer=optimizer.state_dict(), state=state
                 )
-                checkpoint.prune(root, config.save_total_limit, progress.best and progress.best["step"])
-            except (OSError, FloatingPointError, checkpoint.CorruptCheckpoint) as error:
+            except (OSError, FloatingPointError, checkpoint.CorruptCheckpoint, torch.OutOfMemoryError) as error:
                 monitor.say(f"WARNING: no checkpoint at step {progress.step}: {error}; training goes on")
-                return False
-        return True
+                failed = True
+        failed = where.any(failed)  # until then the others wait, so that they agree, and none leaves during the save
+        if where.is_main and not failed:
+            try:
+                checkpoint.prune(root, config.save_total_limit, progress.best and progress.best["step"])
+            except OSError as error:
+                monitor.say(f"WARNING: an old checkpoint is left: {error}")
+        return not failed
 
     saved_step = progress.step if resumed else None
     while True:
@@ -275,11 +290,10 @@ def _train(
             if saved_step != progress.step and save_checkpoint():
                 saved_step = progress.step
             monitor.close()
-            done = "saved" if saved_step == progress.step else "NOT saved"
-            raise Interrupted(
-                f"stopped by {signals.received or 'another rank'}, {done} at step {progress.step}; "
-                "the same command goes on from the last checkpoint"
-            )
+            stopped, go_on = f"stopped by {signals.received or 'another rank'}", "the same command goes on from"
+            if saved_step != progress.step:
+                raise RunFailed(f"{stopped}, NOT saved at step {progress.step}; {go_on} the checkpoint before")
+            raise Interrupted(f"{stopped}, saved at step {progress.step}; {go_on} there")
         if last:
             break
         speed.start()
@@ -287,7 +301,7 @@ def _train(
         step = progress.step
         before = runtime.random_state()
         while True:
-            batches.batch_size = micro_batch.size
+            batches.batch_size, loss = micro_batch.size, None  # a loss holds on to all activations of its pass
             micro_batches, n_targets = data.load_step(text.train, batches[step], pin=where.device.type == "cuda")
             # All valid targets of the step, over micro-batches and ranks; DDP averages gradients, so its share of them.
             divisor = where.all_sum(n_targets.to(where.device, non_blocking=True)) / where.world_size
@@ -317,7 +331,7 @@ def _train(
         nonfinite = optim.skip_unless_finite(optimizer, grad_norm)
         skipped[0] += nonfinite
         skipped[1] = (skipped[1] + 1) * nonfinite
-        scaler.step(optimizer)
+        optimizer.step()
         scaler.update()
         optimizer.zero_grad()
         progress.step += 1
@@ -374,10 +388,10 @@ def _publish(model, tokenizer, output_dir: Path) -> None:
         raise RunFailed(f"the model is not written: {len(bad)} of its tensors are not finite, such as {bad[0]}")
     try:
         checkpoint.publish(output_dir, lambda folder: models.save(model, tokenizer, folder))
-    except OSError as error:
+    except (OSError, UserError) as error:
         raise RunFailed(
-            f"cannot write the trained model to {output_dir}: {error.strerror or error}; the last checkpoint holds it: "
-            "make room and run the same command again"
+            f"cannot write the trained model to {output_dir}: {getattr(error, 'strerror', None) or error}; the last "
+            "checkpoint holds it: make room and run the same command again"
         ) from None
 
 

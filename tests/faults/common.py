@@ -32,6 +32,7 @@ from mori.train import train
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, SAVE_STEPS = 12, 4
+HUNG = 1000
 APART = (
     "tokens",
     "samples_before",
@@ -193,7 +194,7 @@ def fork(config: dict, before: Callable[[], object] = lambda: None, output: Path
 
 
 def wait(pid: int, timeout: float = 120) -> int:
-    """The exit code of a child, which is killed after `timeout` seconds; negative for the signal that ended it."""
+    """The exit code of a child; negative for the signal that ended it, HUNG where it had to be killed after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)
@@ -201,6 +202,8 @@ def wait(pid: int, timeout: float = 120) -> int:
             return os.waitstatus_to_exitcode(status)
         if time.monotonic() > deadline:
             os.killpg(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            return HUNG
         time.sleep(0.002)
 
 
@@ -231,13 +234,12 @@ def together(config: dict, ranks: int, before: Callable[[], object] = lambda: No
     output = folder.with_name(folder.name + ".out")
     started = time.perf_counter()
     port = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
-    pids = [
-        fork(config, before, None if rank else output, RANK=str(rank), LOCAL_RANK=str(rank), **port)
-        for rank in range(ranks)
-    ]
+    outputs = [output.with_suffix(f".{rank}.out") for rank in range(ranks)]
+    pids = [fork(config, before, outputs[rank], RANK=str(rank), LOCAL_RANK=str(rank), **port) for rank in range(ranks)]
     codes = [wait(pid, timeout) for pid in pids]
-    text = output.read_text(encoding="utf-8", errors="replace")
-    output.unlink()
+    text = "".join(path.read_text(encoding="utf-8", errors="replace") for path in outputs)
+    for path in outputs:
+        path.unlink()
     return Ended(max(codes, key=abs), text, time.perf_counter() - started)
 
 

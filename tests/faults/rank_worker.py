@@ -30,15 +30,11 @@ def strike() -> None:
 if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
     mine = os.environ["RANK"] == rank
     if place == "save":
-        # Rank 0 takes its time over the second save, so that the others wait for it when something happens to one of them.
-        patched(
-            checkpoint,
-            "save",
-            2,
-            (lambda: (time.sleep(1), strike())) if mine and rank == "0" else lambda: time.sleep(3),
-        )()
+        # Rank 0 takes its time over the second save, when all is staged and nothing published; another rank is struck meanwhile.
+        slowly = (lambda: (time.sleep(1), strike())) if mine and rank == "0" else lambda: time.sleep(3)
+        patched(checkpoint, "verify", 2, slowly)()
         if mine and rank != "0":
-            patched(runtime.Runtime, "any", 9, strike)()
+            patched(runtime.Runtime, "any", 10, strike)()  # once a step, and once in the first save
     elif mine:
         patched(optim, "set_learning_rate", 7, strike)()
 
