@@ -92,6 +92,17 @@ def test_a_second_ctrl_c_is_a_keyboard_interrupt_but_its_echo_is_not():
             os.kill(os.getpid(), signal.SIGINT)
 
 
+def test_a_pipe_that_died_of_the_same_ctrl_c_does_not_lose_the_work(settings, tmp_path):
+    """`train.py 2>&1 | tee log`: Ctrl-C ends tee as well."""
+    words = flags({**settings, "max_steps": 100_000, "eval_steps": 1e5, "save_steps": 1e5})
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), *words]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    _wait_for_lines(tmp_path, process)
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130 and len(saved_steps(tmp_path)) == 1
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_one_rank_stops_all_ranks_alike(settings, tmp_path, number):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "scripts/train.py"]

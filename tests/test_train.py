@@ -5,11 +5,13 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, STORIES, assert_equal_weights, door, flags, needs_stories, weights
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
@@ -400,6 +402,93 @@ def test_where_not_even_one_window_fits_it_says_so(run_train, monkeypatch):
     monkeypatch.setattr(models.CausalLMLoss, "forward", forward)
     with pytest.raises(RunFailed, match="not even one window fits"):
         run_train()
+
+
+def test_the_failed_pass_is_let_go_before_the_step_is_done_again(run_train, monkeypatch):
+    real, kept, alive = models.CausalLMLoss.forward, [], []
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    def forward(self, input_ids, labels, n_targets=None):
+        if n_targets is None:
+            return real(self, input_ids, labels)
+        if kept:
+            alive.append(kept[0]() is not None)
+        loss = real(self, input_ids, labels, n_targets)
+        if len(input_ids) > 2:
+            hidden = loss * 1  # stands for all that the failed pass holds
+            kept.append(weakref.ref(hidden))
+            loss = hidden * 1
+            loss.register_hook(full)
+            loss.hidden = hidden
+        return loss
+
+    monkeypatch.setattr(models.CausalLMLoss, "forward", forward)
+    run_train(per_device_train_batch_size=4, max_steps=1)
+    assert alive and not any(alive)
+
+
+def test_a_run_that_was_extended_and_stopped_is_not_taken_for_finished(run_train, tmp_path, monkeypatch):
+    run_train(max_steps=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(mori.train, "_publish", lambda *_: (_ for _ in ()).throw(RunFailed("no room")))
+        with pytest.raises(RunFailed):
+            run_train(max_steps=8, extend=True)
+    assert run_train(max_steps=8)["steps"] == 8
+    run_train(max_steps=4, run_name="first", output_dir=str(tmp_path / "first"))
+    assert not torch.equal(*(next(iter(weights(tmp_path / name).values())) for name in ("brain", "first")))
+
+
+def test_what_was_asked_of_the_first_start_is_not_asked_of_a_restart(run_train, tmp_path, monkeypatch):
+    _stop_after(6, run_train)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    run_train(resume_from_checkpoint="none")
+    assert not (tmp_path / "runs" / "run.1").exists()
+
+
+def test_what_could_not_be_saved_is_no_interruption_but_a_failure(run_train, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(mori.train.checkpoint, "save", full)
+    real = optim.set_learning_rate
+    monkeypatch.setattr(optim, "set_learning_rate", lambda *a: (os.kill(os.getpid(), signal.SIGTERM), real(*a)))
+    with pytest.raises(RunFailed, match="stopped by SIGTERM, NOT saved at step 1"):
+        run_train()
+
+
+def test_a_prune_that_fails_is_no_failed_save(run_train, tmp_path, capsys, monkeypatch):
+    def busy(*_):
+        raise OSError(39, "Directory not empty")
+
+    monkeypatch.setattr(mori.train.checkpoint, "prune", busy)
+    run_train()
+    assert "an old checkpoint is left" in capsys.readouterr().out
+    assert len(list((tmp_path / "runs/run/checkpoints").iterdir())) == 3
+
+
+@pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
+def test_a_norm_that_overflows_is_skipped_under_a_scaler_too(
+    run_train, small_model, tmp_path, monkeypatch, max_grad_norm
+):
+    """Gradients of 1e30 are finite, their norm is not."""
+    real = models.CausalLMLoss.forward
+
+    def forward(self, input_ids, labels, n_targets=None):
+        loss = real(self, input_ids, labels, n_targets)
+        if n_targets is not None:
+            for parameter in self.parameters():
+                parameter.register_hook(lambda grad: torch.full_like(grad, 1e30))
+        return loss
+
+    monkeypatch.setattr(models.CausalLMLoss, "forward", forward)
+    with pytest.raises(RunFailed, match="3 steps in a row"):
+        run_train(precision="fp16", max_grad_norm=max_grad_norm, max_nonfinite_steps=3, save_steps=1)
+    start = AutoModelForCausalLM.from_pretrained(small_model).state_dict()
+    for folder in (tmp_path / "runs/run/checkpoints").iterdir():
+        for name, tensor in load_file(folder / "model.safetensors").items():
+            assert torch.equal(tensor, start[name]), name
 
 
 def test_an_error_that_is_not_about_memory_is_not_swallowed(run_train, monkeypatch):
