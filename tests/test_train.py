@@ -458,6 +458,20 @@ def test_what_could_not_be_saved_is_no_interruption_but_a_failure(run_train, mon
         run_train()
 
 
+def test_a_run_that_only_skips_is_stopped_between_the_logs_too(run_train, tmp_path, monkeypatch):
+    real = models.CausalLMLoss.forward
+
+    def forward(self, input_ids, labels, n_targets=None):
+        loss = real(self, input_ids, labels, n_targets)
+        return loss if n_targets is None else loss * torch.nan
+
+    monkeypatch.setattr(models.CausalLMLoss, "forward", forward)
+    with pytest.raises(RunFailed, match="in 3 steps in a row, up to step 3 .*the loss, on the training windows"):
+        run_train(max_nonfinite_steps=3, logging_steps=1000, max_steps=20)
+    [line] = [line for line in read_metrics(tmp_path / "runs/run/metrics.jsonl") if "train/loss" in line]
+    assert line["step"] == 3 and line["train/loss"] != line["train/loss"]  # the real figure, not 0
+
+
 def test_a_prune_that_fails_is_no_failed_save(run_train, tmp_path, capsys, monkeypatch):
     def busy(*_):
         raise OSError(39, "Directory not empty")
