@@ -7,9 +7,13 @@ from .runtime import Runtime
 
 
 def first_bad_tensor(
-    module: CausalLMLoss, micro_batches: list[tuple[torch.Tensor, torch.Tensor]], runtime: Runtime
+    module: CausalLMLoss,
+    micro_batches: list[tuple[torch.Tensor, torch.Tensor]],
+    n_targets: torch.Tensor,
+    runtime: Runtime,
 ) -> str | None:
-    """The first tensor that is not finite when `micro_batches`, each `input_ids` and `labels` `(B, T)`, are trained on.
+    """The first tensor that is not finite when `micro_batches`, each `input_ids` and `labels` `(B, T)`, are trained on;
+    they have `n_targets` labels.
 
     Weights come first, then the outputs of the modules in the order in which they are computed, then the loss, then the
     gradients, those nearest to the loss first. None where all are finite (a loss scale may overflow what alone does not).
@@ -33,7 +37,7 @@ def first_bad_tensor(
     try:
         for input_ids, labels in micro_batches:
             with runtime.autocast():
-                loss = module(input_ids.to(runtime.device), labels.to(runtime.device))
+                loss = module(input_ids.to(runtime.device), labels.to(runtime.device), n_targets.to(runtime.device))
             if found or _bad(loss):
                 return found[0] if found else "the loss"
             loss.backward()

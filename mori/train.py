@@ -223,7 +223,7 @@ def _train(
     def give_up(loss: float) -> None:
         """Stop a run that only skips: name the last step's windows, and where its numbers first go bad."""
         mine = batches[progress.step - 1]
-        bad = first_bad_tensor(module, data.load_step(text.train, mine, pin=False)[0], where)
+        bad = first_bad_tensor(module, *data.load_step(text.train, mine, pin=False), where)
         found = where.gather((bad, [index for group in mine for index in group]))
         bad, windows = next((one for one in found if one[0]), found[0])
         raise RunFailed(
