@@ -6,6 +6,7 @@ import json
 import platform
 import sys
 import tempfile
+import time
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import IO
@@ -131,14 +132,19 @@ def _is_model(folder: Path) -> bool:
 def lock(run_dir: Path) -> IO:
     """Keep other processes out of the run's folder for as long as the returned file is open (a killed process closes it).
 
-    Raises UserError where another process is in it.
+    Raises UserError where another process is in it, and still after a few seconds: it may be one that is dying.
     """
-    file = (run_dir / ".lock").open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"another process is writing {run_dir}; wait for it, or use another --run_name") from None
-    return file
+    file, deadline = (run_dir / ".lock").open("w"), time.monotonic() + 3
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"another process is writing {run_dir}; wait for it, or use another --run_name"
+                ) from None
+            time.sleep(0.1)
 
 
 def remember_batch_size(run_dir: Path, rank: int, size: int) -> None:

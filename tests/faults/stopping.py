@@ -245,6 +245,7 @@ def kills_in_saves(lab: Lab, full: bool, seed: int) -> list[dict]:
 
         def kill_soon(delay=delay) -> None:
             if not os.fork():
+                os.closerange(3, 256)  # the lock on the run's folder among them
                 time.sleep(delay)
                 os.kill(os.getppid(), signal.SIGKILL)
                 os._exit(0)
