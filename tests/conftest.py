@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 
+from mori import optim
 from mori.config import TrainConfig
 from mori.corpus import SHIPPED
 from mori.model import train_tokenizer
@@ -104,3 +106,33 @@ def assert_equal_weights(one: Path, other: Path) -> None:
     assert a.keys() == b.keys()
     for name in a:
         assert torch.equal(a[name], b[name]), name
+
+
+class Stop(Exception):
+    """Stands for a power cut."""
+
+
+def stop_after(step: int, run) -> None:
+    """Run until `step` optimizer steps are begun, and break off in the middle of the next."""
+    taken, real = [], optim.set_learning_rate
+
+    def counted(*arguments):
+        taken.append(1)
+        if len(taken) > step:
+            raise Stop
+        real(*arguments)
+
+    optim.set_learning_rate = counted
+    try:
+        with pytest.raises(Stop):
+            run()
+    finally:
+        optim.set_learning_rate = real
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    """Wait until `path` is there, while `process` runs."""
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < deadline, "the run ended before its checkpoint"
+        time.sleep(0.005)

@@ -1,0 +1,223 @@
+"""A run that is taken up again: after a kill, with other settings, to a new length, or when it has ended."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import (
+    ROOT,
+    Stop,
+    assert_equal_weights,
+    door,
+    flags,
+    stop_after,
+    wait_for,
+    weights,
+)
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import mori.train
+from mori import model as models
+from mori.config import RunFailed, UserError
+from mori.monitor import read_metrics
+
+
+def test_torchrun_trains_resumes_and_speaks_once(settings, tmp_path):
+    """An epoch of two ranks ends with a step in which one rank has nothing left."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "scripts/train.py"]
+    for name, killed in (("whole", False), ("run", True)):
+        brain = str(tmp_path / f"brain-{name}")
+        words = flags({**settings, "num_train_epochs": 2, "run_name": name, "output_dir": brain, "max_steps": -1})
+        command = torchrun + words + ["--save_steps", "3"]
+        if killed:
+            process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            wait_for(tmp_path / "runs" / name / "checkpoints" / "step-00000003" / "manifest.json", process)
+            workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            for pid in [process.pid, *map(int, workers)]:
+                os.kill(pid, signal.SIGKILL)
+            process.wait()
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("reads ") == 1 and ("\nresumes " in done.stdout) == killed
+    assert_equal_weights(tmp_path / "brain-whole", tmp_path / "brain-run")
+
+
+def test_killed_and_started_again_it_ends_with_the_same_weights(settings, tmp_path):
+    """SIGKILL after a checkpoint; dropout on, accumulation 2, a save that falls between two log lines."""
+    words = flags({**settings, "gradient_accumulation_steps": 2, "max_steps": 40, "save_steps": 7, "logging_steps": 5})
+    whole = door("train.py", *words, "--run_name", "whole", "--output_dir", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    for checkpoint in ("step-00000007", "step-00000021"):
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "scripts" / "train.py"), *words],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        wait_for(tmp_path / "runs" / "run" / "checkpoints" / checkpoint / "manifest.json", process)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    done = door("train.py", *words)
+    assert done.returncode == 0 and "\nresumes " in done.stdout, done.stderr
+    assert_equal_weights(tmp_path / "whole", tmp_path / "brain")
+    both = [read_metrics(tmp_path / "runs" / name / "metrics.jsonl") for name in ("whole", "run")]
+    losses = [[(line["step"], line["train/loss"]) for line in lines if "train/loss" in line] for lines in both]
+    assert losses[0] == losses[1]
+
+
+def test_a_finished_run_is_not_trained_again(run_train, tmp_path, capsys):
+    first = run_train()
+    made_at = (tmp_path / "brain").stat().st_mtime_ns
+    assert run_train() == json.loads(json.dumps(first))
+    assert "is finished (12 steps)" in capsys.readouterr().out
+    assert (tmp_path / "brain").stat().st_mtime_ns == made_at and not (tmp_path / "brain.previous").exists()
+
+
+def test_killed_before_the_brain_was_written_it_is_written(run_train, tmp_path, monkeypatch):
+    def cut(*_):
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "save", cut)
+        with pytest.raises(Stop):
+            run_train()
+    first = json.loads(json.dumps(run_train()))
+    assert (tmp_path / "brain" / "config.json").exists()
+    whole = run_train(run_name="whole", output_dir=str(tmp_path / "whole"))
+    assert first["eval"] == whole["eval"] and first["samples"] == whole["samples"]
+    assert_equal_weights(tmp_path / "whole", tmp_path / "brain")
+
+
+def test_a_run_with_other_settings_is_not_resumed(run_train, text_file, tmp_path):
+    run_train(max_steps=4)
+    with pytest.raises(UserError, match=r"learning_rate \(0.001, 0.002\)"):
+        run_train(max_steps=4, learning_rate=2e-3)
+    other = tmp_path / "other.txt"
+    other.write_text(text_file.read_text() + " lain")
+    with pytest.raises(UserError, match="corpus_sha256"):
+        run_train(max_steps=4, corpus=[str(other)])
+    run_train(max_steps=4, learning_rate=2e-3, resume_from_checkpoint="none")
+    assert (tmp_path / "runs" / "run.1" / "summary.json").exists()  # the old run is set aside
+
+
+def test_a_run_is_extended_to_a_new_length_only_when_asked(run_train, tmp_path, monkeypatch):
+    run_train(max_steps=4, lr_scheduler_type="constant")
+    with pytest.raises(UserError, match=r"max_steps \(4, 8\).*--extend"):
+        run_train(max_steps=8, lr_scheduler_type="constant")
+    with pytest.raises(UserError, match=r"learning_rate \(0.001, 0.002\)"):
+        run_train(max_steps=8, lr_scheduler_type="constant", learning_rate=2e-3, extend=True)
+    with pytest.raises(UserError, match="has done 4 steps already"):
+        run_train(max_steps=3, lr_scheduler_type="constant", extend=True)
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        run_train(run_name="new", extend=True)
+    # A constant learning rate does not know how long the run is: extended, it is the run that was as long from the start.
+    run_train(max_steps=8, lr_scheduler_type="constant", extend=True)
+    run_train(max_steps=8, lr_scheduler_type="constant", run_name="long", output_dir=str(tmp_path / "long"))
+    assert_equal_weights(tmp_path / "brain", tmp_path / "long")
+    assert run_train(max_steps=8, lr_scheduler_type="constant")["steps"] == 8  # its length is 8 now
+
+
+def test_an_extended_run_goes_on_along_the_schedule_of_its_new_length(run_train, tmp_path):
+    run_train(max_steps=4)
+    run_train(max_steps=8, extend=True)
+    rates = [
+        line["train/learning_rate"]
+        for line in read_metrics(tmp_path / "runs/run/metrics.jsonl")
+        if "train/loss" in line
+    ]
+    assert rates == pytest.approx([1e-3 * x for x in (1, 3 / 4, 2 / 4, 1 / 4, 4 / 8, 3 / 8, 2 / 8, 1 / 8)])
+
+
+def test_a_run_that_was_extended_and_stopped_is_not_taken_for_finished(run_train, tmp_path, monkeypatch):
+    run_train(max_steps=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(mori.train, "_publish", lambda *_: (_ for _ in ()).throw(RunFailed("no room")))
+        with pytest.raises(RunFailed):
+            run_train(max_steps=8, extend=True)
+    assert run_train(max_steps=8)["steps"] == 8
+    run_train(max_steps=4, run_name="first", output_dir=str(tmp_path / "first"))
+    assert not torch.equal(*(next(iter(weights(tmp_path / name).values())) for name in ("brain", "first")))
+
+
+def test_what_was_asked_of_the_first_start_is_not_asked_of_a_restart(run_train, tmp_path, monkeypatch):
+    stop_after(6, run_train)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    run_train(resume_from_checkpoint="none")
+    assert not (tmp_path / "runs" / "run.1").exists()
+
+
+def test_a_log_that_a_kill_cut_short_is_mended(run_train, tmp_path):
+    stop_after(6, run_train)
+    path = tmp_path / "runs" / "run" / "metrics.jsonl"
+    with path.open("a") as lines:
+        lines.write('{"step": 6, "train/lo')
+    run_train()
+    steps = [json.loads(line)["step"] for line in path.read_text().splitlines() if "train/loss" in line]
+    assert steps == list(range(1, 13))
+
+
+def test_an_attempt_that_was_killed_before_its_first_checkpoint_leaves_no_lines(run_train, tmp_path):
+    stop_after(2, lambda: run_train(save_steps=100))
+    run_train()
+    logged = read_metrics(tmp_path / "runs" / "run" / "metrics.jsonl")
+    assert [line["step"] for line in logged if "eval/loss" in line] == [0, 6, 12]
+    board = EventAccumulator(str(tmp_path / "runs" / "run"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("eval/loss")] == [0, 6, 12]
+
+
+def test_a_checkpoint_can_be_named(run_train, tmp_path):
+    run_train(save_total_limit=9)
+    named = tmp_path / "runs" / "run" / "checkpoints" / "step-00000004"
+    run_train(run_name="from4", output_dir=str(tmp_path / "from4"), resume_from_checkpoint=str(named))
+    assert_equal_weights(tmp_path / "brain", tmp_path / "from4")
+    with pytest.raises(UserError, match="not a folder"):
+        run_train(resume_from_checkpoint=str(tmp_path / "none"))
+
+
+def test_the_best_checkpoint_is_kept(run_train, tmp_path):
+    """A learning rate that rises until it is far too high makes an early evaluation the best; one newer checkpoint may stay."""
+    summary = run_train(
+        max_steps=12, save_steps=2, eval_steps=2, learning_rate=2.0, save_total_limit=1, warmup_steps=12
+    )
+    best = summary["eval"]["best"]["step"]
+    assert best < 12
+    kept = sorted(p.name for p in (tmp_path / "runs" / "run" / "checkpoints").iterdir())
+    assert kept == sorted({f"step-{step:08d}" for step in (best, 12) if step})
+
+
+def test_a_finished_run_whose_model_was_replaced_puts_its_own_back(run_train, tmp_path):
+    run_train(max_steps=2, run_name="a")
+    first = weights(tmp_path / "brain")
+    run_train(max_steps=3, run_name="b")
+    run_train(max_steps=2, run_name="a")
+    again = weights(tmp_path / "brain")
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_two_runs_do_not_share_a_folder(run_train, tmp_path):
+    from mori.prepare import lock
+
+    run_train(max_steps=2)
+    with lock(tmp_path / "runs" / "run"):
+        for how in ("auto", "none"):
+            with pytest.raises(UserError, match="another process is writing"):
+                run_train(max_steps=2, output_dir=str(tmp_path / "other"), resume_from_checkpoint=how)
+    assert not (tmp_path / "runs" / "run.1").exists()
+
+
+def test_a_mistake_does_not_set_the_old_run_aside(run_train, small_model, tmp_path):
+    run_train(max_steps=2)
+    with pytest.raises(UserError):
+        run_train(model=str(tmp_path / "none"), resume_from_checkpoint="none")
+    assert (tmp_path / "runs" / "run").exists() and not (tmp_path / "runs" / "run.1").exists()
+
+
+def test_going_back_in_a_run_is_refused(run_train, tmp_path):
+    run_train(save_total_limit=9)
+    with pytest.raises(UserError, match="has gone on to step-00000012"):
+        run_train(resume_from_checkpoint=str(tmp_path / "runs" / "run" / "checkpoints" / "step-00000004"))
