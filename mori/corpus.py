@@ -270,7 +270,7 @@ def _write(path: Path, header: dict, parts: list[numpy.ndarray]) -> None:
             file.write(_MAGIC + len(text).to_bytes(8, "little") + text)
             file.write(bytes(_data_start(len(text)) - 16 - len(text)))
             for part in parts:
-                part.tofile(file)
+                file.write(part.data)  # numpy's tofile() does not notice a full disk
         staged.replace(path)
     except OSError as error:
         staged.unlink(missing_ok=True)
