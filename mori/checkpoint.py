@@ -4,7 +4,7 @@
         model.safetensors      the model's state_dict(), tied tensors once
         optimizer.safetensors  the optimizer's tensors, "<parameter>.<name>"
         state.json             everything that is not a tensor
-        manifest.json          size and SHA-256 of the files above, written last
+        manifest.json          the step, and size and SHA-256 of the files above, written last
 
 Safetensors and JSON only: reading a checkpoint runs no code. Every change on disk is an `os.*` call of this room, so that
 the tests can stand between any two of them.
@@ -27,6 +27,7 @@ from .config import UserError
 
 _FORMAT = 1
 _MANIFEST, _LARGEST_MANIFEST = "manifest.json", 1 << 16
+_STEP = re.compile(r"step-\d{8}")
 _FILES = {"model.safetensors", "optimizer.safetensors", "state.json"}
 # https://huggingface.co/docs/safetensors, "Format"
 _DTYPES = {
@@ -69,7 +70,7 @@ def save(root: Path, step: int, *, model: dict, optimizer: dict, state: dict) ->
             "optimizer.safetensors": write(staged / "optimizer.safetensors", _serialized(moments)),
             "state.json": write(staged / "state.json", [json.dumps(others).encode()]),
         }
-        manifest = {"format": _FORMAT, "files": files, "seal": _seal(files)}
+        manifest = {"format": _FORMAT, "step": step, "files": files, "seal": _seal(files)}
         write(staged / _MANIFEST, [json.dumps(manifest).encode()])
         verify(staged)  # read back: what cannot be read must not take the place of what can
         sync(staged)
@@ -99,6 +100,8 @@ def verify(folder: Path) -> None:
             raise CorruptCheckpoint(f"{folder} has format {manifest['format']}, this mori reads {_FORMAT}")
         if manifest["seal"] != _seal(manifest["files"]) or set(manifest["files"]) != _FILES:
             raise CorruptCheckpoint(f"{path} is not what was written (its seal differs)")
+        if _STEP.fullmatch(folder.name) and int(folder.name[5:]) != manifest["step"]:
+            raise CorruptCheckpoint(f"{path} belongs to step {manifest['step']}")
         for name, described in manifest["files"].items():
             path = _plain(folder / name)
             if path.stat().st_size != described["bytes"]:
@@ -143,7 +146,7 @@ def published(root: Path) -> list[Path]:
         names = os.listdir(root)
     except FileNotFoundError:
         return []
-    return [root / name for name in sorted(names) if re.fullmatch(r"step-\d{8}", name) and (root / name).is_dir()]
+    return [root / name for name in sorted(names) if _STEP.fullmatch(name) and (root / name).is_dir()]
 
 
 def load_state(folder: Path) -> dict:

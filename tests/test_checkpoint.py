@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import shutil
 import stat
 
 import pytest
@@ -112,6 +113,14 @@ def test_a_manifest_cannot_name_a_file_elsewhere(saved):
     path.write_text(json.dumps(manifest))
     with pytest.raises(checkpoint.CorruptCheckpoint, match="not what was written"):
         checkpoint.verify(path.parent)
+
+
+def test_a_checkpoint_under_another_ones_name_is_told(saved):
+    shutil.rmtree(saved / "step-00000003")
+    shutil.copytree(saved / "step-00000001", saved / "step-00000003")
+    said = []
+    assert checkpoint.newest(saved, said.append).name == "step-00000002"
+    assert "belongs to step 1" in said[0]
 
 
 def test_another_models_checkpoint_is_refused(saved):
