@@ -250,10 +250,10 @@ def brought_settings(model: nn.Module) -> dict:
     return brought
 
 
-def check_prompts(prompts: list[str], tokenizer, model_config) -> None:
+def check_prompts(prompts: list[str], tokenizer, model_config, crop_prompt: bool = False) -> None:
     """Raise UserError for a prompt that this model could not go on from."""
     for prompt in prompts:
-        _prompt_ids(prompt, tokenizer, model_config)
+        _prompt_ids(prompt, tokenizer, model_config, crop_prompt)
 
 
 def _decoded(tokenizer, ids: list[int]) -> str:

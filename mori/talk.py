@@ -10,7 +10,7 @@ from pathlib import Path
 
 from . import runtime
 from .config import PRESETS, GenerateConfig, SamplingConfig, UserError, parse
-from .generate import brought_settings, generate, settings_for
+from .generate import brought_settings, check_prompts, generate, settings_for
 from .model import load_config, load_model, load_tokenizer
 
 HELP = """Type a text, and the model goes on from it. The up arrow brings earlier lines back.
@@ -43,6 +43,7 @@ def speak(config: GenerateConfig) -> None:
         return _converse(model, tokenizer, controls, how)
     single = len(prompts) * settings_for(model, controls).num_return_sequences == 1 and not config.json
     if single:
+        check_prompts(prompts, tokenizer, model_config, config.crop_prompt)  # before anything stands on the screen
         _print_now(prompts[0])
     try:
         completions = generate(
