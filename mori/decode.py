@@ -65,10 +65,11 @@ class _Reader:
         self.model, self.pads, self.padded = model, pads, bool(pads.any())
         self.last_position = (context or 2**62) - 1
         self.takes = set(inspect.signature(model.forward).parameters)
-        self.cache, self.cache_name = (
-            None,
-            next((n for n in ("past_key_values", "cache_params") if n in self.takes), None),
-        )
+        self.cache, self.cache_name = None, None
+        for name in ("past_key_values", "cache_params"):
+            # Some releases of transformers want positions for a state that generate() alone knows: read anew there.
+            if name in self.takes and not (name == "cache_params" and "cache_position" in self.takes):
+                self.cache_name = self.cache_name or name
         self.layers: list[_Layer] = []  # where the cache is ours
         self.recording, self.replay, self.may_record, self.started = None, None, False, False
         self._grow(0)

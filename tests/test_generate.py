@@ -2,9 +2,11 @@ import json
 
 import pytest
 import torch
+import transformers
 from conftest import STORIES, door, needs_stories
 from families import FAMILIES
 from families import small_model as model_of
+from packaging.version import Version
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.generation.stopping_criteria import StopStringCriteria
@@ -62,6 +64,9 @@ def prompts_of(*lengths: int) -> list[list[int]]:
 REPLAYED = set("gpt2 gpt_neox phi llama qwen2 qwen3 gemma granite cohere olmo2 stablelm smollm3".split())
 
 
+OLD = Version(transformers.__version__) < Version("5.23")
+
+
 @pytest.fixture
 def replays(monkeypatch):
     """How many steps were replayed so far."""
@@ -79,7 +84,7 @@ def test_greedy_ids_equal_generate(family, replays):
     for lengths, count in (((9,), 40), ((1,), 30), ((30,), 34), ((9, 9, 9), 20), ((3, 9, 6), 30)):
         prompts = prompts_of(*lengths)
         assert greedy(model, prompts, count) == expected(model, prompts, count), lengths
-    assert (len(replays) > 100) == (family in REPLAYED), len(replays)
+    assert (len(replays) > 100) == (family in REPLAYED and not OLD), len(replays)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "qwen2"])
@@ -100,6 +105,7 @@ def test_blocks_of_steps_give_the_same_ids():
     assert greedy(model, prompts, 21, steps_at_once=8) == greedy(model, prompts, 21)
 
 
+@pytest.mark.skipif(OLD, reason="this release of transformers computes positions in Python: nothing is replayed")
 def test_every_replayed_step_gives_the_logits_of_the_model_to_the_bit(monkeypatch):
     model, [prompt] = model_of("llama", 97).eval(), prompts_of(5)
     seen = []
