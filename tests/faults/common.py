@@ -88,8 +88,6 @@ class Lab:
         transformers.logging.disable_progress_bar()
         AutoModelForCausalLM.from_config(GPT2Config(vocab_size=len(tokenizer), **shape)).save_pretrained(self.model)
         tokenizer.save_pretrained(self.model)
-        for path in self.model.iterdir():
-            path.chmod(0o644)  # for cases that are not run as root
         self.text.write_text(text, encoding="utf-8")
 
     @property
