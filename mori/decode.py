@@ -7,6 +7,7 @@ sliding windows, state spaces, mixtures of experts whose path depends on the val
 
 import inspect
 from collections.abc import Iterator
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -17,6 +18,8 @@ from .replay import Recording, Replay, Unrecordable
 from .sampling import Sampler
 
 ROOM = 128  # tokens for which a cache has room at first beyond the prompt; it doubles when it is full
+# model -> kind of step -> the cache's layers and the replay that writes into them, from one text to the next.
+_kept: WeakKeyDictionary = WeakKeyDictionary()
 
 
 class _Layer(DynamicLayer):
@@ -50,6 +53,11 @@ class _Layer(DynamicLayer):
     def get_seq_length(self, *_) -> int:
         return self.length
 
+    def empty(self) -> None:
+        """Back to the beginning; the memory is given back."""
+        self.keys = self.values = None
+        self.is_initialized, self.length = False, 0
+
 
 def _with_room(tensor: torch.Tensor, more: int) -> torch.Tensor:
     batch, heads, length, size = tensor.shape
@@ -71,8 +79,17 @@ class _Reader:
             if name in self.takes and not (name == "cache_params" and "cache_position" in self.takes):
                 self.cache_name = self.cache_name or name
         self.layers: list[_Layer] = []  # where the cache is ours
-        self.recording, self.replay, self.may_record, self.started = None, None, False, False
+        self.recording, self.replay, self.checked, self.may_record, self.started = None, None, False, False, False
+        device = pads.device.type
+        self.kind = (len(pads), self.padded, torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device))
         self._grow(0)
+
+    def close(self) -> None:
+        """Keep the replay for the next texts of this kind, without the keys and values."""
+        for layer in self.layers:
+            layer.empty()
+        if self.replay:
+            _kept.setdefault(self.model, {})[self.kind] = self.layers, self.replay
 
     def read(self, input_ids: torch.Tensor) -> torch.Tensor:
         """The logits `(B, V)` after the last token of the texts `(B, S)`; all that was read before is remembered."""
@@ -80,7 +97,7 @@ class _Reader:
         if self.length > self.columns.size(0):
             self._grow(self.length)
         if self.replay:
-            return self._replayed(input_ids[:, -1:])
+            return self._replayed(input_ids[:, -1:]) if self.checked else self._checked(input_ids[:, -1:])
         if self.may_record:
             return self._recorded(input_ids[:, -1:])
         if not self.started and self.cache_name == "past_key_values":
@@ -103,7 +120,10 @@ class _Reader:
         self.cache = DynamicCache(config=self.model.config)
         ordinary = self.cache.layers and all(type(layer) is DynamicLayer for layer in self.cache.layers)
         if ordinary and "position_ids" in self.takes:
-            self.cache.layers = self.layers = [_Layer() for _ in self.cache.layers]
+            # Taken out while it is in use: two texts may be drawn in turn.
+            kept = _kept.get(self.model, {}).pop(self.kind, None)
+            self.layers, self.replay = kept or ([_Layer() for _ in self.cache.layers], None)
+            self.cache.layers = self.layers
 
     @torch.no_grad()
     def _forward(self, unread: torch.Tensor, mask: torch.Tensor | None = None, positions: torch.Tensor | None = None):
@@ -132,6 +152,17 @@ class _Reader:
         inputs = [newest, self.positions.narrow(1, self.length - 1, 1)]
         return [*inputs, self.visible.narrow(3, 0, self.length)] if self.padded else inputs
 
+    def _checked(self, newest: torch.Tensor) -> torch.Tensor:
+        """The first step of a text whose replay is an earlier text's: it must still be the model's own pass, to the bit."""
+        own = self._forward(newest)
+        self._forget_newest()
+        self.checked = torch.equal(self._replayed(newest), own)
+        if self.checked:
+            return own
+        self.replay = None
+        self._forget_newest()
+        return self._forward(newest)
+
     def _recorded(self, newest: torch.Tensor) -> torch.Tensor:
         """A step that is recorded. When two recordings are the same, and the replay of the second gives the logits of the
         model's own pass to the bit, all steps to come are replayed; at the first difference recording is given up.
@@ -159,7 +190,7 @@ class _Reader:
         if self.may_record and self.recording:
             self._forget_newest()
             self.replay = Replay(recording, logits) if recording.same_as(self.recording) else None
-            self.may_record = self.replay is not None and torch.equal(self._replayed(newest), own)
+            self.may_record = self.checked = self.replay is not None and torch.equal(self._replayed(newest), own)
             if not self.may_record:
                 self.replay = None
         if not self.may_record:
@@ -199,20 +230,24 @@ def decode(
         row[longest - len(prompt) : longest] = torch.tensor(prompt, device=device)
     unread = seen.masked_fill(seen == vocabulary, 0)
     reader, first = _Reader(model, pads, context), 0  # the reader knows the texts from column `first` on
-    for start in range(longest, longest + max_new_tokens, steps_at_once):
-        stop = min(start + steps_at_once, longest + max_new_tokens)
-        for end in range(start, stop):
-            if context and not reader.padded and end - first > context:
-                reader, first = _Reader(model, pads, context), end - max(1, context // 2)
-            logits = reader.read(unread[:, first:end])
-            with torch.inference_mode():
-                chosen = sampler(logits, seen[:, :end], end - longest)
-                seen[:, end : end + 1] = chosen
-                unread[:, end : end + 1] = chosen.clamp(min=0)
-        new_ids = seen[:, start:stop].tolist()
-        if any(token < 0 for row in new_ids for token in row):
-            raise FloatingPointError(
-                "no token can be drawn: the model has diverged (its logits are not finite), a control's value is too extreme, "
-                "or every token is forbidden"
-            )
-        yield new_ids
+    try:
+        for start in range(longest, longest + max_new_tokens, steps_at_once):
+            stop = min(start + steps_at_once, longest + max_new_tokens)
+            for end in range(start, stop):
+                if context and not reader.padded and end - first > context:
+                    reader.close()
+                    reader, first = _Reader(model, pads, context), end - max(1, context // 2)
+                logits = reader.read(unread[:, first:end])
+                with torch.inference_mode():
+                    chosen = sampler(logits, seen[:, :end], end - longest)
+                    seen[:, end : end + 1] = chosen
+                    unread[:, end : end + 1] = chosen.clamp(min=0)
+            new_ids = seen[:, start:stop].tolist()
+            if any(token < 0 for row in new_ids for token in row):
+                raise FloatingPointError(
+                    "no token can be drawn: the model has diverged (its logits are not finite), a control's value is too "
+                    "extreme, or every token is forbidden"
+                )
+            yield new_ids
+    finally:
+        reader.close()

@@ -6,6 +6,7 @@ far, in which padding has the id V or above. The controls that `generate()` has 
 
 import random
 
+import numpy
 import torch
 from torch.nn.functional import pad
 
@@ -322,46 +323,63 @@ class Sampler:
         if not self.temperature:
             token = logits.argmax(-1, keepdim=True)
             return torch.where(logits.gather(1, token).isfinite(), token, -1)
-        uniforms = self._numbers(self.streams)
+        uniforms = _numbers(self.streams)
         if self._windowed and (token := self._draw_within_window(logits, uniforms)) is not None:
             return token
         for apply in self._then:
             logits = apply(logits, input_ids, new_tokens)
-        return draw(logits, uniforms)
+        return draw(logits, torch.from_numpy(uniforms).to(logits.device))
 
-    def _draw_within_window(self, logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor | None:
+    def _draw_within_window(self, logits: torch.Tensor, uniforms: numpy.ndarray) -> torch.Tensor | None:
         """What temperature, top_k, top_p and `draw` give, by looking at the likeliest tokens only; None where that is not sure.
 
-        The kept tokens are put back into the order of the vocabulary, so that the token is the same.
+        So few numbers are decided on by the host, in NumPy, whose small operations cost a fraction of PyTorch's. The kept
+        tokens are put back into the order of the vocabulary, so that the token is the same.
         """
         size = self.top_k or WINDOW
         if size >= logits.size(1):
             return None
-        values, tokens = (logits / self.temperature).topk(size + 1) if self.temperature != 1 else logits.topk(size + 1)
-        kept = values[:, :-1]
-        unsure = kept[:, -1:] == values[:, -1:] if self.top_k else None  # a tie at the border stays as well
-        if self.top_p < 1:
-            if self.top_k:
-                shares = kept.double().softmax(-1)
-            else:
-                shares = (kept.double() - (logits / self.temperature).logsumexp(-1, keepdim=True)).exp()
-            before = shares.cumsum(-1) - shares
-            dropped = before >= self.top_p
-            doubtful = ((before - self.top_p).abs() < _UNSURE).any(-1, keepdim=True)
-            split_tie = ~dropped[:, :-1] & dropped[:, 1:] & (kept[:, :-1] == kept[:, 1:])
-            doubtful |= split_tie.any(-1, keepdim=True)
-            if not self.top_k:
-                doubtful |= before[:, -1:] < self.top_p  # the nucleus may reach beyond the window
-            unsure = doubtful if unsure is None else unsure | doubtful
-            kept = kept.masked_fill(dropped, -torch.inf)
-        if unsure.any():
+        top, tokens = logits.topk(size + 1)  # and one more, to see a tie at the border
+        top = top / self.temperature
+        weights = (top - top[:, :1]).exp()
+        if self.top_k:
+            total = weights[:, :-1].sum(-1, dtype=torch.float64)
+        else:
+            total = (logits / self.temperature - top[:, :1]).exp().sum(-1, dtype=torch.float64)
+        top, tokens, weights, total = (
+            top.cpu().numpy(),
+            tokens.cpu().numpy(),
+            weights.cpu().numpy(),
+            total.cpu().numpy(),
+        )
+        if not numpy.isfinite(total).all():
             return None
-        tokens, order = tokens[:, :-1].sort()
-        place = draw(kept.gather(1, order), uniforms)
-        return torch.where(place < 0, place, tokens.gather(1, place.clamp(min=0)))
+        nucleus = self.top_p * total[:, None]  # in the units of the weights
+        dropped = numpy.zeros(top.shape, bool)
+        if self.top_p < 1:
+            before = weights.cumsum(-1, dtype=numpy.float64) - weights
+            dropped = before >= nucleus
+            if (abs(before - nucleus) < _UNSURE * total[:, None])[:, : size + (not self.top_k)].any():
+                return None
+        equal = top[:, :-1] == top[:, 1:]
+        if self.top_k:
+            if equal[:, -1].any():
+                return None  # a tie at the border stays as well
+            dropped[:, -1] = True
+        elif not dropped[:, -1].all():
+            return None  # the nucleus may reach beyond the window
+        if (~dropped[:, :-1] & dropped[:, 1:] & equal).any():
+            return None  # transformers' sort decides which of them stay
+        weights[dropped] = 0
+        order = tokens.argsort(-1)
+        reached = numpy.take_along_axis(weights, order, -1).cumsum(-1, dtype=numpy.float64)
+        passed = reached <= numpy.minimum(uniforms, 1 - 2**-50) * reached[:, -1:]
+        place = numpy.take_along_axis(order, passed.sum(-1, keepdims=True), -1)
+        return torch.from_numpy(numpy.take_along_axis(tokens, place, -1)).to(logits.device)
 
     def _chance(self) -> torch.Tensor:
-        return self._numbers(self.xtc_streams) < self.xtc_probability
+        return torch.from_numpy(_numbers(self.xtc_streams)).to(self.device) < self.xtc_probability
 
-    def _numbers(self, streams: list[random.Random]) -> torch.Tensor:
-        return torch.tensor([[stream.random()] for stream in streams], dtype=torch.float64, device=self.device)
+
+def _numbers(streams: list[random.Random]) -> numpy.ndarray:
+    return numpy.array([[stream.random()] for stream in streams])

@@ -11,7 +11,7 @@ from pathlib import Path
 from . import runtime
 from .config import PRESETS, GenerateConfig, SamplingConfig, UserError, parse
 from .generate import brought_settings, check_prompts, generate, settings_for
-from .model import load_config, load_model, load_tokenizer
+from .model import fuse_activations, load_config, load_model, load_tokenizer
 
 HELP = """Type a text, and the model goes on from it. The up arrow brings earlier lines back.
 /temperature 0.7   set any control (top_k, top_p, min_p, repetition_penalty, max_new_tokens ...); without a value, show it
@@ -32,7 +32,7 @@ def speak(config: GenerateConfig) -> None:
     place = runtime.start(config.device)
     tokenizer = load_tokenizer(config.model, (), config.trust_remote_code)
     model_config = load_config(config.model, tokenizer, trust_remote_code=config.trust_remote_code)
-    model = load_model(config.model, model_config, config.trust_remote_code).to(place.device).eval()
+    model = fuse_activations(load_model(config.model, model_config, config.trust_remote_code)).to(place.device).eval()
     controls = {name: value for name, value in config.sampling().items() if name in config.given}
     brought = {name: value for name, value in brought_settings(model).items() if name not in controls}
     if brought:

@@ -21,7 +21,7 @@ OUTSIDE = {
     "foreign": set(),
     "loss": {"torch"},
     "optim": {"torch"},
-    "sampling": {"torch"},
+    "sampling": {"torch", "numpy"},
     "replay": {"torch"},
     "monitor": {"torch", "tqdm"},
     "corpus": {"numpy"},
@@ -44,7 +44,7 @@ STANDARD = {
     "argparse", "collections", "contextlib", "dataclasses", "datetime", "difflib", "fcntl", "functools", "gc", "glob", "hashlib",
     "importlib", "inspect", "itertools", "json", "math", "operator", "os", "pathlib", "platform", "random", "re", "resource",
     "shlex", "shutil", "signal", "statistics", "subprocess", "sys", "tempfile",
-    "textwrap", "threading", "time", "typing",
+    "textwrap", "threading", "time", "typing", "weakref",
 }  # fmt: skip
 ROOMS = sorted(path.stem for path in (ROOT / "mori").glob("*.py") if path.stem != "__init__")
 

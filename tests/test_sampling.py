@@ -250,13 +250,11 @@ def chi_square(controls: dict, wrong: float = 0.0) -> tuple[float, float]:
             expected = (theirs or (lambda n=name, c=classes: c[n](controls[n])))()(text, expected)
     probabilities = expected.double().softmax(-1)[0]
     made = Sampler(["chi"], **controls)
-    numbers = random.Random(str(controls))
+    made.streams = [random.Random(str(controls))] * 50_000
     tokens = []
     for _ in range(
         DRAWS // 50_000
-    ):  # one row of logits, drawn from by many uniforms: what the sampler does for each row
-        uniforms = torch.tensor([[numbers.random()] for _ in range(50_000)], dtype=torch.float64)
-        made._numbers = lambda streams, uniforms=uniforms: uniforms
+    ):  # one row of logits, drawn from by many numbers: what the sampler does for each row
         tokens.append(made(logits.expand(50_000, -1), text.expand(50_000, -1))[:, 0])
     counts = torch.bincount(torch.cat(tokens), minlength=60).double()
     if wrong:
