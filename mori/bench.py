@@ -22,7 +22,7 @@ from .model import fuse_activations, save, train_tokenizer
 from .sampling import Sampler
 
 ROOT = Path(__file__).parent.parent
-PROMPT, ROUNDS = 16, 5
+PROMPT = 16
 SHAPES = {
     "small": {"n_embd": 128, "n_layer": 4, "n_head": 4, "vocab_size": 8192},
     "124m": {"n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50_257},
@@ -104,7 +104,7 @@ def _run(arm: str, config: DecodeBenchConfig, folder: str, environment: dict) ->
 def _arm(config: DecodeBenchConfig) -> dict:
     """Seconds for all new tokens, the prompt's pass included; for a context, seconds for a token there.
 
-    After a warm-up, the median of `ROUNDS`: neighbours on a shared machine disturb single ones.
+    After a warm-up, the median of the `rounds`: neighbours on a shared machine disturb single ones.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -142,14 +142,14 @@ def _arm(config: DecodeBenchConfig) -> dict:
 
     if arm.startswith("context-"):
         seconds = []
-        for _ in range(ROUNDS):
+        for _ in range(config.rounds):
             times: list[float] = []
             ids = by_mori(40, times)
             seconds += [b - a for a, b in zip(times[10:], times[11:], strict=False)]
         return {"seconds": statistics.median(seconds), "ids": ids}
     run, seconds = by_generate if arm.startswith("generate") else by_mori, []
     run(8)
-    for _ in range(ROUNDS):
+    for _ in range(config.rounds):
         torch.manual_seed(0)  # generate() draws from the global generator
         started = time.perf_counter()
         ids = run(config.new_tokens)

@@ -480,6 +480,7 @@ class DecodeBenchConfig:
     batch_size: int = flag("benchmark", 1, "texts side by side")
     new_tokens: int = flag("benchmark", 100, "tokens to draw after a prompt of 16")
     repeats: int = flag("benchmark", 5, "processes of each arm, in turn")
+    rounds: int = flag("benchmark", 5, "times that each process draws the tokens; its median counts")
     threads: int = flag("benchmark", 0, "threads of each process; 0 is what PyTorch takes")
     device: str = flag("device", "auto", "auto, cpu, cuda, cuda:1 ...")
     output_dir: str = flag("output", "runs/bench", "where the figures go, as JSON")
