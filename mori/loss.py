@@ -2,8 +2,10 @@
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 IGNORE_INDEX = -100
+CHUNK = 512  # rows of logits that exist at once, by measurement (runs/LOG.md): fewer make the head's gradient be added up more often
 
 
 def cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -25,3 +27,71 @@ def cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tenso
 def count_targets(labels: torch.Tensor) -> int:
     """How many labels count towards the loss."""
     return int((labels != IGNORE_INDEX).sum())
+
+
+def chunked_cross_entropy_sum(hidden: torch.Tensor, head: nn.Linear, labels: torch.Tensor) -> torch.Tensor:
+    """`cross_entropy_sum(head(hidden), labels)` without ever holding all logits.
+
+    They are made for `CHUNK` tokens at a time, and the gradients of `hidden`, weight and bias are computed in the same
+    breath, so that no logit is kept for, or computed again in, the backward pass (Wijmans et al., 2024, arXiv:2411.09009, and
+    Hsu et al., 2024, arXiv:2410.10989, do so in kernels of their own). Under autocast the matrix products are in its type, and
+    the loss, the softmax and the sums over chunks in fp32, as there. Differentiable once.
+
+    Args:
+        hidden: `(B, T, D)`, what the model gives to its head.
+        head: the head, whose weight is `(V, D)`; the bias may be None.
+        labels: `(B, T)`; -100 is not counted.
+    """
+    return _ChunkedCrossEntropy.apply(hidden.flatten(0, 1), head.weight, head.bias, labels.flatten())
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels):
+        kind, device = hidden.device.type, hidden.device
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        wide = torch.promote_types(dtype, torch.float32)  # of the softmax and of all sums
+        total = torch.zeros((), dtype=wide, device=device)
+        of_hidden, of_weight, of_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden) if of_hidden else None  # (N, D)
+        grad_weight = torch.zeros(weight.shape, dtype=wide, device=device) if of_weight else None  # (V, D)
+        grad_bias = torch.zeros(bias.shape, dtype=wide, device=device) if of_bias else None  # (V)
+        with torch.autocast(kind, enabled=False):
+            weight = weight.to(dtype)
+            counted = labels != IGNORE_INDEX
+            labels = labels.where(counted, 0)[:, None]  # (N, 1)
+            rows = min(CHUNK, len(hidden))
+            logits = torch.empty(rows, len(weight), dtype=dtype, device=device)
+            log_p = torch.empty(rows, len(weight), dtype=wide, device=device)
+            for start in range(0, len(hidden), CHUNK):
+                part = slice(start, start + CHUNK)
+                x, label, share = (
+                    hidden[part].to(dtype),
+                    labels[part],
+                    counted[part, None].to(wide),
+                )  # (C, D), (C, 1), (C, 1)
+                z, p = logits[: len(x)], log_p[: len(x)]  # (C, V)
+                torch.mm(x, weight.t(), out=z) if bias is None else torch.addmm(bias.to(dtype), x, weight.t(), out=z)
+                torch.log_softmax(z, -1, dtype=wide, out=p)
+                total -= (p.gather(1, label) * share).sum()
+                if not (of_hidden or of_weight or of_bias):
+                    continue
+                # softmax - one-hot is the gradient by the logits; rows that do not count are left out of the small sides
+                p.exp_().scatter_add_(1, label, torch.full_like(share, -1))
+                grad = p if dtype == wide else z.copy_(p)
+                if of_hidden:
+                    grad_hidden[part] = (grad @ weight) * share
+                if of_weight and dtype == wide:
+                    grad_weight.addmm_(grad.t(), x * share)
+                elif of_weight:
+                    grad_weight += grad.t() @ (x * share.to(dtype))
+                if of_bias:
+                    grad_bias += (p * share).sum(0)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output):
+        # In place: they are used once.
+        return *(grad if grad is None else grad.mul_(grad_output) for grad in ctx.saved_tensors), None

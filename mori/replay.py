@@ -18,7 +18,8 @@ _READS_VALUES = frozenset(
 )
 # What gives back its very argument where there is nothing to do.
 _MAY_DO_NOTHING = frozenset("contiguous dropout expand float to type type_as".split())
-_LEANER = {torch.nn.functional.layer_norm: torch.layer_norm}  # the same arguments, without a wrapper in Python
+# The same arguments and results, without a wrapper in Python.
+_LEANER = {torch.nn.functional.layer_norm: torch.layer_norm, torch.Tensor.split: torch.unsafe_split}
 
 
 class Unrecordable(RuntimeError):

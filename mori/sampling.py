@@ -4,6 +4,7 @@ Everywhere `logits` is `(B, V)` in float and -inf marks a token that cannot be d
 far, in which padding has the id V or above. The controls that `generate()` has do the same arithmetic in the same order.
 """
 
+import math
 import random
 
 import numpy
@@ -330,52 +331,50 @@ class Sampler:
             logits = apply(logits, input_ids, new_tokens)
         return draw(logits, torch.from_numpy(uniforms).to(logits.device))
 
+    @numpy.errstate(invalid="ignore")  # what is not finite is answered below
     def _draw_within_window(self, logits: torch.Tensor, uniforms: numpy.ndarray) -> torch.Tensor | None:
         """What temperature, top_k, top_p and `draw` give, by looking at the likeliest tokens only; None where that is not sure.
 
         So few numbers are decided on by the host, in NumPy, whose small operations cost a fraction of PyTorch's. The kept
-        tokens are put back into the order of the vocabulary, so that the token is the same.
+        tokens are put back into the order of the vocabulary, so that the token is the same (but where the random number
+        falls within a rounding error of the border between two).
         """
         size = self.top_k or WINDOW
         if size >= logits.size(1):
             return None
-        top, tokens = logits.topk(size + 1)  # and one more, to see a tie at the border
-        top = top / self.temperature
-        weights = (top - top[:, :1]).exp()
+        top, tokens = (found.cpu().numpy() for found in logits.topk(size + 1))  # one more, to see a tie at the border
+        top = top / numpy.float32(self.temperature)
+        weights = numpy.exp(top - top[:, :1], dtype=numpy.float64)  # of what a row's likeliest token has
         if self.top_k:
-            total = weights[:, :-1].sum(-1, dtype=torch.float64)
+            total = weights[:, :-1].sum(-1, keepdims=True)
         else:
-            total = (logits / self.temperature - top[:, :1]).exp().sum(-1, dtype=torch.float64)
-        top, tokens, weights, total = (
-            top.cpu().numpy(),
-            tokens.cpu().numpy(),
-            weights.cpu().numpy(),
-            total.cpu().numpy(),
-        )
-        if not numpy.isfinite(total).all():
+            every = (logits / self.temperature).sub_(torch.from_numpy(top[:, :1]).to(logits.device)).exp_()
+            total = every.sum(-1, keepdim=True, dtype=torch.float64).cpu().numpy()
+        if not math.isfinite(total.sum()):
             return None
-        nucleus = self.top_p * total[:, None]  # in the units of the weights
         dropped = numpy.zeros(top.shape, bool)
         if self.top_p < 1:
-            before = weights.cumsum(-1, dtype=numpy.float64) - weights
-            dropped = before >= nucleus
-            if (abs(before - nucleus) < _UNSURE * total[:, None])[:, : size + (not self.top_k)].any():
+            beyond = (
+                weights.cumsum(-1) - weights
+            ) / total - self.top_p  # by how much the likelier ones alone exceed top_p
+            if (abs(beyond[:, : size + (not self.top_k)]) < _UNSURE).any():
                 return None
-        equal = top[:, :-1] == top[:, 1:]
+            dropped = beyond >= 0
         if self.top_k:
-            if equal[:, -1].any():
-                return None  # a tie at the border stays as well
             dropped[:, -1] = True
         elif not dropped[:, -1].all():
             return None  # the nucleus may reach beyond the window
-        if (~dropped[:, :-1] & dropped[:, 1:] & equal).any():
-            return None  # transformers' sort decides which of them stay
+        equal = top[:, :-1] == top[:, 1:]
+        if equal.any():
+            if self.top_k and equal[:, -1].any():
+                return None  # a tie at the border stays as well
+            if (~dropped[:, :-1] & dropped[:, 1:] & equal).any():
+                return None  # transformers' sort decides which of them stay
         weights[dropped] = 0
-        order = tokens.argsort(-1)
-        reached = numpy.take_along_axis(weights, order, -1).cumsum(-1, dtype=numpy.float64)
-        passed = reached <= numpy.minimum(uniforms, 1 - 2**-50) * reached[:, -1:]
-        place = numpy.take_along_axis(order, passed.sum(-1, keepdims=True), -1)
-        return torch.from_numpy(numpy.take_along_axis(tokens, place, -1)).to(logits.device)
+        order, rows = tokens.argsort(-1), numpy.arange(len(tokens))[:, None]
+        reached = weights[rows, order].cumsum(-1)
+        place = (reached <= numpy.minimum(uniforms, 1 - 2**-50) * reached[:, -1:]).sum(-1, keepdims=True)
+        return torch.from_numpy(tokens[rows, order[rows, place]]).to(logits.device)
 
     def _chance(self) -> torch.Tensor:
         return torch.from_numpy(_numbers(self.xtc_streams)).to(self.device) < self.xtc_probability
