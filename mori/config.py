@@ -258,6 +258,21 @@ class TrainConfig(SamplingConfig):
         False,
         "make the micro-batches as large as memory allows: all windows of a step at first, halved until they fit",
     )
+    chunked_loss: bool = flag(
+        "training",
+        True,
+        "make the logits, and their gradients, for a few hundred tokens at a time, where the model allows it",
+    )
+    mask_free_attention: bool = flag(
+        "training", True, "causal attention without a mask, where a layer sees all tokens before"
+    )
+    fused_activations: bool = flag("training", True, "PyTorch's GELU kernel in the place of one written out in Python")
+    gradient_checkpointing: bool = flag(
+        "training",
+        False,
+        "keep one activation of each layer and compute the others again: less memory, a third more time",
+    )
+    torch_compile: bool = flag("training", False, "compile the model: minutes at the start, faster steps after")
     num_train_epochs: float | None = flag(
         "training", None, "passes over the training windows; unset is 5, or 10 for a model made from scratch"
     )
@@ -545,7 +560,7 @@ def _parser(cls, description: str) -> _Parser:
                 f"--{f.name}",
                 action=argparse.BooleanOptionalAction,
                 default=argparse.SUPPRESS,
-                help=f"{meta['help']}\n(default: off)",
+                help=f"{meta['help']}\n(default: {'on' if f.default else 'off'})",
             )
             continue
         default = f.default if f.default is not dataclasses.MISSING else f.default_factory()

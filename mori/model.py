@@ -11,31 +11,50 @@ import transformers
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
+from torch.nn.functional import pad
 from torch.nn.modules.module import (
     register_module_buffer_registration_hook,
     register_module_parameter_registration_hook,
 )
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedTokenizerFast
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    PreTrainedTokenizerFast,
+)
 from transformers.activations import FastGELUActivation, NewGELUActivation
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from . import foreign
 from .config import PRESETS, UserError
-from .loss import IGNORE_INDEX, cross_entropy_sum
+from .loss import IGNORE_INDEX, chunked_cross_entropy_sum, cross_entropy_sum
 
 # The base of all errors of the HTTP client, whichever client this release of huggingface_hub brings.
 _HUB_ERRORS = (OSError, *huggingface_hub.errors.HfHubHTTPError.__bases__)
+MASK_FREE = "mori"  # the name under which attention needs no mask
+AttentionInterface.register(MASK_FREE, sdpa_attention_forward)
 END_OF_TEXT = "<|endoftext|>"
 MINI_VOCABULARY = 8192
 _BUFFER_BYTES = 1 << 29  # buffers stand in no file; the largest in use are attention masks of some ten million bytes
 
 
 class CausalLMLoss(nn.Module):
-    """The model and its loss in one module, so that a wrapper (DDP, autocast) sees both."""
+    """The model and its loss in one module, so that a wrapper (DDP, autocast) sees both.
 
-    def __init__(self, model: nn.Module):
+    Args:
+        model: any causal model of transformers.
+        chunked_loss: never hold all logits (`loss.chunked_cross_entropy_sum`); for models whose logits are their head's
+            product and no more, see `head_is_plain`.
+        mask_free: causal attention without a mask, see `attends_to_all_before`.
+    """
+
+    def __init__(self, model: nn.Module, *, chunked_loss: bool = False, mask_free: bool = False):
         super().__init__()
-        self.model = model
+        self.model, self.chunked_loss, self.mask_free = model, chunked_loss, mask_free
+        self.compiled_rows = 0
         self.router_coefficient = getattr(model, "router_aux_loss_coef", getattr(model, "aux_loss_coef", None))
 
     def forward(
@@ -48,7 +67,15 @@ class CausalLMLoss(nn.Module):
             n_targets: how many labels the whole step has. A mixture of experts that gives a router loss (its
                 `output_router_logits` is on) has it added then, by the share of the step's labels that are here.
         """
-        out = self.model(input_ids=input_ids, use_cache=False)
+        missing = self.compiled_rows - len(input_ids)
+        if self.training and missing > 0:  # the last windows of an epoch: another shape would be compiled anew
+            input_ids, labels = pad(input_ids, (0, 0, 0, missing)), pad(labels, (0, 0, 0, missing), value=IGNORE_INDEX)
+        with _attention(self.model.config, MASK_FREE) if self.mask_free else contextlib.nullcontext():
+            if self.chunked_loss:
+                hidden = self.model.base_model(input_ids=input_ids, use_cache=False)[0]  # (B, T, D)
+                loss = chunked_cross_entropy_sum(hidden, self.model.get_output_embeddings(), labels)
+                return loss if n_targets is None else loss / n_targets
+            out = self.model(input_ids=input_ids, use_cache=False)
         loss = cross_entropy_sum(out.logits, labels)  # logits (B, T, V)
         if n_targets is None:
             return loss
@@ -58,6 +85,66 @@ class CausalLMLoss(nn.Module):
             share = (labels != IGNORE_INDEX).sum() / n_targets
             loss = loss + self.router_coefficient * router_loss * share
         return loss
+
+    def compile_trunk(self, rows: int) -> None:
+        """Compile all of the model but its head (`torch.compile`), for batches of `rows` windows.
+
+        Where the compiler cannot, the model runs as it is, with the compiler's warning.
+        """
+        torch._dynamo.config.suppress_errors = True
+        self.compiled_rows = rows
+        trunk = self.model.base_model if self.chunked_loss else self.model
+        trunk.compile(dynamic=False)
+
+
+@contextlib.contextmanager
+def _attention(config, implementation: str) -> Iterator[None]:
+    """Another attention for a while: who generates with the model meanwhile, or saves it, finds its own."""
+    before = config._attn_implementation
+    config._attn_implementation = implementation
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def attends_to_all_before(model: nn.Module, block_size: int) -> bool:
+    """Whether every layer lets a token see all tokens before it in a window of `block_size`, through transformers' SDPA.
+
+    Then no mask is needed. transformers makes one all the same when the model is compiled, and with it the fast kernels are
+    lost; in eager mode it asks the device at every forward pass whether one is needed. An attention under a name for which
+    it knows no masks is left alone (transformers' documentation of `AttentionInterface`).
+    """
+    text = model.config.get_text_config()
+    windows = [getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size")]
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    return (
+        model.config._attn_implementation == "sdpa"
+        and model._supports_attention_backend
+        and kinds <= {"full_attention", "sliding_attention", "chunked_attention"}
+        and all(isinstance(window, int) and window >= block_size for window in windows if window)
+    )
+
+
+@torch.no_grad()
+def head_is_plain(model: nn.Module) -> bool:
+    """Whether the model's logits are, to the bit, its output embeddings' product with its trunk's output: neither scaled nor capped.
+
+    Such a model's loss may be computed in chunks. One that adds a router's loss is left whole as well.
+    """
+    head, trunk = model.get_output_embeddings(), model.base_model
+    if not isinstance(head, nn.Linear) or trunk is model or getattr(model.config, "output_router_logits", False):
+        return False
+    was_training = model.training
+    model.eval()
+    try:
+        input_ids = torch.arange(8, device=head.weight.device)[None] % head.out_features
+        hidden = trunk(input_ids=input_ids, use_cache=False)[0]
+        return torch.equal(head(hidden), model(input_ids=input_ids, use_cache=False).logits)
+    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError):  # a trunk that cannot be called by itself
+        return False
+    finally:
+        model.train(was_training)
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int = MINI_VOCABULARY) -> PreTrainedTokenizerFast:
@@ -138,17 +225,21 @@ def load_model(name: str, config, trust_remote_code: bool = False) -> nn.Module:
     return model.train()
 
 
-def fuse_activations(model: nn.Module) -> nn.Module:
-    """Put PyTorch's own kernel in the place of the GELU's tanh form written out in Python; returns the same model.
+def fuse_activations(model: nn.Module) -> int:
+    """Put PyTorch's own kernel in the place of the GELU's tanh form written out in Python; returns how often.
 
     It is the same function (Hendrycks and Gimpel, 2016, arXiv:1606.08415) but for the last bits, and keeps one tensor of the
     MLP's size for the backward pass instead of several. What `save` writes does not change.
     """
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if type(child) in (NewGELUActivation, FastGELUActivation):
-                setattr(module, name, nn.GELU(approximate="tanh"))
-    return model
+    places = [
+        (module, name)
+        for module in model.modules()
+        for name, child in module.named_children()
+        if type(child) in (NewGELUActivation, FastGELUActivation)
+    ]
+    for module, name in places:
+        setattr(module, name, nn.GELU(approximate="tanh"))
+    return len(places)
 
 
 def context_length(config) -> int | None:

@@ -250,7 +250,7 @@ def restore(folder: Path, model, optimizer, scaler, where: runtime.Runtime) -> P
         raise UserError(f"{folder / 'state.json'} is not what mori writes ({error}); take another checkpoint") from None
 
 
-def introduce(config, where, model, ledger, n_files, batches, total_steps, run_dir, resumed) -> None:
+def introduce(config, where, model, ledger, n_files, batches, total_steps, run_dir, resumed, chosen) -> None:
     """Say what is read, what is trained, and where it goes."""
     found = environment(where)
     left_out = f" ({n_files - ledger.documents} blank file(s) left out)" if n_files > ledger.documents else ""
@@ -262,6 +262,7 @@ def introduce(config, where, model, ledger, n_files, batches, total_steps, run_d
         f"reads   {ledger}{left_out}\n"
         f"model   {config.model}, {size / 1e6:.1f} M parameters\n"
         f"trains  {total_steps} steps ({batches.steps_per_epoch} an epoch) of {layout} x {config.block_size} tokens\n"
+        f"faster  {chosen}\n"
         f"writes  {run_dir}/ (tensorboard --logdir {config.logging_dir}), the brain to {config.output_dir}/"
         + (f"\nresumes {resumed}" if resumed else "")
     )

@@ -32,7 +32,8 @@ def speak(config: GenerateConfig) -> None:
     place = runtime.start(config.device)
     tokenizer = load_tokenizer(config.model, (), config.trust_remote_code)
     model_config = load_config(config.model, tokenizer, trust_remote_code=config.trust_remote_code)
-    model = fuse_activations(load_model(config.model, model_config, config.trust_remote_code)).to(place.device).eval()
+    model = load_model(config.model, model_config, config.trust_remote_code).to(place.device).eval()
+    fuse_activations(model)
     controls = {name: value for name, value in config.sampling().items() if name in config.given}
     brought = {name: value for name, value in brought_settings(model).items() if name not in controls}
     if brought:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from . import checkpoint, corpus, data, optim, prepare, runtime
+from . import checkpoint, corpus, data, fast, optim, prepare, runtime
 from . import model as models
 from .config import Interrupted, RunFailed, TrainConfig, UserError, checked, steps_of
 from .diagnose import first_bad_tensor
@@ -105,7 +105,7 @@ def _train(
         where.close()
         return finished
     model = models.load_model(config.model, model_config, config.trust_remote_code).to(where.device)
-    module = models.CausalLMLoss(model)
+    module, chosen = fast.training_module(model, config, *text.train.batch([0]), where)
     optimizer = optim.adamw(
         model,
         lr=config.learning_rate,
@@ -136,7 +136,7 @@ def _train(
             checkpoint.write_json(run_dir / "config.json", asdict(config))
             checkpoint.write_json(run_dir / "environment.json", prepare.environment(where))
             checkpoint.write_json(run_dir / "ledger.json", asdict(text.ledger))
-        prepare.introduce(config, where, model, text.ledger, len(files), batches, total_steps, run_dir, resumed)
+        prepare.introduce(config, where, model, text.ledger, len(files), batches, total_steps, run_dir, resumed, chosen)
     monitor = Monitor(
         run_dir, first_step=progress.step, total_steps=total_steps, enabled=where.is_main, resumed=resumed is not None
     )

@@ -11,7 +11,7 @@ FLOORS = {
     "config": 0, "loss": 0, "optim": 0, "sampling": 0, "replay": 0, "monitor": 0,
     "foreign": 0.5,  # a mezzanine: corpus and model both look at files before they read them
     "corpus": 1, "data": 1, "runtime": 1, "model": 1,
-    "checkpoint": 2, "decode": 2, "evaluate": 2, "diagnose": 2,
+    "checkpoint": 2, "decode": 2, "evaluate": 2, "diagnose": 2, "fast": 2,
     "prepare": 3, "generate": 3,
     "train": 4, "report": 4, "talk": 4,
     "compare": 5, "bench": 5,
@@ -32,6 +32,7 @@ OUTSIDE = {
     "decode": {"torch", "transformers"},
     "generate": {"torch"},
     "evaluate": {"torch"},
+    "fast": {"torch"},
     "diagnose": {"torch"},
     "prepare": {"torch", "transformers"},
     "train": {"torch"},
