@@ -25,8 +25,8 @@ def cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tenso
 
 
 def count_targets(labels: torch.Tensor) -> int:
-    """How many labels count towards the loss."""
-    return int((labels != IGNORE_INDEX).sum())
+    """How many labels, which are on the host, count towards the loss."""
+    return int((labels.numpy() != IGNORE_INDEX).sum())
 
 
 def chunked_cross_entropy_sum(hidden: torch.Tensor, head: nn.Linear, labels: torch.Tensor) -> torch.Tensor:

@@ -86,7 +86,7 @@ class CausalLMLoss(nn.Module):
             loss = loss + self.router_coefficient * router_loss * share
         return loss
 
-    def compile_trunk(self, rows: int) -> None:
+    def compile_trunk(self, rows: int, backend="inductor") -> None:
         """Compile all of the model but its head (`torch.compile`), for batches of `rows` windows.
 
         Where the compiler cannot, the model runs as it is, with the compiler's warning.
@@ -94,7 +94,7 @@ class CausalLMLoss(nn.Module):
         torch._dynamo.config.suppress_errors = True
         self.compiled_rows = rows
         trunk = self.model.base_model if self.chunked_loss else self.model
-        trunk.compile(dynamic=False)
+        trunk.compile(backend=backend, dynamic=False)
 
 
 @contextlib.contextmanager

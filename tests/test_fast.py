@@ -1,0 +1,255 @@
+"""The fast path: the same loss and gradients, without masks, whole logits, or questions to the device."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import weights
+from families import FAMILIES, small_model
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mori import fast, loss
+from mori import model as models
+from mori.config import TrainConfig, UserError
+from mori.loss import chunked_cross_entropy_sum
+from mori.runtime import Runtime
+from mori.train import train
+
+CPU = Runtime(torch.device("cpu"), 0, 1, "fp32")
+MASK_FREE = [
+    "gpt2",
+    "gpt_neox",
+    "opt",
+    "phi",
+    "llama",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "granite",
+    "cohere",
+    "olmo2",
+    "olmoe",
+    "qwen3_moe",
+]
+
+
+def batch(rows: int = 2, length: int = 24, vocabulary: int = 97) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1)
+    labels = torch.randint(0, vocabulary, (rows, length))
+    labels[0, 3:9] = -100
+    return torch.randint(0, vocabulary, (rows, length)), labels
+
+
+def gradients(module: nn.Module, value: torch.Tensor) -> dict[str, torch.Tensor]:
+    module.zero_grad()
+    value.backward()
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("chunk", [7, 16, 1000])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_chunks_give_the_loss_and_gradients_of_whole_logits_in_float64(chunk, bias, dtype, monkeypatch):
+    """In bf16 under autocast, with fp32 weights, as training does."""
+    monkeypatch.setattr(loss, "CHUNK", chunk)
+    torch.manual_seed(0)
+    weight_type = torch.float64 if dtype == torch.float64 else torch.float32
+    head = nn.Linear(12, 31, bias=bias).to(weight_type)
+    hidden = torch.randn(3, 16, 12, dtype=weight_type, requires_grad=True)
+    _, labels = batch(3, 16, 31)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        ours = chunked_cross_entropy_sum(hidden, head, labels) / 42
+    ours.backward()
+    exact_head = nn.Linear(12, 31, bias=bias).double()
+    exact_head.load_state_dict(head.state_dict())
+    exact_hidden = hidden.detach().double().requires_grad_()
+    exact = F.cross_entropy(exact_head(exact_hidden).flatten(0, 1), labels.flatten(), reduction="sum") / 42
+    exact.backward()
+    close = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    pairs = [(ours, exact), (hidden.grad, exact_hidden.grad)]
+    pairs += [(p.grad, q.grad) for p, q in zip(head.parameters(), exact_head.parameters(), strict=True)]
+    for mine, theirs in pairs:
+        assert (mine.double() - theirs).abs().max() <= close * theirs.abs().max()
+
+
+def test_chunks_without_gradients_and_for_frozen_heads(monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK", 8)
+    head, hidden = nn.Linear(6, 11), torch.randn(2, 9, 6, requires_grad=True)
+    _, labels = batch(2, 9, 11)
+    whole = F.cross_entropy(head(hidden).flatten(0, 1), labels.flatten(), reduction="sum")
+    with torch.no_grad():
+        torch.testing.assert_close(chunked_cross_entropy_sum(hidden, head, labels), whole)
+    head.requires_grad_(False)
+    expected = torch.autograd.grad(whole, hidden)[0]
+    chunked_cross_entropy_sum(hidden, head, labels).backward()
+    torch.testing.assert_close(hidden.grad, expected)
+    assert head.weight.grad is None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_fast_path_gives_each_family_the_loss_and_gradients_of_its_own(family, monkeypatch):
+    """Those with scaled or capped logits, windows, or a mask of their own are left as they are, where they must be."""
+    monkeypatch.setattr(loss, "CHUNK", 16)
+    model, (input_ids, labels) = small_model(family, 97), batch()
+    config = TrainConfig(block_size=24, dropout=0.0)
+    own = models.CausalLMLoss(model).eval()
+    expected_loss = own(input_ids, labels, torch.tensor(42.0))
+    expected = gradients(model, expected_loss)
+    module, chosen = fast.training_module(model, config, input_ids, labels, CPU)
+    module.eval()
+    found_loss = module(input_ids, labels, torch.tensor(42.0))
+    torch.testing.assert_close(found_loss, expected_loss)
+    found = gradients(model, found_loss)
+    assert found.keys() == expected.keys()
+    for name in found:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-6)
+    assert ("without a mask" in chosen) == (family in MASK_FREE)
+    assert ("in chunks" in chosen) == (family not in ("gemma2", "granite", "cohere", "mixtral", "olmoe", "qwen3_moe"))
+    assert model.config._attn_implementation != models.MASK_FREE  # who saves it, or generates, finds its own
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("family", MASK_FREE)
+def test_sdpa_sees_no_mask_and_is_causal(family, compiled, monkeypatch):
+    model, (input_ids, labels) = small_model(family, 97), batch()
+    module, _ = fast.training_module(model, TrainConfig(block_size=24), input_ids, labels, CPU)
+    calls, sdpa = [], F.scaled_dot_product_attention
+
+    def note(*args, attn_mask=None, is_causal=False, **_):
+        calls.append((args[3] if len(args) > 3 else attn_mask, is_causal))
+
+    def spy(*args, **kwargs):
+        note(*args, **kwargs)
+        return sdpa(*args, **kwargs)
+
+    def backend(graph, _):
+        for node in graph.graph.nodes:
+            if node.target is sdpa:
+                note(*node.args, **node.kwargs)
+        return graph.forward
+
+    if compiled:
+        torch._dynamo.reset()
+        module.compile_trunk(len(input_ids), backend=backend)
+    else:
+        monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    module(input_ids, labels).backward()
+    assert len(calls) >= 2 and set(calls) == {(None, True)}
+
+
+def test_nothing_is_compiled_again_after_the_second_step():
+    """The last batch of an epoch has fewer windows."""
+    model, (input_ids, labels) = small_model("llama", 97), batch(4)
+    module, _ = fast.training_module(model, TrainConfig(block_size=24), input_ids, labels, CPU)
+    expected = module(input_ids[:3], labels[:3])
+    compiled = []
+    torch._dynamo.reset()
+    module.compile_trunk(4, backend=lambda graph, _: compiled.append(1) or graph.forward)
+    for rows in (4, 4):
+        module(input_ids[:rows], labels[:rows], torch.tensor(9.0)).backward()
+    twice = len(compiled)
+    for rows in (4, 3, 1, 4):
+        found = module(input_ids[:rows], labels[:rows])
+        found.backward()
+        if rows == 3:
+            torch.testing.assert_close(found, expected)
+    assert 0 < twice == len(compiled)
+
+
+def test_a_compiler_that_fails_does_not_end_the_run():
+    model, (input_ids, labels) = small_model("llama", 97), batch()
+    module, _ = fast.training_module(model, TrainConfig(block_size=24), input_ids, labels, CPU)
+    expected = module(input_ids, labels)
+
+    def broken(graph, _):
+        raise RuntimeError("no compiler here")
+
+    torch._dynamo.reset()
+    module.compile_trunk(2, backend=broken)
+    torch.testing.assert_close(module(input_ids, labels), expected)
+
+
+class Allocations(TorchDispatchMode):
+    """The sizes of all tensors that are made while it is entered."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.sizes += [o.numel() for o in (out if isinstance(out, (tuple, list)) else [out]) if torch.is_tensor(o)]
+        return out
+
+
+def test_no_tensor_of_all_logits_is_made_in_a_step(monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK", 32)
+    model, (input_ids, labels) = small_model("gpt2", 320), batch(4, 48, 320)  # 4 * 48 * 320 is more than any weight
+    module, _ = fast.training_module(model, TrainConfig(block_size=48), input_ids, labels, CPU)
+    with Allocations() as made:
+        module(input_ids, labels, torch.tensor(9.0)).backward()
+    assert 0 < max(made.sizes) < labels.numel() * 320
+    module.chunked_loss = False
+    with Allocations() as made:
+        module(input_ids, labels, torch.tensor(9.0)).backward()
+    assert max(made.sizes) >= labels.numel() * 320
+
+
+class Questions(TorchDispatchMode):
+    """What the host asks of a tensor's values: `.item()`, `bool(tensor)`, `.tolist()`."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._local_scalar_dense.default:
+            self.asked.append(tuple(args[0].shape))
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_host_asks_nothing_between_two_log_points(settings):
+    asked = {}
+    config = TrainConfig(**{**settings, "max_steps": 9, "logging_steps": 4, "eval_steps": 100, "save_steps": 100})
+    with Questions() as questions:
+
+        def on_step(step: int, _) -> None:
+            asked[step] = len(questions.asked)
+            questions.asked.clear()
+
+        train(config, on_step)
+    assert asked[4] > 0 and asked[8] > 0
+    assert [asked[step] for step in (2, 3, 5, 6, 7)] == [0] * 5
+
+
+def test_gradient_checkpointing_gives_the_same_weights(run_train, tmp_path):
+    run_train(run_name="all", output_dir=str(tmp_path / "all"))
+    run_train(run_name="again", output_dir=str(tmp_path / "again"), gradient_checkpointing=True)
+    one, other = weights(tmp_path / "all"), weights(tmp_path / "again")
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_model_without_gradient_checkpointing_is_named():
+    model, (input_ids, labels) = small_model("llama", 97), batch()
+    type(model).supports_gradient_checkpointing, before = False, type(model).supports_gradient_checkpointing
+    try:
+        with pytest.raises(UserError, match="gradient_checkpointing"):
+            fast.training_module(model, TrainConfig(gradient_checkpointing=True), input_ids, labels, CPU)
+    finally:
+        type(model).supports_gradient_checkpointing = before
+
+
+def test_a_loss_that_would_be_another_is_left_alone(monkeypatch):
+    """Here the trunk's output is what the head sees, but the fast path is made to lose a part of the loss."""
+    model, (input_ids, labels) = small_model("llama", 97), batch()
+    monkeypatch.setattr(models, "chunked_cross_entropy_sum", lambda *args: 0.99 * chunked_cross_entropy_sum(*args))
+    module, chosen = fast.training_module(model, TrainConfig(block_size=24), input_ids, labels, CPU)
+    assert not module.chunked_loss and not module.mask_free and "another" in chosen
+
+
+def test_every_choice_can_be_switched_off():
+    model, (input_ids, labels) = small_model("gpt2", 97), batch()
+    off = TrainConfig(block_size=24, chunked_loss=False, mask_free_attention=False, fused_activations=False)
+    module, chosen = fast.training_module(model, off, input_ids, labels, CPU)
+    assert chosen == "nothing" and not module.chunked_loss and not module.mask_free
+    assert not any(isinstance(inner, nn.GELU) for inner in module.modules())
