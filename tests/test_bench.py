@@ -203,6 +203,15 @@ def test_the_first_step_is_told(lines, small_model, text_file, tmp_path):
     assert len(re.findall(r"^first step \d+\.\d+$", printed, re.M)) == 1
 
 
+def test_the_memory_of_whoever_starts_an_arm_is_not_the_arms():
+    """getrusage's figure begins with the peak of the parent, where that is larger."""
+    held = bytearray(1 << 30)
+    held[:: 1 << 12] = b"1" * len(held[:: 1 << 12])
+    del held
+    code = "import torch; from mori.monitor import peak_memory_bytes as peak; print(peak(torch.device('cpu')))"
+    assert 50 << 20 < int(bench.in_a_process("mori", ["-c", code], threads=1)) < 1 << 30
+
+
 def test_an_arm_that_fails_is_named():
     with pytest.raises(RunFailed, match="^bare failed: ZeroDivisionError"):
         bench.in_a_process("bare", ["-c", "1 / 0"])
