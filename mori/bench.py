@@ -1,5 +1,7 @@
-"""Benchmarks: every repeat of every arm in a process of its own, the arms in turn; medians, spread, ratios of pairs."""
+"""How arms are measured: each repeat in a process of its own, the arms in turn; medians, spread, ratios of pairs, JSON."""
 
+import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -7,203 +9,100 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import transformers
-from transformers import AutoModelForCausalLM, GPT2Config
 
-from . import runtime
-from .config import DECODE_ARMS, DecodeBenchConfig, RunFailed
-from .decode import decode as decode_ids
-from .model import fuse_activations, save, train_tokenizer
-from .sampling import Sampler
+from .config import RunFailed, UserError
 
 ROOT = Path(__file__).parent.parent
-PROMPT = 16
-SHAPES = {
-    "small": {"n_embd": 128, "n_layer": 4, "n_head": 4, "vocab_size": 8192},
-    "124m": {"n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50_257},
-}
-RECIPE = {"top_k": 50, "top_p": 0.95, "temperature": 0.9}
-CONTEXTS = (100, 1000)
-# What a person would write instead of scripts/generate.py.
-FIVE_LINES = """
-import sys; from transformers import AutoModelForCausalLM, AutoTokenizer
-tokenizer, model = AutoTokenizer.from_pretrained(sys.argv[1]), AutoModelForCausalLM.from_pretrained(sys.argv[1])
-inputs = tokenizer(sys.argv[2], return_tensors="pt")
-out = model.generate(**inputs, do_sample=False, max_new_tokens=int(sys.argv[3]), pad_token_id=0)
-print(out[0, inputs["input_ids"].shape[1]:].tolist())
-"""
 
 
-def decode(config: DecodeBenchConfig) -> None:
-    """`scripts/bench.py decode`: `mori` against `generate()`, per token and per process, and at the end of a long context.
+def in_turn(arms: list[str], repeats: int, run: Callable[[str], dict]) -> dict[str, list[dict]]:
+    """`run` every arm `repeats` times, and return for each arm what it found.
 
-    The new ids of both greedy arms must be the same in every repeat, and so must those of both whole processes; sampled
-    arms draw other numbers, and must draw as many. Raises RunFailed where they are not: there is nothing to compare then.
+    The arms take turns, in reverse in every second repeat: what grows warm or busy meanwhile touches all alike. What is
+    found has `seconds`, which are told on standard error.
     """
-    if config.arm:
-        print(json.dumps(_arm(config)))
-        return
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    if config.threads:
-        environment["OMP_NUM_THREADS"] = str(config.threads)
-    arms = [*DECODE_ARMS[:4], *(f"context-{length}" for length in CONTEXTS)]
-    arms = arms + list(DECODE_ARMS[4:]) if config.batch_size == 1 else arms[:4]
-    seconds, ids = {arm: [] for arm in arms}, {}
-    with tempfile.TemporaryDirectory() as folder:
-        _save_model(config, Path(folder))
-        for repeat in range(config.repeats):
-            for arm in arms if repeat % 2 == 0 else reversed(arms):
-                took, drawn = _run(arm, config, folder, environment)
-                seconds[arm].append(took)
-                ids.setdefault(arm, drawn)
-                if drawn != ids[arm] or len(drawn[0]) != len(ids[arms[0]][0]) and not arm.startswith("context"):
-                    raise RunFailed(f"{arm} drew other ids in repeat {repeat + 1} than before: the timing is void")
-                print(f"{repeat + 1}/{config.repeats} {arm:18} {took:8.3f} s", file=sys.stderr)
-    pairs = [("generate-greedy", "mori-greedy"), ("generate-process", "mori-process")]
-    for one, other in pairs:
-        if one in ids and ids[one] != ids[other]:
-            raise RunFailed(f"{one} and {other} drew other ids: the timing is void")
-    pairs += [("generate-sampled", "mori-sampled"), ("context-1000", "context-100")]
-    ratios = {
-        f"{one} / {other}": _spread([a / b for a, b in zip(seconds[one], seconds[other], strict=True)])
-        for one, other in pairs
-        if one in seconds
-    }
-    _write(config, {arm: {"seconds": took, **_spread(took)} for arm, took in seconds.items()}, ratios)
+    found: dict[str, list[dict]] = {arm: [] for arm in arms}
+    for repeat in range(repeats):
+        for arm in arms if repeat % 2 == 0 else reversed(arms):
+            found[arm].append(run(arm))
+            print(f"{repeat + 1}/{repeats} {arm:18} {found[arm][-1]['seconds']:8.3f} s", file=sys.stderr, flush=True)
+    return found
 
 
-def _run(arm: str, config: DecodeBenchConfig, folder: str, environment: dict) -> tuple[float, list]:
-    """One process; the seconds it took, and the ids that it drew."""
-    prompt, count = "Halo semua, selamat datang", str(config.new_tokens)
-    if arm == "generate-process":
-        command = [sys.executable, "-c", FIVE_LINES, folder, prompt, count]
-    elif arm == "mori-process":
-        flags = ["--model", folder, "--prompt", prompt, "--max_new_tokens", count, "--temperature", "0", "--json"]
-        command = [sys.executable, str(ROOT / "scripts/generate.py"), *flags]
-    else:
-        flags = [f"--{name}={value}" for name, value in asdict(config).items() if name not in ("arm", "output_dir")]
-        command = [sys.executable, str(ROOT / "scripts/bench.py"), "decode", f"--arm={arm}", *flags]
-    started = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    took = time.perf_counter() - started
+def in_a_process(arm: str, command: list[str], threads: int = 0) -> str:
+    """Run `command` with this Python in a fresh process that finds `mori`; returns what it printed.
+
+    `threads` of 0 is what PyTorch takes by itself. Raises RunFailed, with the last line of its complaint, where it fails.
+    """
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
+    if done.returncode < 0:
+        raise RunFailed(f"{arm} was killed by signal {-done.returncode} (out of memory?)")
     if done.returncode:
-        raise RunFailed(f"{arm} failed: {done.stderr.strip()[-300:]}")
-    answer = json.loads(done.stdout.splitlines()[-1])
-    if arm == "generate-process":
-        return took, [answer]
-    if arm == "mori-process":
-        return took, [answer[0]["new_token_ids"]]
-    return answer["seconds"], answer["ids"]
+        raise RunFailed(f"{arm} failed: {(done.stderr.strip().splitlines() or ['it says nothing'])[-1][:500]}")
+    return done.stdout
 
 
-def _arm(config: DecodeBenchConfig) -> dict:
-    """Seconds for all new tokens, the prompt's pass included; for a context, seconds for a token there.
-
-    After a warm-up, the median of the `rounds`: neighbours on a shared machine disturb single ones.
-    """
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    device = runtime.start(config.device).device
-    model = _model(config).to(device)
-    if not config.arm.startswith("generate"):
-        fuse_activations(model)
-    generator = torch.Generator().manual_seed(1)
-    arm, length = config.arm, PROMPT
-    if arm.startswith("context-"):
-        length = int(arm.partition("-")[2]) - 20
-    prompts = torch.randint(1, model.config.vocab_size, (config.batch_size, length), generator=generator)
-    controls = {"temperature": 0.0} if not arm.endswith("sampled") else RECIPE
-
-    def by_generate(count: int) -> list:
-        how = (
-            {"do_sample": False}
-            if "temperature" in controls and not controls["temperature"]
-            else {"do_sample": True, **controls}
-        )
-        ids = prompts.to(device)
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, pad_token_id=0, **how)
-        return out[:, ids.size(1) :].tolist()
-
-    def by_mori(count: int, times: list | None = None) -> list:
-        rows = [[] for _ in prompts]
-        at_once = 8 if device.type == "cuda" else 1
-        sampler = Sampler(list(range(len(rows))), device=device, **controls)
-        for new_ids in decode_ids(model, prompts.tolist(), sampler, count, steps_at_once=at_once):
-            for row, ids in zip(rows, new_ids, strict=True):
-                row += ids
-            if times is not None:
-                times.append(time.perf_counter())
-        return rows
-
-    if arm.startswith("context-"):
-        seconds = []
-        for _ in range(config.rounds):
-            times: list[float] = []
-            ids = by_mori(40, times)
-            seconds += [b - a for a, b in zip(times[10:], times[11:], strict=False)]
-        return {"seconds": statistics.median(seconds), "ids": ids}
-    run, seconds = by_generate if arm.startswith("generate") else by_mori, []
-    run(8)
-    for _ in range(config.rounds):
-        torch.manual_seed(0)  # generate() draws from the global generator
-        started = time.perf_counter()
-        ids = run(config.new_tokens)
-        seconds.append(time.perf_counter() - started)
-    return {"seconds": statistics.median(seconds), "ids": ids}
-
-
-def _model(config: DecodeBenchConfig, **more):
-    torch.manual_seed(0)
-    words = {"bos_token_id": 0, "eos_token_id": None, **more}
-    return AutoModelForCausalLM.from_config(GPT2Config(n_positions=1024, **{**SHAPES[config.shape], **words})).eval()
-
-
-def _save_model(config: DecodeBenchConfig, folder: Path) -> None:
-    """A folder for the whole processes: the shape with a tokenizer of its own, as a run leaves it."""
-    tokenizer = train_tokenizer(
-        [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("transcripts/*.txt"))]
-    )
-    tokenizer.eos_token = None
-    save(_model(config, vocab_size=max(len(tokenizer), SHAPES[config.shape]["vocab_size"])), tokenizer, folder)
-
-
-def _spread(values: list[float]) -> dict:
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, least and largest of the repeats."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def _write(config: DecodeBenchConfig, arms: dict, ratios: dict) -> None:
-    """Print the ratios and leave the figures in the output folder."""
+def ratio(one: list[float], other: list[float]) -> dict[str, float]:
+    """The spread of `one / other`, repeat by repeat: both were measured one after the other."""
+    return spread([a / b for a, b in zip(one, other, strict=True)])
+
+
+def require(package: str, arm: str) -> None:
+    """Raise UserError where `package`, which `arm` needs and `mori` does not, is not installed."""
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"the arm {arm} needs {package}: pip install {package}, or leave it out with --arms")
+
+
+def check_writable(output_dir: str) -> None:
+    """Raise UserError where the figures could not be written into the folder `output_dir`."""
+    folder = Path(output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"output_dir: cannot write in {output_dir}: {error.strerror}") from None
+
+
+def write(
+    output_dir: str,
+    name: str,
+    report: dict,
+    packages: tuple[str, ...] = (),
+    device: torch.device | None = None,
+    threads: int = 0,
+) -> None:
+    """Print the ratios, and leave the figures in `<output_dir>/<name>.json`, with what they were taken on.
+
+    `report` has `bench`, `model`, `shape`, `arms` and `ratios`; `packages` are those whose versions matter besides
+    PyTorch's and transformers'.
+    """
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    device = runtime.start(config.device).device
-    report = {
-        "bench": "decode",
-        "model": f"gpt2, random weights, {config.shape}",
-        "shape": {
-            **SHAPES[config.shape],
-            "batch_size": config.batch_size,
-            "prompt": PROMPT,
-            "new_tokens": config.new_tokens,
-        },
-        "sampled": RECIPE,
-        "arms": arms,
-        "ratios": ratios,
+    whole = {
+        **report,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "transformers": transformers.__version__,
+            **{package: importlib.metadata.version(package) for package in ("transformers", *packages)},
         },
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        "threads": config.threads or torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device and device.type == "cuda" else str(device or "cpu"),
+        "threads": threads or torch.get_num_threads(),
         "commit": commit or None,
     }
-    path = Path(config.output_dir) / f"decode-{config.shape}-batch{config.batch_size}.json"
+    path = Path(output_dir) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    for name, ratio in ratios.items():
-        print(f"{name:34} {ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})")
+    path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    for pair, found in report["ratios"].items():
+        print(f"{pair:34} {found['median']:.2f} ({found['min']:.2f} to {found['max']:.2f})")
     print(f"written to {path}")

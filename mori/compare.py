@@ -29,7 +29,7 @@ from .monitor import Monitor, peak_memory_bytes, read_metrics
 from .train import train
 
 # Losses that differ by more than this (relative) are not the same work, and its timing says nothing.
-_SAME_WORK = {"fp32": 1e-4, "bf16": 1e-2, "fp16": 1e-2}
+SAME_WORK = {"fp32": 1e-4, "bf16": 1e-2, "fp16": 1e-2}
 # What `mori-exact` switches off: every choice that changes the order of floating-point operations.
 _EXACT = {"chunked_loss": False, "mask_free_attention": False, "fused_activations": False}
 _WARM_UP_STEPS = 3
@@ -98,7 +98,13 @@ def _in_a_process(arm: str, config: CompareConfig, folder: Path, repeat: int, th
     place = folder / arm if repeat == 0 else folder / ".repeats" / f"{arm}-{repeat}"
     place.mkdir(parents=True)
     run = config.arm_config(model=str(folder / "initial"), dropout=None)
-    job = {"arm": arm, "config": asdict(run), "folder": str(place), "started": time.time()}
+    job = {
+        "arm": arm,
+        "config": asdict(run),
+        "folder": str(place),
+        "started": time.time(),
+        "warm_up_steps": _WARM_UP_STEPS,
+    }
     (place / "job.json").write_text(json.dumps(job), encoding="utf-8")
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     with (place / "output.txt").open("w") as output:
@@ -148,7 +154,7 @@ def _pair(a: list[dict], b: list[dict], precision: str) -> dict:
         for s in (series[0] if same_steps else ())
     ]
     found["max_relative_loss_diff"] = max(relative, default=None)
-    found["timing_valid"] = same_steps and all(r <= _SAME_WORK[precision] for r in relative)
+    found["timing_valid"] = same_steps and all(r <= SAME_WORK[precision] for r in relative)
     both = [(x, y) for x, y in zip(a, b, strict=False) if not x["error"] and not y["error"]]
     found["speed_ratio"] = _spread([_tokens_per_second(x) / _tokens_per_second(y) for x, y in both])
     found["first_step_ratio"] = _spread([x["first_step_seconds"] / y["first_step_seconds"] for x, y in both])
@@ -189,13 +195,15 @@ def _spread(values: list[float]) -> dict:
 # ---------------------------------------------------------------------------- what happens in an arm's own process
 
 
-def run_arm(arm: str, config: TrainConfig, folder: Path, started: float) -> dict:
+def run_arm(arm: str, config: TrainConfig, folder: Path, started: float, warm_up_steps: int = _WARM_UP_STEPS) -> dict:
     """Do the run of one arm, and return what is measured.
 
     The model is left in `folder/model`, the curves in `folder/metrics.jsonl` and as TensorBoard events. `started` is the
-    time (`time.time()`) from which the seconds to the first step count.
+    time (`time.time()`) from which the seconds to the first step count. Whoever counts the steps after `warm_up_steps`
+    counts all that a GPU does in them, and nothing that it does for earlier ones.
     """
-    found = (_mori_arm if arm.startswith("mori") else _trainer_arm)(arm, config, folder, started)
+    clock = _Clock(started, warm_up_steps, runtime.start(config.device))
+    found = (_mori_arm if arm.startswith("mori") else _trainer_arm)(arm, config, folder, clock)
     lines = [line for line in read_metrics(folder / "metrics.jsonl") if "train/loss" in line]
     names = ("loss", "grad_norm", "learning_rate")
     found["metrics"] = [{"step": line["step"], **{name: line[f"train/{name}"] for name in names}} for line in lines]
@@ -205,27 +213,32 @@ def run_arm(arm: str, config: TrainConfig, folder: Path, started: float) -> dict
 
 
 class _Clock:
-    """Seconds of training alone after each step, and the wall seconds until the first step was done."""
+    """Seconds of training alone after each step, the wall seconds until the first was done, the peak memory at the last."""
 
-    def __init__(self, started: float):
+    def __init__(self, started: float, warm_up_steps: int, where: runtime.Runtime):
         self.started, self.first_step_seconds = started, 0.0
+        self.warm_up_steps, self.where = warm_up_steps, where
         self.seconds: list[float] = []
+        self.peak_memory_bytes = 0
 
-    def step(self, _: int, seconds: float) -> None:
+    def step(self, step: int, seconds: float) -> None:
         if not self.seconds:
             self.first_step_seconds = time.time() - self.started
         self.seconds.append(seconds)
+        self.peak_memory_bytes = peak_memory_bytes(self.where.device)
+        if step == self.warm_up_steps:
+            self.where.synchronize()
 
     def found(self, targets: list[int]) -> dict:
         return {
             "seconds_after_step": self.seconds,
             "targets_after_step": list(itertools.accumulate(targets)),
             "first_step_seconds": self.first_step_seconds,
+            "training_peak_memory_bytes": self.peak_memory_bytes,
         }
 
 
-def _mori_arm(arm: str, config: TrainConfig, folder: Path, started: float) -> dict:
-    clock = _Clock(started)
+def _mori_arm(arm: str, config: TrainConfig, folder: Path, clock: _Clock) -> dict:
     run = dataclasses.replace(
         config,
         logging_dir=str(folder.parent),
@@ -325,7 +338,7 @@ def check_shift_labels(model: torch.nn.Module, window: dict[str, torch.Tensor]) 
         )
 
 
-def _trainer_arm(arm: str, config: TrainConfig, folder: Path, started: float) -> dict:
+def _trainer_arm(arm: str, config: TrainConfig, folder: Path, clock: _Clock) -> dict:
     """Train with `transformers.Trainer`; `course` on the course's own blocks, the others on the windows of `mori`."""
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder)
     from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
@@ -382,7 +395,6 @@ def _trainer_arm(arm: str, config: TrainConfig, folder: Path, started: float) ->
         dataloader_pin_memory=where.device.type == "cuda",
     )
 
-    clock = _Clock(started)
     module = models.CausalLMLoss(model)
     evaluations, logged = [], []
 
@@ -399,6 +411,8 @@ def _trainer_arm(arm: str, config: TrainConfig, folder: Path, started: float) ->
             self.mark, self.seconds = time.perf_counter(), 0.0
 
         def on_step_end(self, args, state, control, **_):
+            if state.global_step == total_steps:
+                where.synchronize()  # as `mori` does, whose last step reads its loss
             self.seconds += time.perf_counter() - self.mark
             clock.step(state.global_step, self.seconds)
             if state.global_step % eval_every == 0 or state.global_step == total_steps:
@@ -458,7 +472,7 @@ def _main(job_file: str) -> None:
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     folder = Path(job["folder"])
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    found = run_arm(job["arm"], TrainConfig(**job["config"]), folder, job["started"])
+    found = run_arm(job["arm"], TrainConfig(**job["config"]), folder, job["started"], job["warm_up_steps"])
     (folder / "result.json").write_text(json.dumps(found), encoding="utf-8")
 
 

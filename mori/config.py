@@ -466,13 +466,12 @@ class CompareConfig(TrainConfig):
     def resolve(self) -> "CompareConfig":
         """A copy with every default that depends on another field filled in."""
         made = super().resolve()
-        made.arms = [name for word in made.arms for name in word.split(",") if name]
+        made.arms = _words(made.arms)
         return made
 
     def mistakes(self) -> list[str]:
         """All that is wrong with the values, one phrase each."""
-        unknown = [name for word in self.arms for name in word.split(",") if name and name not in ARMS]
-        found = [f"arm {name!r} does not exist, must be of {', '.join(ARMS)}" for name in unknown]
+        found = _unknown_arms(_words(self.arms), ARMS)
         if self.repeats < 1:
             found.append(f"repeats is {self.repeats}, must be 1 or more")
         return found + super().mistakes()
@@ -486,7 +485,37 @@ DECODE_ARMS = ("mori-greedy", "generate-greedy", "mori-sampled", "generate-sampl
 
 
 @dataclass
-class DecodeBenchConfig:
+class BenchConfig:
+    """What every command of `scripts/bench.py` has."""
+
+    repeats: int = flag("benchmark", 5, "processes of each arm, in turn")
+    threads: int = flag("benchmark", 0, "threads of each process; 0 is what PyTorch takes")
+    output_dir: str = flag("output", "runs/bench", "where the figures go, as JSON")
+
+    positive: ClassVar[tuple[str, ...]] = ("repeats",)
+    known_arms: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self):
+        if self.known_arms:
+            self.arms = _words(self.arms)
+
+    def mistakes(self) -> list[str]:
+        """All that is wrong with the values, one phrase each."""
+        small = [name for name in self.positive if not getattr(self, name) > 0]
+        found = [f"{name} is {getattr(self, name)}, must be above 0" for name in small] + _not_finite(self)
+        if self.threads < 0:
+            found.append(f"threads is {self.threads}, must be 0 or more")
+        if not self.output_dir:
+            found.append("output_dir is empty")
+        if self.known_arms:
+            found += _unknown_arms(self.arms, self.known_arms)
+            if "mori" not in self.arms or len(set(self.arms)) < len(self.arms):
+                found.append(f"arms are {' '.join(self.arms)}, must have mori, and each once")
+        return found + _bad_device(getattr(self, "device", "auto"))
+
+
+@dataclass
+class DecodeBenchConfig(BenchConfig):
     """A call of `scripts/bench.py decode`: text from random weights, by `mori` and by `generate()`, in turn."""
 
     shape: str = flag(
@@ -494,20 +523,100 @@ class DecodeBenchConfig:
     )
     batch_size: int = flag("benchmark", 1, "texts side by side")
     new_tokens: int = flag("benchmark", 100, "tokens to draw after a prompt of 16")
-    repeats: int = flag("benchmark", 5, "processes of each arm, in turn")
     rounds: int = flag("benchmark", 5, "times that each process draws the tokens; its median counts")
-    threads: int = flag("benchmark", 0, "threads of each process; 0 is what PyTorch takes")
-    device: str = flag("device", "auto", "auto, cpu, cuda, cuda:1 ...")
-    output_dir: str = flag("output", "runs/bench", "where the figures go, as JSON")
+    device: str = same_flag(TrainConfig, "device", "auto")
     arm: str = flag("output", "", "run this arm alone and print what it took: what the benchmark calls itself")
+
+    positive: ClassVar[tuple[str, ...]] = ("batch_size", "new_tokens", "repeats", "rounds")
+
+
+BENCH_ARMS = ("mori", "trainer", "trainer-tuned", "bare")
+BENCH_CONTEXTS = {"tiny": 1024, "mini": 1024, "124m": 1024, "llama-160m": 2048, "llama-1b": 8192}
+
+
+@dataclass
+class StartupBenchConfig(BenchConfig):
+    """A call of `scripts/bench.py startup`: how long until the first step of a training is done."""
+
+    shape: str = flag("benchmark", "mini", "the model, of random weights", tuple(BENCH_CONTEXTS))
+    per_device_train_batch_size: int = same_flag(TrainConfig, "per_device_train_batch_size", 4)
+    block_size: int = same_flag(TrainConfig, "block_size", 128)
+    device: str = same_flag(TrainConfig, "device", "auto")
+
+    positive: ClassVar[tuple[str, ...]] = ("repeats", "per_device_train_batch_size", "block_size")
 
     def mistakes(self) -> list[str]:
         """All that is wrong with the values, one phrase each."""
-        positive = ("batch_size", "new_tokens", "repeats")
-        found = [f"{name} is {getattr(self, name)}, must be 1 or more" for name in positive if getattr(self, name) < 1]
-        if self.threads < 0:
-            found.append(f"threads is {self.threads}, must be 0 or more")
-        return found + _bad_device(self.device)
+        found, context = super().mistakes(), BENCH_CONTEXTS.get(self.shape)
+        if context is None:
+            found.append(f"shape is {self.shape!r}, must be one of {', '.join(BENCH_CONTEXTS)}")
+        elif self.block_size > context:
+            found.append(f"block_size {self.block_size} is longer than the context of {self.shape}, {context}")
+        return found
+
+
+@dataclass
+class TrainBenchConfig(StartupBenchConfig):
+    """A call of `scripts/bench.py train`: the same training by `mori`, by Trainer, and by a loop with nothing around it."""
+
+    arms: list[str] = flag(
+        "benchmark", list(BENCH_ARMS), f"what to compare, of {', '.join(BENCH_ARMS)}; spaces or commas between"
+    )
+    max_steps: int = flag("benchmark", 40, "optimizer steps of each run")
+    uncounted_steps: int = flag("benchmark", 5, "steps before the clock counts: some arms compile in them")
+    precision: str = flag(
+        "device",
+        "auto",
+        "arithmetic of the forward pass; auto is bf16 on a GPU and fp32 on a CPU",
+        ("auto", "fp32", "bf16"),
+    )
+    logging_steps: int = same_flag(TrainConfig, "logging_steps", 10)
+
+    positive: ClassVar[tuple[str, ...]] = (
+        *StartupBenchConfig.positive, "max_steps", "uncounted_steps", "logging_steps"
+    )  # fmt: skip
+    known_arms: ClassVar[tuple[str, ...]] = BENCH_ARMS
+
+    def mistakes(self) -> list[str]:
+        """All that is wrong with the values, one phrase each."""
+        found = super().mistakes()
+        if self.uncounted_steps >= self.max_steps:
+            found.append(f"uncounted_steps {self.uncounted_steps} leaves none of max_steps {self.max_steps}")
+        if self.logging_steps > self.max_steps:
+            found.append(
+                f"logging_steps {self.logging_steps} is more than max_steps {self.max_steps}: there would be no loss to compare"
+            )
+        if self.precision not in ("auto", "fp32", "bf16"):
+            found.append(f"precision is {self.precision!r}, must be one of auto, fp32, bf16")
+        return found
+
+
+@dataclass
+class MemoryBenchConfig(TrainBenchConfig):
+    """A call of `scripts/bench.py memory`: the peak memory of a few steps."""
+
+    arms: list[str] = same_flag(TrainBenchConfig, "arms", ["mori", "trainer"])
+    max_steps: int = same_flag(TrainBenchConfig, "max_steps", 4)
+    uncounted_steps: int = same_flag(TrainBenchConfig, "uncounted_steps", 1)
+    logging_steps: int = same_flag(TrainConfig, "logging_steps", 2)
+
+
+TOKENIZE_ARMS = ("mori", "run_clm", "one-call")
+
+
+@dataclass
+class TokenizeBenchConfig(BenchConfig):
+    """A call of `scripts/bench.py tokenize`: a corpus from its file to token ids."""
+
+    arms: list[str] = flag(
+        "benchmark", list(TOKENIZE_ARMS), f"what to compare, of {', '.join(TOKENIZE_ARMS)}; spaces or commas between"
+    )
+    corpus: list[str] = same_flag(TrainConfig, "corpus", [])
+    megabytes: float = flag("benchmark", 100.0, "the corpus is repeated until it has so many")
+    threads: int = flag("benchmark", 0, "cores of each process; 0 is all")
+
+    positive: ClassVar[tuple[str, ...]] = ("repeats", "megabytes")
+    known_arms: ClassVar[tuple[str, ...]] = TOKENIZE_ARMS
 
 
 def steps_of(value: float, total: int) -> int:
@@ -517,6 +626,15 @@ def steps_of(value: float, total: int) -> int:
 
 def _is_ids(value) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(i, int) and i >= 0 for i in value)
+
+
+def _words(words: list[str]) -> list[str]:
+    """What was given with spaces or commas between."""
+    return [name for word in words for name in word.split(",") if name]
+
+
+def _unknown_arms(arms: list[str], known: tuple[str, ...]) -> list[str]:
+    return [f"arm {name!r} does not exist, must be of {', '.join(known)}" for name in arms if name not in known]
 
 
 def _not_finite(config) -> list[str]:

@@ -1,17 +1,36 @@
 #!/usr/bin/env python
-"""Measure arms side by side, in fresh processes and in turn: scripts/bench.py decode. The figures go to runs/bench/."""
+"""Measure arms side by side: scripts/bench.py train | decode | tokenize | startup | memory. Fresh processes, in turn."""
 
-from mori.config import DecodeBenchConfig, parse, run_door, take_command
+from mori.config import (
+    DecodeBenchConfig,
+    MemoryBenchConfig,
+    StartupBenchConfig,
+    TokenizeBenchConfig,
+    TrainBenchConfig,
+    parse,
+    run_door,
+    take_command,
+)
 
-COMMANDS = {"decode": DecodeBenchConfig}
+COMMANDS = {
+    "train": TrainBenchConfig,
+    "decode": DecodeBenchConfig,
+    "tokenize": TokenizeBenchConfig,
+    "startup": StartupBenchConfig,
+    "memory": MemoryBenchConfig,
+}
 
 
 def main():
     command, rest = take_command(COMMANDS)
     config = parse(COMMANDS[command], __doc__, rest)
-    from mori import bench
-
-    getattr(bench, command)(config)
+    if command == "decode":
+        from mori import bench_decode as room
+    elif command == "tokenize":
+        from mori import bench_tokenize as room
+    else:
+        from mori import bench_train as room
+    getattr(room, command)(config)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,174 @@
+"""`scripts/bench.py decode`: text from random weights, by `mori` and by `generate()`."""
+
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config
+
+from . import bench, runtime
+from .config import DECODE_ARMS, DecodeBenchConfig, RunFailed
+from .decode import decode as decode_ids
+from .model import fuse_activations, save, train_tokenizer
+from .sampling import Sampler
+
+PROMPT = 16
+SHAPES = {
+    "small": {"n_embd": 128, "n_layer": 4, "n_head": 4, "vocab_size": 8192},
+    "124m": {"n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50_257},
+}
+RECIPE = {"top_k": 50, "top_p": 0.95, "temperature": 0.9}
+CONTEXTS = (100, 1000)
+# What a person would write instead of scripts/generate.py.
+FIVE_LINES = """
+import sys; from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer, model = AutoTokenizer.from_pretrained(sys.argv[1]), AutoModelForCausalLM.from_pretrained(sys.argv[1])
+inputs = tokenizer(sys.argv[2], return_tensors="pt")
+out = model.generate(**inputs, do_sample=False, max_new_tokens=int(sys.argv[3]), pad_token_id=0)
+print(out[0, inputs["input_ids"].shape[1]:].tolist())
+"""
+
+
+def decode(config: DecodeBenchConfig) -> None:
+    """`scripts/bench.py decode`: `mori` against `generate()`, per token and per process, and at the end of a long context.
+
+    The new ids of both greedy arms must be the same in every repeat, and so must those of both whole processes; sampled
+    arms draw other numbers, and must draw as many. Raises RunFailed where they are not: there is nothing to compare then.
+    """
+    if config.arm:
+        print(json.dumps(_arm(config)))
+        return
+    bench.check_writable(config.output_dir)
+    arms = [*DECODE_ARMS[:4], *(f"context-{length}" for length in CONTEXTS)]
+    arms = arms + list(DECODE_ARMS[4:]) if config.batch_size == 1 else arms[:4]
+    ids: dict[str, list] = {}
+
+    def run(arm: str) -> dict:
+        took, drawn = _run(arm, config, folder)
+        ids.setdefault(arm, drawn)
+        if drawn != ids[arm] or len(drawn[0]) != len(ids[arms[0]][0]) and not arm.startswith("context"):
+            raise RunFailed(f"{arm} drew other ids than before: the timing is void")
+        return {"seconds": took}
+
+    with tempfile.TemporaryDirectory() as folder:
+        _save_model(config, Path(folder))
+        found = bench.in_turn(arms, config.repeats, run)
+    seconds = {arm: [repeat["seconds"] for repeat in repeats] for arm, repeats in found.items()}
+    pairs = [("generate-greedy", "mori-greedy"), ("generate-process", "mori-process")]
+    for one, other in pairs:
+        if one in ids and ids[one] != ids[other]:
+            raise RunFailed(f"{one} and {other} drew other ids: the timing is void")
+    pairs += [("generate-sampled", "mori-sampled"), ("context-1000", "context-100")]
+    ratios = {f"{one} / {other}": bench.ratio(seconds[one], seconds[other]) for one, other in pairs if one in seconds}
+    report = {
+        "bench": "decode",
+        "model": f"gpt2, random weights, {config.shape}",
+        "shape": {
+            **SHAPES[config.shape],
+            "batch_size": config.batch_size,
+            "prompt": PROMPT,
+            "new_tokens": config.new_tokens,
+        },
+        "sampled": RECIPE,
+        "arms": {arm: {"seconds": took, **bench.spread(took)} for arm, took in seconds.items()},
+        "ratios": ratios,
+    }
+    name, device = f"decode-{config.shape}-batch{config.batch_size}", runtime.start(config.device).device
+    bench.write(config.output_dir, name, report, device=device, threads=config.threads)
+
+
+def _run(arm: str, config: DecodeBenchConfig, folder: str) -> tuple[float, list]:
+    """One process; the seconds it took, and the ids that it drew."""
+    prompt, count = "Halo semua, selamat datang", str(config.new_tokens)
+    if arm == "generate-process":
+        command = ["-c", FIVE_LINES, folder, prompt, count]
+    elif arm == "mori-process":
+        flags = ["--model", folder, "--prompt", prompt, "--max_new_tokens", count, "--temperature", "0", "--json"]
+        command = [str(bench.ROOT / "scripts/generate.py"), *flags]
+    else:
+        flags = [f"--{name}={value}" for name, value in asdict(config).items() if name not in ("arm", "output_dir")]
+        command = [str(bench.ROOT / "scripts/bench.py"), "decode", f"--arm={arm}", *flags]
+    started = time.perf_counter()
+    printed = bench.in_a_process(arm, command, config.threads)
+    took = time.perf_counter() - started
+    answer = json.loads(printed.splitlines()[-1])
+    if arm == "generate-process":
+        return took, [answer]
+    if arm == "mori-process":
+        return took, [answer[0]["new_token_ids"]]
+    return answer["seconds"], answer["ids"]
+
+
+def _arm(config: DecodeBenchConfig) -> dict:
+    """Seconds for all new tokens, the prompt's pass included; for a context, seconds for a token there.
+
+    After a warm-up, the median of the `rounds`: neighbours on a shared machine disturb single ones.
+    """
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = runtime.start(config.device).device
+    model = _model(config).to(device)
+    if not config.arm.startswith("generate"):
+        fuse_activations(model)
+    generator = torch.Generator().manual_seed(1)
+    arm, length = config.arm, PROMPT
+    if arm.startswith("context-"):
+        length = int(arm.partition("-")[2]) - 20
+    prompts = torch.randint(1, model.config.vocab_size, (config.batch_size, length), generator=generator)
+    controls = {"temperature": 0.0} if not arm.endswith("sampled") else RECIPE
+
+    def by_generate(count: int) -> list:
+        how = (
+            {"do_sample": False}
+            if "temperature" in controls and not controls["temperature"]
+            else {"do_sample": True, **controls}
+        )
+        ids = prompts.to(device)
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, pad_token_id=0, **how)
+        return out[:, ids.size(1) :].tolist()
+
+    def by_mori(count: int, times: list | None = None) -> list:
+        rows = [[] for _ in prompts]
+        at_once = 8 if device.type == "cuda" else 1
+        sampler = Sampler(list(range(len(rows))), device=device, **controls)
+        for new_ids in decode_ids(model, prompts.tolist(), sampler, count, steps_at_once=at_once):
+            for row, ids in zip(rows, new_ids, strict=True):
+                row += ids
+            if times is not None:
+                times.append(time.perf_counter())
+        return rows
+
+    if arm.startswith("context-"):
+        seconds = []
+        for _ in range(config.rounds):
+            times: list[float] = []
+            ids = by_mori(40, times)
+            seconds += [b - a for a, b in zip(times[10:], times[11:], strict=False)]
+        return {"seconds": statistics.median(seconds), "ids": ids}
+    run, seconds = by_generate if arm.startswith("generate") else by_mori, []
+    run(8)
+    for _ in range(config.rounds):
+        torch.manual_seed(0)  # generate() draws from the global generator
+        started = time.perf_counter()
+        ids = run(config.new_tokens)
+        seconds.append(time.perf_counter() - started)
+    return {"seconds": statistics.median(seconds), "ids": ids}
+
+
+def _model(config: DecodeBenchConfig, **more):
+    torch.manual_seed(0)
+    words = {"bos_token_id": 0, "eos_token_id": None, **more}
+    return AutoModelForCausalLM.from_config(GPT2Config(n_positions=1024, **{**SHAPES[config.shape], **words})).eval()
+
+
+def _save_model(config: DecodeBenchConfig, folder: Path) -> None:
+    """A folder for the whole processes: the shape with a tokenizer of its own, as a run leaves it."""
+    tokenizer = train_tokenizer(
+        [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("transcripts/*.txt"))]
+    )
+    tokenizer.eos_token = None
+    save(_model(config, vocab_size=max(len(tokenizer), SHAPES[config.shape]["vocab_size"])), tokenizer, folder)
