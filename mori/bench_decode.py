@@ -43,21 +43,24 @@ def decode(config: DecodeBenchConfig) -> None:
         print(json.dumps(_arm(config)))
         return
     bench.check_writable(config.output_dir)
-    arms = [*DECODE_ARMS[:4], *(f"context-{length}" for length in CONTEXTS)]
-    arms = arms + list(DECODE_ARMS[4:]) if config.batch_size == 1 else arms[:4]
+    arms = [*DECODE_ARMS[:4], "contexts", *DECODE_ARMS[4:]] if config.batch_size == 1 else list(DECODE_ARMS[:4])
     ids: dict[str, list] = {}
 
     def run(arm: str) -> dict:
-        took, drawn = _run(arm, config, folder)
+        found = _run(arm, config, folder)
+        drawn = found.pop("ids")
         ids.setdefault(arm, drawn)
-        if drawn != ids[arm] or len(drawn[0]) != len(ids[arms[0]][0]) and not arm.startswith("context"):
+        if drawn != ids[arm] or len(drawn[0]) != len(ids[arms[0]][0]):
             raise RunFailed(f"{arm} drew other ids than before: the timing is void")
-        return {"seconds": took}
+        return found
 
     with tempfile.TemporaryDirectory() as folder:
         _save_model(config, Path(folder))
         found = bench.in_turn(arms, config.repeats, run)
     seconds = {arm: [repeat["seconds"] for repeat in repeats] for arm, repeats in found.items()}
+    for length in CONTEXTS if "contexts" in found else ():
+        seconds[f"context-{length}"] = [repeat["at"][str(length)] for repeat in found["contexts"]]
+    seconds.pop("contexts", None)
     pairs = [("generate-greedy", "mori-greedy"), ("generate-process", "mori-process")]
     for one, other in pairs:
         if one in ids and ids[one] != ids[other]:
@@ -81,8 +84,8 @@ def decode(config: DecodeBenchConfig) -> None:
     bench.write(config.output_dir, name, report, device=device, threads=config.threads)
 
 
-def _run(arm: str, config: DecodeBenchConfig, folder: str) -> tuple[float, list]:
-    """One process; the seconds it took, and the ids that it drew."""
+def _run(arm: str, config: DecodeBenchConfig, folder: str) -> dict:
+    """One process: the `seconds` it took, the `ids` that it drew, and `at` a context of so many tokens the seconds for one."""
     prompt, count = "Halo semua, selamat datang", str(config.new_tokens)
     if arm == "generate-process":
         command = ["-c", FIVE_LINES, folder, prompt, count]
@@ -97,14 +100,14 @@ def _run(arm: str, config: DecodeBenchConfig, folder: str) -> tuple[float, list]
     took = time.perf_counter() - started
     answer = json.loads(printed.splitlines()[-1])
     if arm == "generate-process":
-        return took, [answer]
+        return {"seconds": took, "ids": [answer]}
     if arm == "mori-process":
-        return took, [answer[0]["new_token_ids"]]
-    return answer["seconds"], answer["ids"]
+        return {"seconds": took, "ids": [answer[0]["new_token_ids"]]}
+    return answer
 
 
 def _arm(config: DecodeBenchConfig) -> dict:
-    """Seconds for all new tokens, the prompt's pass included; for a context, seconds for a token there.
+    """Seconds for all new tokens, the prompt's pass included; of `contexts`, seconds for a token at each, in turn.
 
     After a warm-up, the median of the `rounds`: neighbours on a shared machine disturb single ones.
     """
@@ -115,10 +118,8 @@ def _arm(config: DecodeBenchConfig) -> dict:
     if not config.arm.startswith("generate"):
         fuse_activations(model)
     generator = torch.Generator().manual_seed(1)
-    arm, length = config.arm, PROMPT
-    if arm.startswith("context-"):
-        length = int(arm.partition("-")[2]) - 20
-    prompts = torch.randint(1, model.config.vocab_size, (config.batch_size, length), generator=generator)
+    arm = config.arm
+    prompts = torch.randint(1, model.config.vocab_size, (config.batch_size, PROMPT), generator=generator)
     controls = {"temperature": 0.0} if not arm.endswith("sampled") else RECIPE
 
     def by_generate(count: int) -> list:
@@ -131,7 +132,7 @@ def _arm(config: DecodeBenchConfig) -> dict:
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, pad_token_id=0, **how)
         return out[:, ids.size(1) :].tolist()
 
-    def by_mori(count: int, times: list | None = None) -> list:
+    def by_mori(count: int, prompts=prompts, times: list | None = None) -> list:
         rows = [[] for _ in prompts]
         at_once = 8 if device.type == "cuda" else 1
         sampler = Sampler(list(range(len(rows))), device=device, **controls)
@@ -142,13 +143,15 @@ def _arm(config: DecodeBenchConfig) -> dict:
                 times.append(time.perf_counter())
         return rows
 
-    if arm.startswith("context-"):
-        seconds = []
-        for _ in range(config.rounds):
-            times: list[float] = []
-            ids = by_mori(40, times)
-            seconds += [b - a for a, b in zip(times[10:], times[11:], strict=False)]
-        return {"seconds": statistics.median(seconds), "ids": ids}
+    if arm == "contexts":
+        at: dict[int, list[float]] = {length: [] for length in CONTEXTS}
+        for _ in range(2 * config.rounds):
+            for length in CONTEXTS:
+                times: list[float] = []
+                by_mori(40, torch.randint(1, model.config.vocab_size, (1, length - 25), generator=generator), times)
+                at[length] += [b - a for a, b in zip(times[10:], times[11:], strict=False)]
+        middle = {length: statistics.median(seconds) for length, seconds in at.items()}
+        return {"seconds": max(middle.values()), "at": middle, "ids": by_mori(config.new_tokens)}
     run, seconds = by_generate if arm.startswith("generate") else by_mori, []
     run(8)
     for _ in range(config.rounds):

@@ -1,4 +1,9 @@
-"""What makes a training step faster or smaller: chosen for the model at hand, checked against its own loss, and said in a line."""
+"""What makes a training step faster or smaller: chosen for the model at hand, checked against its own loss, and said in a line.
+
+And how near to the machine's limit a step comes.
+"""
+
+import time
 
 import torch
 from torch import nn
@@ -8,6 +13,11 @@ from .model import CausalLMLoss, attends_to_all_before, fuse_activations, head_i
 from .runtime import Runtime
 
 _CHECKED_TOKENS = 32
+# Dense 16-bit matrix products, in 1e12 operations a second, by the name of the GPU: NVIDIA's data sheets.
+_GPU_PEAKS = {
+    "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10G": 70, "A10": 125, "V100": 125,
+    "T4": 65, "RTX 4090": 165, "RTX 3090": 71,
+}  # fmt: skip
 
 
 def training_module(
@@ -53,3 +63,37 @@ def _loss(module: CausalLMLoss, input_ids: torch.Tensor, labels: torch.Tensor, w
         found = module(input_ids, labels).item()
     module.train()
     return found
+
+
+def flops_per_token(model: nn.Module, block_size: int) -> float:
+    """Operations that a token costs in forward and backward pass: 6 for each weight, 12 T D for each layer's attention.
+
+    Chowdhery et al., 2022, PaLM (arXiv:2204.02311), appendix B; recomputed activations are not counted. Embeddings that
+    are looked up only are left out, a head that shares them counts.
+    """
+    config = model.config.get_text_config()
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    looked_up = {id(module.weight): module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    head = model.get_output_embeddings()
+    weights -= sum(weight.numel() for key, weight in looked_up.items() if head is None or key != id(head.weight))
+    return 6.0 * weights + 12.0 * block_size * config.hidden_size * config.num_hidden_layers
+
+
+def peak_flops(where: Runtime) -> float | None:
+    """Operations per second that the device can do: a GPU's by its name, in 16 bits; a CPU's as a product of matrices has it now.
+
+    None for a device whose peak is not known.
+    """
+    if where.device.type == "cuda":
+        name = torch.cuda.get_device_name(where.device)
+        found = [peak for part, peak in _GPU_PEAKS.items() if f" {part}" in f" {name.replace('-', ' ')}"]
+        return found[0] * 1e12 if found and where.precision != "fp32" else None
+    if where.device.type != "cpu":
+        return None
+    side, best = 1024, float("inf")
+    one = torch.ones(side, side)
+    for _ in range(4):
+        began = time.perf_counter()
+        one @ one
+        best = min(best, time.perf_counter() - began)
+    return 2.0 * side**3 / best

@@ -7,6 +7,7 @@ import resource
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -147,8 +148,8 @@ class Throughput:
     """Tokens per second of training alone: the clock stops while something else (evaluation, saving) has the machine."""
 
     def __init__(self, tokens: int = 0, seconds: float = 0.0):
-        self.tokens, self.seconds = tokens, seconds
-        self._mark_tokens, self._mark_seconds = tokens, seconds
+        self.tokens, self.seconds, self.waited = tokens, seconds, 0.0
+        self._mark = tokens, seconds, 0.0
         self._started = None
 
     def start(self) -> None:
@@ -160,14 +161,22 @@ class Throughput:
         self.seconds += time.perf_counter() - self._started
         self._started = None
 
-    def since_last(self) -> float:
-        """Tokens per second since the last call."""
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """The device may have nothing to do meanwhile, as its next batch is being made ready."""
+        began = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - began
+
+    def since_last(self) -> tuple[float, float]:
+        """Tokens per second since the last call, and the share of that time spent `waiting`."""
         if self._started is not None:
             self.stop()
             self.start()
-        tokens, seconds = self.tokens - self._mark_tokens, self.seconds - self._mark_seconds
-        self._mark_tokens, self._mark_seconds = self.tokens, self.seconds
-        return tokens / seconds if seconds else 0.0
+        now = self.tokens, self.seconds, self.waited
+        tokens, seconds, waited = (one - other for one, other in zip(now, self._mark, strict=True))
+        self._mark = now
+        return (tokens / seconds, waited / seconds) if seconds else (0.0, 0.0)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -141,6 +141,7 @@ def _train(
         run_dir, first_step=progress.step, total_steps=total_steps, enabled=where.is_main, resumed=resumed is not None
     )
     speed = Throughput(progress.tokens, progress.train_seconds)
+    cost, peak = fast.flops_per_token(model, config.block_size), fast.peak_flops(where)
     # The micro-batches may be smaller than the config's where memory ran out; the windows of a step stay the same.
     largest = config.per_device_train_batch_size * (
         config.gradient_accumulation_steps if config.auto_find_batch_size else 1
@@ -206,15 +207,19 @@ def _train(
         first_unlogged = progress.step
         loss = sum(interval) / len(interval) / where.world_size
         progress.skipped_steps, progress.skipped_in_a_row = map(int, skipped.tolist())
+        tokens_per_second, waited = speed.since_last()
         values = {
             "train/loss": loss,
             "train/grad_norm": grad_norm.item(),
             "train/learning_rate": lr,
             "train/epoch": batches.epoch(progress.step),
             "train/skipped_steps": progress.skipped_steps,
-            "perf/tokens_per_second": speed.since_last(),
+            "perf/tokens_per_second": tokens_per_second,
+            "perf/data_wait": waited,
             "perf/peak_memory_gib": peak_memory_bytes(where.device) / 2**30,
         }
+        if peak:
+            values["perf/mfu"] = tokens_per_second * cost / (peak * where.world_size)
         monitor.scalars(progress.step, values)
         monitor.progress(progress.step, loss=f"{loss:.4f}", tok_s=f"{values['perf/tokens_per_second']:.0f}")
         if progress.skipped_in_a_row >= config.max_nonfinite_steps:
@@ -302,7 +307,8 @@ def _train(
         before = runtime.random_state()
         while True:
             batches.batch_size, loss = micro_batch.size, None  # a loss holds on to all activations of its pass
-            micro_batches, n_targets = data.load_step(text.train, batches[step], pin=where.device.type == "cuda")
+            with speed.waiting():
+                micro_batches, n_targets = data.load_step(text.train, batches[step], pin=where.device.type == "cuda")
             # All valid targets of the step, over micro-batches and ranks; DDP averages gradients, so its share of them.
             divisor = where.all_sum(n_targets.to(where.device, non_blocking=True)) / where.world_size
             with micro_batch:

@@ -7,6 +7,7 @@ from conftest import weights
 from families import FAMILIES, small_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from mori import fast, loss
 from mori import model as models
@@ -253,3 +254,16 @@ def test_every_choice_can_be_switched_off():
     module, chosen = fast.training_module(model, off, input_ids, labels, CPU)
     assert chosen == "nothing" and not module.chunked_loss and not module.mask_free
     assert not any(isinstance(inner, nn.GELU) for inner in module.modules())
+
+
+def test_operations_of_a_token_counted_by_hand_and_by_pytorch():
+    """6 for every weight but the positions', and 12 T D for each layer; PyTorch counts 4 T D of the latter, as it
+    multiplies two products of T and D forward, and its masked half counts too."""
+    model, (input_ids, labels) = small_model("gpt2", 97), batch(1)
+    weights = sum(p.numel() for p in model.parameters()) - model.transformer.wpe.weight.numel()
+    assert fast.flops_per_token(model, 24) == 6 * weights + 12 * 24 * 32 * 2
+    module = models.CausalLMLoss(model)
+    with FlopCounterMode(display=False) as counted:
+        module(input_ids, labels).backward()
+    small = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 1 and "wpe" not in name)
+    assert counted.get_total_flops() == pytest.approx(24 * (fast.flops_per_token(model, 24) - 6 * small), rel=0.05)

@@ -44,12 +44,13 @@ def test_a_run_leaves_what_is_promised(run_train, settings, tmp_path):
     board = EventAccumulator(str(run_dir), size_guidance={"tensors": 0})
     board.Reload()
     tags = {"train/loss", "train/grad_norm", "train/learning_rate", "train/epoch", "perf/tokens_per_second"}
-    tags |= {"eval/loss", "eval/perplexity", "eval/bits_per_byte", "perf/peak_memory_gib"}
+    tags |= {"eval/loss", "eval/perplexity", "eval/bits_per_byte", "perf/peak_memory_gib", "perf/data_wait", "perf/mfu"}
     assert tags <= set(board.Tags()["scalars"])
     assert len(board.Tensors("samples/0/text_summary")) == 3  # at steps 0, 6 and 12
     logged = read_metrics(run_dir / "metrics.jsonl")
     assert [line["step"] for line in logged if "train/loss" in line] == list(range(1, 13))
     assert [line["step"] for line in logged if "eval/loss" in line] == [0, 6, 12]
+    assert all(0 <= line["perf/data_wait"] < 1 and line["perf/mfu"] > 0 for line in logged if "train/loss" in line)
     shown = [event.value for event in board.Scalars("train/loss")]
     assert shown == pytest.approx([line["train/loss"] for line in logged if "train/loss" in line])
 
