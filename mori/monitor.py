@@ -183,7 +183,7 @@ def peak_memory_bytes(device: torch.device) -> int:
     """The most memory held so far: of the GPU where we run on one, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # On Linux ru_maxrss begins with the peak of the process that started this one: exec() keeps it.
+    # On Linux ru_maxrss begins with the peak of the process that started this one, and not at 0.
     with contextlib.suppress(OSError), open("/proc/self/status", encoding="ascii", errors="replace") as status:
         for line in status:
             if line.startswith("VmHWM:"):
