@@ -257,8 +257,7 @@ def test_every_choice_can_be_switched_off():
 
 
 def test_operations_of_a_token_counted_by_hand_and_by_pytorch():
-    """6 for every weight but the positions', and 12 T D for each layer; PyTorch counts 4 T D of the latter, as it
-    multiplies two products of T and D forward, and its masked half counts too."""
+    """6 for every weight but the positions', and 12 T D for each layer; PyTorch's counter leaves out biases and norms."""
     model, (input_ids, labels) = small_model("gpt2", 97), batch(1)
     weights = sum(p.numel() for p in model.parameters()) - model.transformer.wpe.weight.numel()
     assert fast.flops_per_token(model, 24) == 6 * weights + 12 * 24 * 32 * 2
