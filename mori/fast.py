@@ -10,7 +10,7 @@ from torch import nn
 
 from .config import TrainConfig, UserError
 from .model import CausalLMLoss, attends_to_all_before, fuse_activations, head_is_plain
-from .runtime import Runtime
+from .runtime import BatchSize, Runtime
 
 _CHECKED_TOKENS = 32
 # Dense 16-bit matrix products, in 1e12 operations a second, by the name of the GPU: NVIDIA's data sheets.
@@ -27,7 +27,7 @@ def training_module(
 
     Every choice can be switched off in `config`. The loss of the beginning of the batch `input_ids`, `labels` `(B, T)` must
     be the model's own; where it is not, the model stays as it is. Raises UserError for a model without gradient
-    checkpointing where that is asked for.
+    checkpointing where that is asked for, RunFailed where memory does not hold one window.
     """
     if config.gradient_checkpointing:
         if not model.supports_gradient_checkpointing:
@@ -59,7 +59,7 @@ def training_module(
 @torch.no_grad()
 def _loss(module: CausalLMLoss, input_ids: torch.Tensor, labels: torch.Tensor, where: Runtime) -> float:
     module.eval()
-    with where.autocast():
+    with BatchSize(1), where.autocast():
         found = module(input_ids, labels).item()
     module.train()
     return found

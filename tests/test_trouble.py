@@ -22,14 +22,14 @@ from mori.monitor import Monitor, read_metrics
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_gradients_that_are_never_finite_stop_the_run_and_spoil_nothing(run_train, tmp_path, monkeypatch, precision):
-    real, calls = models.cross_entropy_sum, []
+    real, calls = models.CausalLMLoss.forward, []
 
-    def poisoned(logits, labels):
+    def poisoned(*batch):
         calls.append(torch.is_grad_enabled())
-        loss = real(logits, labels)
+        loss = real(*batch)
         return loss * torch.nan if sum(calls) > 5 else loss
 
-    monkeypatch.setattr(models, "cross_entropy_sum", poisoned)
+    monkeypatch.setattr(models.CausalLMLoss, "forward", poisoned)
     with pytest.raises(RunFailed, match="3 steps in a row, up to step 8.*loss nan"):
         run_train(precision=precision, max_nonfinite_steps=3, eval_steps=100, save_steps=1)
     logged = read_metrics(tmp_path / "runs" / "run" / "metrics.jsonl")
