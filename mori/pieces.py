@@ -33,6 +33,7 @@ from .foreign import guarded
 
 PIECE = 1 << 16  # characters: small beside the memory, large beside the overlap
 OVERLAP = 1 << 10
+KNOWN = 4 << 20  # characters of words whose ids are remembered
 BATCH = 32  # pieces; their encodings take some 50 times the memory of their texts
 _SEPARATORS = " \n、。，"
 # The pattern of Radford et al., 2019, which the byte-level pre-tokenizer has built in.
@@ -51,6 +52,7 @@ _ITEM = re.compile(
     re.DOTALL,
 )
 _QUANTIFIER = re.compile(r"(?:[*+?]|\{\d*,?\d*\})[+?]*")
+_LOOKS = ("(?=", "(?!")
 _ONCE_AT_MOST = ("", "?", "??", "?+", "{1}", "{0,1}")
 
 
@@ -60,10 +62,13 @@ class CannotCut(Exception):
 
 @dataclass
 class _Piece:
-    """A piece of a text, from its character number `start` on; `places` are those that it shares with the next piece."""
+    """A piece of a text, from its character number `start` on. The next one begins at `end`, and `places` are those that
+    both hold.
+    """
 
     text: str
     start: int
+    end: int
     places: list[int]
     encoding: Encoding | None = None
     ids: numpy.ndarray | None = None
@@ -116,13 +121,17 @@ class PieceEncoder:
             return
         _encode_all(backend)
         pieces = self._cutter.pieces(chunks)
+        batches = iter(lambda: list(itertools.islice(pieces, BATCH)), [])
+        yield from (self._by_words if self._cutter.word else self._by_pieces)(batches)
+
+    def _encode_batch(self, texts: list[str]) -> list[Encoding]:
+        backend = self._tokenizer.backend_tokenizer
+        return guarded("cannot tokenize the corpus", lambda: backend.encode_batch(texts, add_special_tokens=False))
+
+    def _by_pieces(self, batches: Iterator[list[_Piece]]) -> Iterator[tuple[numpy.ndarray, int]]:
         left, first, start = None, 0, 0
-        while batch := list(itertools.islice(pieces, BATCH)):
-            texts = [piece.text for piece in batch]
-            encodings = guarded(
-                "cannot tokenize the corpus", lambda texts=texts: backend.encode_batch(texts, add_special_tokens=False)
-            )
-            for piece, encoding in zip(batch, encodings, strict=True):
+        for batch in batches:
+            for piece, encoding in zip(batch, self._encode_batch([piece.text for piece in batch]), strict=True):
                 piece.encoding, piece.ids = encoding, numpy.array(encoding.ids, dtype="uint32")
                 if left:
                     end, next_first, next_start = self._cutter.join(left, piece)
@@ -133,6 +142,66 @@ class PieceEncoder:
                 left = piece
         yield left.ids[first:], start
 
+    def _by_words(self, batches: Iterator[list[_Piece]]) -> Iterator[tuple[numpy.ndarray, int]]:
+        """Every place is a border of pre-tokens, so a word has the same ids wherever it stands: each is tokenized once."""
+        known: dict[str, bytes] = {"": b""}
+        n_characters = 0
+        for n, batch in enumerate(batches):
+            texts = [piece.text[: piece.end - piece.start] for piece in batch]
+            words = [self._cutter.word.findall(text) for text in texts]
+            opening = closing = b""
+            if len(texts) == 1 and len(words[0]) <= 2 and batch[0].start == 0 and not batch[0].places:
+                yield numpy.array(encode(self._tokenizer, texts[0]), dtype="uint32"), 0
+                return
+            if batch[0].start == 0:  # there is nothing before the first word, nor behind the last
+                opening = self._ids([[words[0].pop(0)]], before="")[0]
+            if not batch[-1].places:
+                last = words[-1].pop() or words[-1].pop()
+                closing = self._ids([[last]], behind="")[0]
+            if n_characters > KNOWN:
+                known, n_characters = {"": b""}, 0
+            new = sorted(set().union(*words).difference(known))
+            n_characters += sum(map(len, new))
+            known.update(zip(new, self._ids(list(_grouped(new, PIECE // 4))), strict=True))
+            if n % 8 == 0 and self._ids([["".join(words[0])]]) != [b"".join(map(known.__getitem__, words[0]))]:
+                raise CannotCut
+            for piece, its_words in zip(batch, words, strict=True):
+                parts = [opening if piece is batch[0] else b"", *map(known.__getitem__, its_words)]
+                parts.append(closing if piece is batch[-1] else b"")
+                yield numpy.frombuffer(b"".join(parts), dtype="uint32"), piece.start
+
+    def _ids(self, groups: list[list[str]], before: str = "a", behind: str = " a") -> list[bytes]:
+        """The ids, as bytes of uint32, of each word in groups of words that begin and end at places; a group is one text."""
+        found = []
+        texts = [before + "".join(group) + behind for group in groups]
+        for group, encoding in zip(groups, self._encode_batch(texts), strict=True):
+            ids, words = numpy.array(encoding.ids, dtype="uint32"), encoding.word_ids
+            offsets = numpy.array(encoding.offsets).reshape(-1, 2)
+            ends = len(before) + numpy.cumsum([0, *map(len, group)])
+            borders = numpy.searchsorted(offsets[:, 1], ends, side="right").tolist()
+            for place, border in zip(ends.tolist(), borders, strict=True):
+                if 0 < place < ends[-1] + len(behind) and not (
+                    0 < border < len(ids)
+                    and offsets[border - 1][1] == place <= offsets[border][0] <= place + 1
+                    and words[border - 1] != words[border]
+                ):
+                    raise CannotCut
+            found += [ids[begin:end].tobytes() for begin, end in itertools.pairwise(borders)]
+        return found
+
+
+def _grouped(words: list[str], size: int) -> Iterator[list[str]]:
+    """Groups of words with some `size` characters in each."""
+    group, held = [], 0
+    for word in words:
+        group.append(word)
+        held += len(word)
+        if held >= size:
+            yield group
+            group, held = [], 0
+    if group:
+        yield group
+
 
 class _Cutter:
     """Finds places in texts, and joins the pieces.
@@ -140,6 +209,7 @@ class _Cutter:
     Attributes:
         separators: those of `_SEPARATORS` which nothing of the tokenizer reaches across, and what its normalizer makes of
             each.
+        word: a regular expression for what stands between two places, where every place is a border of pre-tokens.
     """
 
     def __init__(self, backend):
@@ -153,15 +223,37 @@ class _Cutter:
                 normalized = whole[-2]
                 if not normalized.isalnum() and _is_local(described, separator, normalized, self._normalized):
                     self.separators[separator] = normalized
-        self._place = re.compile(rf"(?<=[^\W\d_])[{''.join(self.separators)}](?=[^\W\d_])") if self.separators else None
+        self.word = self._place = None
+        if self._separators_at_borders(described):
+            self.separators = {" ": self.separators[" "]}
+        if self.separators:
+            letter = self._letter_class()
+            self._place = re.compile(rf"(?<=[{letter}])[{''.join(self.separators)}](?=[{letter}])")
+            if self._separators_at_borders(described):
+                self.word = re.compile(rf" ?[^ ]*(?: [^ ]*)*?(?:(?<=[{letter}])(?= [{letter}])|\Z)")
+
+    def _separators_at_borders(self, described: dict) -> bool:
+        """Whether a space in a place always begins a pre-token, whatever stands around."""
+        steps = _steps(described["pre_tokenizer"], "pretokenizers")
+        return " " in self.separators and any(_is_border(step, self.separators[" "]) for step in steps)
+
+    def _letter_class(self) -> str:
+        """The letters that make a place, as the inside of a class of a regular expression."""
+        separator = next(iter(self.separators))
+        fit = [c for c in _letters() if self._is_place(c, separator, "a") and self._is_place("a", separator, c)]
+        runs = []
+        for character in fit:
+            if runs and ord(character) == ord(runs[-1][1]) + 1:
+                runs[-1][1] = character
+            else:
+                runs.append([character, character])
+        return "".join(f"{first}-{last}" for first, last in runs)
 
     def _normalized(self, text: str) -> str:
         return self._normalizer.normalize_str(text) if self._normalizer else text
 
     def _is_place(self, before: str, separator: str, behind: str) -> bool:
-        """Whether the two letters around a separator are plain ones that stay letters, each for itself."""
-        if not _is_letter(before) or not _is_letter(behind):
-            return False
+        """Whether the two letters around a separator stay letters, each for itself."""
         first, whole = self._normalized(before), self._normalized(before + separator + behind)
         rest = whole[len(first) :]
         return (
@@ -172,8 +264,7 @@ class _Cutter:
         )
 
     def _places(self, text: str, begin: int, end: int) -> list[int]:
-        found = (match.start() for match in self._place.finditer(text, begin, end - 1))
-        return [at for at in found if self._is_place(*text[at - 1 : at + 2])]
+        return [match.start() for match in self._place.finditer(text, begin, end)]
 
     def pieces(self, chunks: Iterator[str]) -> Iterator[_Piece]:
         """Cut a text into pieces of about PIECE characters. Each goes on to the last of the places that it shares with the
@@ -192,14 +283,15 @@ class _Cutter:
                 text, start, at = "".join(parts), start + at, 0
                 end = PIECE + overlap
             if len(text) < end:
-                yield _Piece(text[at:], start + at, [])
+                yield _Piece(text[at:], start + at, start + len(text), [])
                 return
             places = self._places(text, at + PIECE, end)
             if len(places) < 3:
                 overlap *= 2
                 continue
-            yield _Piece(text[at : places[-1]], start + at, [start + place for place in places[1:-1]])
-            at, overlap = places[0], OVERLAP
+            places = [start + place for place in places]
+            yield _Piece(text[at : places[-1] - start], start + at, places[0], places[1:-1])
+            at, overlap = places[0] - start, OVERLAP
 
     def join(self, left: _Piece, right: _Piece) -> tuple[int, int, int]:
         """Where the two pieces meet: the number of tokens of `left` up to there, that of the first of `right`, and the place.
@@ -266,20 +358,45 @@ def _is_local_normalizer(step: dict, separators: str) -> bool:
     return step["type"] in _LOCAL_NORMALIZERS
 
 
-def _are_local_pre_tokenizers(steps: list[dict], separator: str) -> bool:
+def _are_local_pre_tokenizers(steps: list[dict], separators: str) -> bool:
     for step in steps:
+        if step["type"] == "ByteLevel" and step.get("use_regex", True):
+            # Its own pattern leaves no character out, so every place is a border, and what comes later acts on each side alone.
+            return not any(_reaches_across({"Regex": _BYTE_LEVEL}, _letters(), separator) for separator in separators)
         if step["type"] == "ByteLevel":
-            # Its own pattern leaves no character out, so there is a border at a place, and what comes later acts on each side
-            # alone; without the pattern all characters become others, which what comes later would see.
-            if step.get("use_regex", True):
-                return not _reaches_across({"Regex": _BYTE_LEVEL}, _letters(), separator)
-            return step is steps[-1]
+            return step is steps[-1]  # all characters become others, which what comes later would see
         if step["type"] == "Split":
-            if _reaches_across(step["pattern"], _letters(), separator):
+            if any(_reaches_across(step["pattern"], _letters(), separator) for separator in separators):
                 return False
         elif step["type"] not in _LOCAL_PRE_TOKENIZERS:
             return False
+        elif step["type"] == "Metaspace":
+            separators += step["replacement"]
     return True
+
+
+def _is_border(step: dict, separator: str) -> bool:
+    """Whether a step of the pre-tokenizer that is local has a border at every place."""
+    if step["type"] == "Split":
+        keeps_apart = step["behavior"] == ("Removed" if step["invert"] else "Isolated")
+        return keeps_apart and "Regex" in step["pattern"] and _begins_with(step["pattern"]["Regex"], separator)
+    if step["type"] == "Metaspace":
+        return step.get("split", True) and separator in (" ", step["replacement"])
+    if step["type"] == "ByteLevel":
+        return step.get("use_regex", True)
+    return step["type"] in ("Whitespace", "WhitespaceSplit", "BertPreTokenizer") and separator.isspace()
+
+
+def _begins_with(pattern: str, separator: str) -> bool:
+    """Whether a match of the pattern can always begin with the separator: an alternative asks for nothing else."""
+    for items in _parsed(pattern) or ():
+        needed = [(item, quantifier) for item, quantifier in items if not quantifier.startswith(("?", "*", "{0,"))]
+        if len(needed) == 1:
+            item, quantifier = needed[0]
+            once = quantifier == "" or quantifier.startswith(("+", "{1}", "{1,"))
+            if once and item not in _LOOKS and _can_match_exactly(item, separator):
+                return True
+    return False
 
 
 def _reaches_across(pattern: dict, left: str, separator: str) -> bool:
@@ -291,7 +408,10 @@ def _reaches_across(pattern: dict, left: str, separator: str) -> bool:
         return True
     for items in alternatives:
         seen = False
-        for item, repeated in items:
+        for item, quantifier in items:
+            if item in _LOOKS:
+                continue
+            repeated = quantifier not in _ONCE_AT_MOST
             holds_left, holds_separator = _can_match(item, left), _can_match(item, separator)
             if holds_separator and (seen or (repeated and holds_left)):
                 return True
@@ -299,9 +419,10 @@ def _reaches_across(pattern: dict, left: str, separator: str) -> bool:
     return False
 
 
-def _parsed(pattern: str) -> list[list[tuple[str, bool]]] | None:
-    """The alternatives of a regular expression, each the items of one character that may follow on one another, in order, and
-    whether they may be repeated; None for what is not understood. Alternatives inside groups stand one after the other.
+def _parsed(pattern: str) -> list[list[tuple[str, str]]] | None:
+    """The alternatives of a regular expression: the items that may follow on one another, in order, with their quantifiers.
+
+    None for what is not understood. Alternatives inside groups stand one after the other.
     """
     alternatives, at, depth = [[]], 0, 0
     while at < len(pattern):
@@ -309,7 +430,7 @@ def _parsed(pattern: str) -> list[list[tuple[str, bool]]] | None:
         if not match:
             return None
         item, at = match.group(), match.end()
-        if item in ("(?=", "(?!"):  # a look at one character; it holds none
+        if item in _LOOKS:  # at one character; it holds none
             match = _ITEM.match(pattern, at)
             if not match or match.group() in ("|", ")") or match.group().startswith("("):
                 return None
@@ -318,6 +439,7 @@ def _parsed(pattern: str) -> list[list[tuple[str, bool]]] | None:
             at = match.end() + 1
             if _QUANTIFIER.match(pattern, at):
                 return None
+            alternatives[-1].append((item, ""))
             continue
         if item == "|":
             if depth == 0:
@@ -329,13 +451,12 @@ def _parsed(pattern: str) -> list[list[tuple[str, bool]]] | None:
         quantifier = _QUANTIFIER.match(pattern, at)
         quantifier = quantifier.group() if quantifier else ""
         at += len(quantifier)
-        repeated = quantifier not in _ONCE_AT_MOST
         if item == ")":
             depth -= 1
-            if depth < 0 or repeated:
+            if depth < 0 or quantifier not in _ONCE_AT_MOST:
                 return None
             continue
-        alternatives[-1].append((item, repeated))
+        alternatives[-1].append((item, quantifier))
     return alternatives if depth == 0 else None
 
 
@@ -349,9 +470,14 @@ def _can_match(item: str, characters: str) -> bool:
     )
 
 
+@functools.cache
+def _can_match_exactly(item: str, character: str) -> bool:
+    return Split(Regex(item), "removed").pre_tokenize_str(character) == []
+
+
 def _is_letter(character: str) -> bool:
-    """Whether it is a letter since Unicode 3.2, which the tables of every library know."""
-    return bool(character) and character <= "\uffff" and unicodedata.ucd_3_2_0.category(character)[0] == "L"
+    """Whether it is a letter, and was one in Unicode 3.2, so that the tables of every library say so."""
+    return character.isalpha() and character <= "\uffff" and unicodedata.ucd_3_2_0.category(character)[0] == "L"
 
 
 @functools.cache
