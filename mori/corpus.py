@@ -22,7 +22,7 @@ _MAGIC, _VERSION = b"moritok\0", 3
 _HEADER_BYTES = 64 << 20  # the places of four million documents
 _DATA_ALIGNMENT = 64
 _BLOCK_BYTES = 1 << 20  # what is read at once
-_MARK_CHARACTERS = 1 << 20  # how far apart the marks of a token file are
+_MARK_CHARACTERS = 1 << 18  # how far apart the marks of a token file are at least; there are a million at most
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
 
@@ -293,8 +293,8 @@ def _blocks(path: Path, start: int) -> Iterator[bytes]:
 def _write(path: Path, documents: list[Document], tokenizer, hashes: dict[str, str]) -> None:
     """Tokenize the documents into a token file: the ids as they come, then the header into the room before them."""
     dtype = _dtype(tokenizer)
-    marks_at_most = sum(document.text_bytes // _MARK_CHARACTERS for document in documents)
-    header_length = 1024 + 16 * len(documents) + 40 * marks_at_most
+    spacing = _spacing(documents)
+    header_length = 1024 + 16 * len(documents) + 40 * sum(document.text_bytes // spacing for document in documents)
     start = _data_start(header_length)
     staged = path.with_suffix(f".{os.getpid()}.tmp")
     try:
@@ -317,7 +317,7 @@ def _write_ids(file, documents: list[Document], tokenizer, dtype: numpy.dtype, h
     """Write the ids of all documents; returns the header."""
     end, encoder, digest = separator(tokenizer), PieceEncoder(tokenizer), hashlib.sha256()
     first_tokens, marks, count, max_id = [], [], 0, 0
-    begin, limit = file.tell(), numpy.iinfo(dtype).max
+    begin, limit, spacing = file.tell(), numpy.iinfo(dtype).max, _spacing(documents)
 
     def write(ids: numpy.ndarray) -> None:
         nonlocal count, max_id
@@ -333,7 +333,7 @@ def _write_ids(file, documents: list[Document], tokenizer, dtype: numpy.dtype, h
             before, marked = digest.copy(), 0
             try:
                 for ids, place in encoder.encode(_counted(_hashed(document, digest), bar)):
-                    if place >= marked + _MARK_CHARACTERS:
+                    if place >= marked + spacing:
                         marks.append((count, place))
                         marked = place
                     write(ids)
@@ -351,6 +351,10 @@ def _write_ids(file, documents: list[Document], tokenizer, dtype: numpy.dtype, h
         raise UserError("the corpus has changed while it was read; run it again")
     layout = {"version": _VERSION, "dtype": dtype.name, "count": count, "max_id": max_id}
     return {**layout, **hashes, "first_tokens": first_tokens, "marks": marks}
+
+
+def _spacing(documents: list[Document]) -> int:
+    return max(_MARK_CHARACTERS, sum(document.text_bytes for document in documents) >> 20)
 
 
 def _dtype(tokenizer) -> numpy.dtype:

@@ -31,10 +31,10 @@ from tokenizers.pre_tokenizers import Split
 
 from .foreign import guarded
 
-PIECE = 1 << 16  # characters: small beside the memory, large beside the overlap
+PIECE = 1 << 15  # characters: small beside the memory, large beside the overlap
 OVERLAP = 1 << 10
 KNOWN = 4 << 20  # characters of words whose ids are remembered
-BATCH = 32  # pieces; their encodings take some 50 times the memory of their texts
+BATCH = 16  # pieces; their encodings take some 50 times the memory of their texts
 _SEPARATORS = " \n、。，"
 # The pattern of Radford et al., 2019, which the byte-level pre-tokenizer has built in.
 _BYTE_LEVEL = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
