@@ -1,20 +1,23 @@
-"""One long text -> its token ids, piece by piece on all cores: the very ids of one call on the whole text.
+"""One long text -> its token ids, a part at a time, on all cores: the very ids of one call on the whole text.
 
-A text may be cut only where the ids cannot change. A *place* is a space, a line end or an ideographic comma or full stop
-between two letters. Three things make a cut there sure, and all three are looked at:
+A text may be cut only where the ids cannot change. A *place* is a space, a line end, or an ideographic comma or full stop,
+between two letters, which nothing of the tokenizer reaches across (`_is_local`): no added token, no pattern of its normalizer
+or pre-tokenizer can hold the letter and the separator behind it, nor look further behind. So the pre-tokens on either side of a
+place are a function of the text on that side. What is not known to be so is taken to reach across, and the text stays whole.
 
-1. Nothing of the tokenizer reaches across a place (`_is_local`): no added token, no pattern of its normalizer or of its
-   pre-tokenizer can hold a letter and the separator after it. So the pre-tokens on either side of a place, and their
-   borders, are a function of the text on that side, a few characters excepted that both sides see here.
-2. Each piece goes on into the next one, as far as several places. Where the two have the same two tokens, at the same
-   characters, to the left and the right of a place, the whole text has them too
-   a) if these are two pre-tokens: models work on each pre-token alone;
-   b) if the model is a plain BPE: a sequence of tokens is the encoding of its text exactly if each two neighbours are the
-      encoding of theirs. (Merges go by rank, then from the left, so those inside a token do not depend on what stands
-      beside it; the first merge across a border of the whole text would be made in the text of the two tokens as well.)
-3. All ids between the first such place and the last are equal in both pieces.
+By words: where every space in a place begins a pre-token besides (`_is_border`), what stands between two places has the same
+ids wherever it stands, for models work on each pre-token alone. Each such word is tokenized once. A part of the text in every
+few megabytes is tokenized as it stands besides, and must give the same.
 
-Where there is no such place, the text is not cut: at the worst, it is one piece.
+By pieces, otherwise: neighbours overlap as far as several places. Where both have the same two tokens, at the same characters,
+to the left and to the right of a place, the whole text has this border of tokens too
+
+- if there are two pre-tokens,
+- or if the model is a plain BPE: a sequence of tokens is the encoding of its text exactly if each two neighbours are the
+  encoding of theirs. (Merges go by rank, then from the left, so those inside a token do not depend on what stands beside
+  it; the first merge across a border in the whole text would be made in the text of the two tokens as well.)
+
+All ids between the first such border in the overlap and the last must be equal in both; if not, the text is not cut.
 """
 
 import functools
