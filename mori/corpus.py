@@ -1,31 +1,56 @@
 """Files -> documents -> a token file on disk, and the ledger that accounts for all of it."""
 
+import codecs
 import glob
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
+from tqdm import tqdm
 
 from .config import UserError
-from .foreign import guarded, leads_out, memory_bytes
+from .foreign import leads_out, memory_bytes
+from .pieces import CannotCut, PieceEncoder, encode
 
 SHIPPED = Path(__file__).parent / "transcripts"
-_MAGIC, _VERSION = b"moritok\0", 2
-_HEADER_BYTES = 64 << 20  # the places of five million documents
+_MAGIC, _VERSION = b"moritok\0", 3
+_HEADER_BYTES = 64 << 20  # the places of four million documents
 _DATA_ALIGNMENT = 64
+_BLOCK_BYTES = 1 << 20  # what is read at once
+_MARK_CHARACTERS = 1 << 18  # how far apart the marks of a token file are at least; there are a million at most
+_UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
 
 @dataclass
 class Document:
-    """One file's text, without its byte order mark and with line ends as `\\n`; `bytes` is the file's size."""
+    """One file's text, without its byte order mark and with line ends as `\\n`, read anew each time it is asked for.
+
+    `bytes` is the size of the file, `text_bytes` that of the text in UTF-8.
+    """
 
     path: str
-    text: str
     bytes: int
+    text_bytes: int
+
+    def chunks(self) -> Iterator[str]:
+        """The text, a part at a time. Raises UserError as `read_documents` does."""
+        return _chunks(Path(self.path))
+
+    @property
+    def text(self) -> str:
+        """The text as a whole. Raises UserError where it is more than this machine's memory takes."""
+        room = memory_bytes() // 4  # its tokens, or what is learned from it, stand beside it
+        if self.text_bytes > room:
+            raise UserError(
+                f"{self.path} has {self.bytes / 2**30:,.1f} GiB, and must be taken whole here (to learn a tokenizer from it, "
+                f"or for one that cannot be given it in parts), which {room / 2**30:,.1f} GiB may be; bring a part of it"
+            )
+        return "".join(self.chunks())
 
 
 @dataclass
@@ -98,36 +123,30 @@ def _hidden(relative: Path) -> bool:
 
 
 def read_documents(files: Iterable[Path]) -> list[Document]:
-    """Read UTF-8 text, with or without byte order mark. Blank files are left out.
+    """Look through UTF-8 text, with or without byte order mark. Blank files are left out.
 
     Raises UserError for a file that cannot be read, that is binary or not UTF-8 (with the byte's offset), for more text
-    than this machine's memory takes, and when all files are blank.
+    than this machine can train on, and when all files are blank.
     """
     documents, blank = [], []
-    room = memory_bytes() // 4  # the text, and its tokens beside it
+    total, room = 0, 16 * memory_bytes()  # the order of the windows is kept in memory: some 8 bytes for 500 of text
     for path in files:
         try:
-            room -= path.stat().st_size
-            if room < 0:
-                raise UserError(
-                    f"{path} has {path.stat().st_size / 2**30:,.1f} GiB, and the corpus is read whole: "
-                    f"all of it may be {memory_bytes() / 4 / 2**30:,.1f} GiB here; bring a part of it"
-                )
-            raw = path.read_bytes()
+            size = path.stat().st_size
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}") from None
-        if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            raise UserError(f"{path} is UTF-16 text; save it as UTF-8")
-        if b"\0" in raw:
-            raise UserError(f"{path} looks binary: a NUL byte at offset {raw.index(0)}; the corpus must be UTF-8 text")
-        try:
-            text = raw.decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n")
-        except UnicodeDecodeError as error:
+        total += size
+        if total > room:
             raise UserError(
-                f"{path} is not UTF-8: byte 0x{raw[error.start]:02x} at offset {error.start}; save it as UTF-8"
-            ) from None
-        if text.strip():
-            documents.append(Document(str(path), text, len(raw)))
+                f"{path} has {size / 2**30:,.1f} GiB, and the whole corpus may have {room / 2**30:,.1f} GiB here; "
+                "bring a part of it"
+            )
+        text_bytes, has_text = 0, False
+        for chunk in _chunks(path):
+            text_bytes += len(chunk.encode())
+            has_text = has_text or bool(chunk.strip())
+        if has_text:
+            documents.append(Document(str(path), size, text_bytes))
         else:
             blank.append(str(path))
     if not documents:
@@ -135,13 +154,51 @@ def read_documents(files: Iterable[Path]) -> list[Document]:
     return documents
 
 
+def _chunks(path: Path) -> Iterator[str]:
+    """The text of a file, decoded and with line ends as `\n`, some megabyte at a time."""
+    raw, offset, held = b"", 0, ""  # bytes not decoded yet and where they begin; a carriage return not given away yet
+    try:
+        with path.open("rb") as file:
+            while True:
+                block = file.read(_BLOCK_BYTES)
+                raw += block
+                if offset == 0 and raw[:2] in _UTF_16:
+                    raise UserError(f"{path} is UTF-16 text; save it as UTF-8")
+                if b"\0" in raw:
+                    at = offset + raw.index(0)
+                    raise UserError(f"{path} looks binary: a NUL byte at offset {at}; the corpus must be UTF-8 text")
+                try:
+                    text, decoded = codecs.utf_8_decode(raw, "strict", not block)
+                except UnicodeDecodeError as error:
+                    raise UserError(
+                        f"{path} is not UTF-8: byte 0x{raw[error.start]:02x} at offset {offset + error.start}; save it as UTF-8"
+                    ) from None
+                text = held + (text.removeprefix("\ufeff") if offset == 0 else text)
+                raw, offset = raw[decoded:], offset + decoded
+                held = "\r" if block and text.endswith("\r") else ""
+                if text := text[: len(text) - len(held)].replace("\r\n", "\n"):
+                    yield text
+                if not block:
+                    return
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
 def corpus_hash(documents: list[Document]) -> str:
     """SHA-256 over the documents' texts and their borders."""
     digest = hashlib.sha256()
     for document in documents:
-        text = document.text.encode()
-        digest.update(len(text).to_bytes(8, "little") + text)
+        for _ in _hashed(document, digest):
+            pass
     return digest.hexdigest()
+
+
+def _hashed(document: Document, digest) -> Iterator[str]:
+    """The document's chunks, on their way put into the hash of the corpus."""
+    digest.update(document.text_bytes.to_bytes(8, "little"))
+    for chunk in document.chunks():
+        digest.update(chunk.encode())
+        yield chunk
 
 
 def tokenizer_hash(tokenizer) -> str:
@@ -156,29 +213,14 @@ def separator(tokenizer) -> int | None:
     return tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
 
 
-def encode(tokenizer, text: str) -> list[int]:
-    """All the ids of `text`: nothing is truncated and no special token is added.
-
-    Raises UserError where the tokenizer fails over the text: one without an unknown token may.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return guarded(
-            "cannot tokenize the corpus",
-            lambda: tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"],
-        )
-    backend.no_truncation()
-    backend.no_padding()
-    return guarded("cannot tokenize the corpus", lambda: backend.encode(text, add_special_tokens=False).ids)
-
-
 class TokenFile:
     """The token ids of a corpus, memory-mapped: a magic word, a JSON header, then the ids.
 
     Attributes:
-        ids: `(N,)`, uint16 or uint32 by the largest id, read-only.
-        header: `version`, `dtype`, `count`, `max_id`, `first_tokens` (of each document), and the SHA-256 of the corpus, of
-            the tokenizer, and of the rest of the header with the ids.
+        ids: `(N,)`, uint16 or uint32 by the vocabulary's largest id, read-only.
+        header: `version`, `dtype`, `count`, `max_id`, `first_tokens` (of each document), `marks` (a token's number and that
+            of the character in its document at which it begins, some in each long document), and the SHA-256 of the corpus,
+            of the tokenizer, and of the rest of the header with the ids.
     """
 
     def __init__(self, path: Path):
@@ -204,9 +246,9 @@ class TokenFile:
             raise ValueError(f"{path} is damaged")
         if size != start + count * numpy.dtype(dtype).itemsize:
             raise ValueError(f"{path} is cut short")
-        self.ids = numpy.memmap(path, dtype=dtype, mode="r", offset=start, shape=(count,))
-        if header.pop("sha256", None) != _sha256(header, [self.ids]):
+        if header.pop("sha256", None) != _sha256(header, _blocks(path, start)):
             raise ValueError(f"{path} is damaged")
+        self.ids = numpy.memmap(path, dtype=dtype, mode="r", offset=start, shape=(count,))
         self.header = header
 
     def __len__(self) -> int:
@@ -226,27 +268,7 @@ class TokenFile:
                 return made
         except (OSError, ValueError):
             pass
-        end = separator(tokenizer)
-        parts, first_tokens, count = [], [], 0
-        for document in documents:
-            ids = encode(tokenizer, document.text) + ([end] if end is not None else [])
-            first_tokens.append(count)
-            parts.append(numpy.asarray(ids, dtype="uint32"))
-            count += len(ids)
-        if not count:
-            raise UserError("the tokenizer makes no token of this corpus; tokenizer and text do not belong together")
-        max_id = max(int(part.max()) for part in parts if len(part))
-        dtype = numpy.dtype("uint16" if max_id < 1 << 16 else "uint32")
-        parts = [part.astype(dtype) for part in parts]
-        header = {
-            "version": _VERSION,
-            "dtype": dtype.name,
-            "count": count,
-            "max_id": max_id,
-            **hashes,
-            "first_tokens": first_tokens,
-        }
-        _write(path, {**header, "sha256": _sha256(header, parts)}, parts)
+        _write(path, documents, tokenizer, hashes)
         return cls(path)
 
 
@@ -254,40 +276,140 @@ def _data_start(header_length: int) -> int:
     return -(-(16 + header_length) // _DATA_ALIGNMENT) * _DATA_ALIGNMENT
 
 
-def _sha256(header: dict, parts: list[numpy.ndarray]) -> str:
+def _sha256(header: dict, parts: Iterable) -> str:
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for part in parts:
-        digest.update(part.data)
+        digest.update(part)
     return digest.hexdigest()
 
 
-def _write(path: Path, header: dict, parts: list[numpy.ndarray]) -> None:
-    text = json.dumps(header).encode()
+def _blocks(path: Path, start: int) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        file.seek(start)
+        while block := file.read(_BLOCK_BYTES):
+            yield block
+
+
+def _write(path: Path, documents: list[Document], tokenizer, hashes: dict[str, str]) -> None:
+    """Tokenize the documents into a token file: the ids as they come, then the header into the room before them."""
+    dtype = _dtype(tokenizer)
+    spacing = _spacing(documents)
+    header_length = 1024 + 16 * len(documents) + 40 * sum(document.text_bytes // spacing for document in documents)
+    start = _data_start(header_length)
     staged = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with staged.open("wb") as file:
-            file.write(_MAGIC + len(text).to_bytes(8, "little") + text)
-            file.write(bytes(_data_start(len(text)) - 16 - len(text)))
-            for part in parts:
-                file.write(part.data)  # numpy's tofile() does not notice a full disk
+            file.seek(start)
+            header = _write_ids(file, documents, tokenizer, dtype, hashes)
+            file.flush()
+            header["sha256"] = _sha256(header, _blocks(staged, start))
+            file.seek(0)
+            file.write(_MAGIC + header_length.to_bytes(8, "little") + json.dumps(header).encode().ljust(header_length))
         staged.replace(path)
     except OSError as error:
-        staged.unlink(missing_ok=True)
         raise UserError(f"cannot write the token file {path}: {error.strerror}") from None
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def _write_ids(file, documents: list[Document], tokenizer, dtype: numpy.dtype, hashes: dict[str, str]) -> dict:
+    """Write the ids of all documents; returns the header."""
+    end, encoder, digest = separator(tokenizer), PieceEncoder(tokenizer), hashlib.sha256()
+    first_tokens, marks, count, max_id = [], [], 0, 0
+    begin, limit, spacing = file.tell(), numpy.iinfo(dtype).max, _spacing(documents)
+
+    def write(ids: numpy.ndarray) -> None:
+        nonlocal count, max_id
+        if len(ids):
+            count, max_id = count + len(ids), max(max_id, int(ids.max()))
+            if max_id > limit:
+                raise UserError(f"the tokenizer gives token id {max_id}, which is not in its own vocabulary")
+            file.write(ids.astype(dtype).data)  # numpy's tofile() does not notice a full disk
+
+    with _progress(documents) as bar:
+        for document in documents:
+            first_tokens.append(count)
+            before, marked = digest.copy(), 0
+            try:
+                for ids, place in encoder.encode(_counted(_hashed(document, digest), bar)):
+                    if place >= marked + spacing:
+                        marks.append((count, place))
+                        marked = place
+                    write(ids)
+            except CannotCut:
+                count, digest = first_tokens[-1], before
+                marks = [mark for mark in marks if mark[0] < count]
+                file.seek(begin + count * dtype.itemsize)
+                file.truncate()
+                write(numpy.array(encode(tokenizer, "".join(_hashed(document, digest))), dtype="uint32"))
+            if end is not None:
+                write(numpy.array([end], dtype="uint32"))
+    if not count:
+        raise UserError("the tokenizer makes no token of this corpus; tokenizer and text do not belong together")
+    if digest.hexdigest() != hashes["corpus_sha256"]:
+        raise UserError("the corpus has changed while it was read; run it again")
+    layout = {"version": _VERSION, "dtype": dtype.name, "count": count, "max_id": max_id}
+    return {**layout, **hashes, "first_tokens": first_tokens, "marks": marks}
+
+
+def _spacing(documents: list[Document]) -> int:
+    return max(_MARK_CHARACTERS, sum(document.text_bytes for document in documents) >> 20)
+
+
+def _dtype(tokenizer) -> numpy.dtype:
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    return numpy.dtype("uint16" if max(largest, separator(tokenizer) or 0) < 1 << 16 else "uint32")
+
+
+def _progress(documents: list[Document]) -> tqdm:
+    """A bar on standard error, where that is a terminal and it takes more than a moment."""
+    total = sum(document.text_bytes for document in documents)
+    shape = {"total": total, "unit": "B", "unit_scale": True, "dynamic_ncols": True, "delay": 1}
+    return tqdm(**shape, desc="tokenizing", disable=None, leave=False, file=sys.stderr)
+
+
+def _counted(chunks: Iterator[str], bar: tqdm) -> Iterator[str]:
+    for chunk in chunks:
+        yield chunk
+        bar.update(len(chunk.encode()))
 
 
 def text_bytes_from(token: int, tokens: TokenFile, documents: list[Document], tokenizer) -> int:
     """How many bytes of the original text stand from token number `token` to the end of the corpus.
 
-    The document that holds the token is tokenized once more, for the place of every token in its text.
+    The text around the token, from mark to mark, is tokenized once more, for the place of every token in it.
     """
     firsts = tokens.header["first_tokens"]
     index = int(numpy.searchsorted(firsts, token, side="right")) - 1
-    later = sum(len(document.text.encode()) for document in documents[index + 1 :])
-    text, inside = documents[index].text, token - firsts[index]
+    document, later = documents[index], sum(document.text_bytes for document in documents[index + 1 :])
+    end = firsts[index + 1] if index + 1 < len(firsts) else len(tokens)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        return later + len(tokenizer.decode(encode(tokenizer, text)[inside:]).encode())
-    offsets = backend.encode(text, add_special_tokens=False).offsets
-    return later + (len(text[offsets[inside][0] :].encode()) if inside < len(offsets) else 0)
+        ids = encode(tokenizer, document.text)
+        return later + len(tokenizer.decode(ids[token - firsts[index] :]).encode())
+    marks = [(firsts[index], 0), *(tuple(m) for m in tokens.header["marks"] if firsts[index] < m[0] < end), (end, None)]
+    number = max(n for n, (first, _) in enumerate(marks) if first <= token and n < len(marks) - 1)
+    # One mark more on either side: what stands at the very edges of the text might be tokenized differently there.
+    (first, begin), (_, start), (_, stop) = (
+        marks[number],
+        marks[max(number - 1, 0)],
+        marks[min(number + 2, len(marks) - 1)],
+    )
+    text, behind = _part(document, start, stop)
+    encoding = backend.encode(text, add_special_tokens=False)
+    at = begin - start
+    skipped = encoding.char_to_token(at) or encoding.char_to_token(at + 1) if at else 0
+    place = skipped + token - first
+    return later + behind + (len(text[encoding.token_to_chars(place)[0] :].encode()) if place < len(encoding) else 0)
+
+
+def _part(document: Document, start: int, stop: int | None) -> tuple[str, int]:
+    """The characters from number `start` to `stop` of a document, and how many bytes of it stand behind them."""
+    parts, behind, at = [], 0, 0
+    for chunk in document.chunks():
+        low, high = max(start - at, 0), len(chunk) if stop is None else max(stop - at, 0)
+        parts.append(chunk[low:high])
+        behind += len(chunk[high:].encode())
+        at += len(chunk)
+    return "".join(parts), behind

@@ -10,6 +10,7 @@ from conftest import ROOT
 FLOORS = {
     "config": 0, "loss": 0, "optim": 0, "sampling": 0, "replay": 0, "monitor": 0,
     "foreign": 0.5,  # a mezzanine: corpus and model both look at files before they read them
+    "pieces": 0.7,  # what corpus cuts its texts with
     "corpus": 1, "data": 1, "runtime": 1, "model": 1,
     "checkpoint": 2, "decode": 2, "evaluate": 2, "diagnose": 2, "fast": 2,
     "prepare": 3, "generate": 3,
@@ -25,7 +26,8 @@ OUTSIDE = {
     "sampling": {"torch", "numpy"},
     "replay": {"torch"},
     "monitor": {"torch", "tqdm"},
-    "corpus": {"numpy"},
+    "pieces": {"numpy", "tokenizers"},
+    "corpus": {"numpy", "tqdm"},
     "data": {"torch", "numpy"},
     "runtime": {"torch", "numpy"},
     "model": {"torch", "transformers", "tokenizers", "safetensors", "huggingface_hub"},
@@ -46,10 +48,10 @@ OUTSIDE = {
     "compare": {"torch", "safetensors", "transformers"},
 }
 STANDARD = {
-    "argparse", "collections", "contextlib", "dataclasses", "datetime", "difflib", "fcntl", "functools", "gc", "glob", "hashlib",
+    "argparse", "codecs", "collections", "contextlib", "dataclasses", "datetime", "difflib", "fcntl", "functools", "gc", "glob", "hashlib",
     "importlib", "inspect", "itertools", "json", "math", "operator", "os", "pathlib", "platform", "random", "re", "resource",
     "shlex", "shutil", "signal", "statistics", "subprocess", "sys", "tempfile",
-    "textwrap", "threading", "time", "typing", "weakref",
+    "textwrap", "threading", "time", "typing", "unicodedata", "weakref",
 }  # fmt: skip
 ROOMS = sorted(path.stem for path in (ROOT / "mori").glob("*.py") if path.stem != "__init__")
 

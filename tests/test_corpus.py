@@ -10,6 +10,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 
+from mori import corpus, pieces
 from mori.config import UserError
 from mori.corpus import SHIPPED, TokenFile, encode, find_files, read_documents, text_bytes_from
 from mori.model import train_tokenizer
@@ -87,7 +88,7 @@ def test_a_link_that_leads_out_of_the_folder_is_read_only_when_it_is_named(tmp_p
     assert len(find_files([str(tmp_path / "link to texts")])) == 1
 
 
-def test_pipes_devices_and_endless_files_are_never_read(tmp_path):
+def test_pipes_devices_and_endless_files_are_never_read(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe.txt")
     for name in (tmp_path / "pipe.txt", "/dev/zero"):
         with pytest.raises(UserError, match="neither a file nor a folder"):
@@ -96,7 +97,11 @@ def test_pipes_devices_and_endless_files_are_never_read(tmp_path):
         find_files([str(tmp_path)])
     write(tmp_path / "endless.txt", "halo")
     os.truncate(tmp_path / "endless.txt", 1 << 40)
-    with pytest.raises(UserError, match="1,024.0 GiB"):
+    monkeypatch.setattr(corpus, "memory_bytes", lambda: 32 << 30)
+    with pytest.raises(UserError, match="1,024.0 GiB, and the whole corpus may have 512.0 GiB here"):
+        read_documents(find_files([str(tmp_path)]))
+    monkeypatch.setattr(corpus, "memory_bytes", lambda: 1 << 40)
+    with pytest.raises(UserError, match="NUL byte at offset 4"):
         read_documents(find_files([str(tmp_path)]))
 
 
@@ -242,6 +247,89 @@ def test_bytes_behind_a_token(tmp_path, tokenizer):
     assert text_bytes_from(ends + 1, tokens, documents, tokenizer) == len(texts[1].encode())
     tail = tokenizer.decode(tokens.ids[3:ends].tolist())
     assert text_bytes_from(3, tokens, documents, tokenizer) == len(tail) + len(texts[1].encode())
+
+
+TEXT = "halo dunia, apa kabar? héllo 🌧 hujan\r\nturun 今日は\r lagi \r\n" * 30
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """Texts are read, cut and marked in parts of a few characters."""
+    monkeypatch.setattr(corpus, "_BLOCK_BYTES", 7)
+    monkeypatch.setattr(corpus, "_MARK_CHARACTERS", 100)
+    monkeypatch.setattr(pieces, "PIECE", 40)
+    monkeypatch.setattr(pieces, "OVERLAP", 12)
+    monkeypatch.setattr(pieces, "BATCH", 3)
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 5, 64])
+def test_a_text_read_in_parts_is_the_same(tmp_path, monkeypatch, block):
+    raw = b"\xef\xbb\xbf" + TEXT.encode() + b"\r"
+    monkeypatch.setattr(corpus, "_BLOCK_BYTES", block)
+    (document,) = read_documents([write(tmp_path / "a", raw)])
+    text = raw.decode("utf-8-sig").replace("\r\n", "\n")
+    assert document.text == text and (document.bytes, document.text_bytes) == (len(raw), len(text.encode()))
+    for at in (50, 100, 101, len(raw)):
+        spoiled = raw[:at] + "é".encode()[:1] + raw[at:]
+        with pytest.raises(UnicodeDecodeError) as decoding:
+            spoiled.decode()
+        with pytest.raises(UserError, match=f"offset {decoding.value.start};"):
+            read_documents([write(tmp_path / "b", spoiled)])
+    with pytest.raises(UserError, match="NUL byte at offset 50;"):
+        read_documents([write(tmp_path / "b", raw[:50] + b"\0" + raw[50:])])
+    blank, text = write(tmp_path / "blank", b" \r\n" * 40), write(tmp_path / "text", b" \r\n" * 40 + b"x")
+    assert [d.path for d in read_documents([blank, text])] == [str(text)]
+
+
+def test_the_hash_of_a_corpus_is_over_its_texts_and_their_borders(tmp_path, small_parts):
+    documents = read_documents([write(tmp_path / "a", TEXT), write(tmp_path / "b", "apa kabar?")])
+    texts = [document.text.encode() for document in documents]
+    whole = b"".join(len(text).to_bytes(8, "little") + text for text in texts)
+    assert corpus.corpus_hash(documents) == hashlib.sha256(whole).hexdigest()
+
+
+def test_a_long_text_in_parts_has_the_tokens_and_the_bytes_of_the_whole(tmp_path, tokenizer, small_parts):
+    documents = read_documents([write(tmp_path / str(n), TEXT) for n in range(2)])
+    tokens = TokenFile.make(documents, tokenizer, tmp_path / "cache")
+    text = documents[0].text
+    backend = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+    assert tokens.ids.tolist() == 2 * [*backend.ids, tokenizer.eos_token_id]
+    marks = tokens.header["marks"]
+    assert len(marks) > 10 and all(
+        backend.offsets[token % (len(backend.ids) + 1)][0] == place for token, place in marks
+    )
+    size = len(text.encode())
+    for n, (place, _) in list(enumerate([*backend.offsets, (len(text), None)]))[::-37]:
+        behind = len(text[place:].encode())
+        assert text_bytes_from(n, tokens, documents, tokenizer) == behind + size
+        assert text_bytes_from(n + len(backend.ids) + 1, tokens, documents, tokenizer) == behind
+    assert text_bytes_from(len(tokens), tokens, documents, tokenizer) == 0
+
+
+def test_a_text_that_turns_out_not_to_be_cut_is_tokenized_in_one_call(tmp_path, tokenizer, small_parts, monkeypatch):
+    documents = read_documents([write(tmp_path / str(n), TEXT) for n in range(2)])
+    right = TokenFile.make(documents, tokenizer, tmp_path / "a")
+    real = pieces.PieceEncoder.encode
+
+    def failing(self, chunks):
+        for n, found in enumerate(real(self, chunks)):
+            if n == 8:
+                raise pieces.CannotCut
+            yield found
+
+    monkeypatch.setattr(pieces.PieceEncoder, "encode", failing)
+    whole = TokenFile.make(documents, tokenizer, tmp_path / "b")
+    assert whole.ids.tolist() == right.ids.tolist() and whole.header["marks"] == []
+    assert text_bytes_from(9, whole, documents, tokenizer) == text_bytes_from(9, right, documents, tokenizer)
+
+
+def test_a_text_that_changes_while_it_is_read_is_named_and_nothing_is_left(tmp_path, tokenizer, monkeypatch):
+    documents = read_documents([write(tmp_path / "a", TEXT)])
+    real = corpus.corpus_hash
+    monkeypatch.setattr(corpus, "corpus_hash", lambda given: (real(given), write(tmp_path / "a", TEXT + "!"))[0])
+    with pytest.raises(UserError, match="has changed while it was read"):
+        TokenFile.make(documents, tokenizer, tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 @needs_corpus
