@@ -5,6 +5,7 @@ their step is recorded and replayed without its Python (see replay.py). All othe
 sliding windows, state spaces, mixtures of experts whose path depends on the values.
 """
 
+import contextlib
 import inspect
 from collections.abc import Iterator
 from weakref import WeakKeyDictionary
@@ -14,6 +15,7 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from .products import OnAllCores
 from .replay import Recording, Replay, Unrecordable
 from .sampling import Sampler
 
@@ -140,7 +142,8 @@ class _Reader:
             given["output_router_logits"] = False  # they are for a loss, which nobody asks for here
         if self.cache is not None:
             given[self.cache_name] = self.cache
-        out = self.model(**given)
+        with OnAllCores() if unread.size(1) == 1 else contextlib.nullcontext():
+            out = self.model(**given)
         self.cache = out.get(self.cache_name) if self.cache_name else None
         return out.logits[:, -1]
 

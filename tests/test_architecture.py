@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 FLOORS = {
-    "config": 0, "loss": 0, "optim": 0, "sampling": 0, "replay": 0, "monitor": 0,
+    "config": 0, "loss": 0, "optim": 0, "sampling": 0, "replay": 0, "products": 0, "monitor": 0,
     "foreign": 0.5,  # a mezzanine: corpus and model both look at files before they read them
     "pieces": 0.7,  # what corpus cuts its texts with
     "corpus": 1, "data": 1, "runtime": 1, "model": 1,
@@ -25,6 +25,7 @@ OUTSIDE = {
     "optim": {"torch"},
     "sampling": {"torch", "numpy"},
     "replay": {"torch"},
+    "products": {"torch"},
     "monitor": {"torch", "tqdm"},
     "pieces": {"numpy", "tokenizers"},
     "corpus": {"numpy", "tqdm"},

@@ -11,10 +11,12 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.generation.stopping_criteria import StopStringCriteria
 
+from mori import products
 from mori.config import UserError
 from mori.decode import _Reader, decode
 from mori.generate import TextStream, generate
 from mori.model import train_tokenizer
+from mori.products import OnAllCores
 from mori.sampling import Sampler
 
 PUBLISHED = """Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw a big, red ball. She wanted to play with it, but it was too high.
@@ -412,3 +414,44 @@ def test_a_kept_replay_is_the_model_s_own_step_or_is_given_up():
         for name, weight in list(module.named_parameters(recurse=False)):
             setattr(module, name, torch.nn.Parameter(weight + 0.3 * torch.randn_like(weight)))
     assert greedy(model, [prompt], 12) == expected(model, [prompt], 12) == greedy(model, [prompt], 12)
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize("outputs", [4096, 2310, 2309])  # the last is a prime
+def test_products_in_parts_are_the_products(rows, outputs, two_threads, monkeypatch):
+    torch.manual_seed(0)
+    x, bias, weight = torch.randn(rows, 1, 768), torch.randn(outputs), torch.randn(outputs, 768)
+    matrix, cut, bmm = weight.t().contiguous(), [], torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda *args: cut.append(1) or bmm(*args))
+    exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double()).float()
+    with torch.no_grad(), OnAllCores():
+        for found in (
+            torch.nn.functional.linear(x, weight, bias),
+            torch.nn.functional.linear(x, weight) + bias,
+            torch.addmm(bias, x[:, 0], matrix)[:, None],
+        ):
+            torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-3)
+        assert len(cut) == (1 if outputs == 2309 else 3)
+        torch.nn.functional.linear(torch.randn(9, 768), weight)
+        torch.nn.functional.linear(x, weight[:100])
+        assert len(cut) == (1 if outputs == 2309 else 3)  # many rows, or a small matrix, are left alone
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mixtral"])
+def test_greedy_ids_equal_generate_where_products_are_cut(family, two_threads, monkeypatch):
+    monkeypatch.setattr(products, "ELEMENTS", 1)
+    cut, in_parts = [], products.linear_in_parts
+    monkeypatch.setattr(products, "linear_in_parts", lambda *args: cut.append(1) or in_parts(*args))
+    model, prompts = model_of(family, 96).eval(), prompts_of(3, 9)
+    model.generation_config.eos_token_id = None
+    assert greedy(model, prompts, 20) == expected(model, prompts, 20)
+    assert greedy(model, prompts[1:], 20) == expected(model, prompts[1:], 20)
+    assert cut
