@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from .config import UserError
 from .foreign import leads_out, memory_bytes
-from .pieces import CannotCut, PieceEncoder, encode
+from .pieces import CannotCut, PieceEncoder, encode, whole
 
 SHIPPED = Path(__file__).parent / "transcripts"
 _MAGIC, _VERSION = b"moritok\0", 3
@@ -342,7 +342,7 @@ def _write_ids(file, documents: list[Document], tokenizer, dtype: numpy.dtype, h
                 marks = [mark for mark in marks if mark[0] < count]
                 file.seek(begin + count * dtype.itemsize)
                 file.truncate()
-                write(numpy.array(encode(tokenizer, "".join(_hashed(document, digest))), dtype="uint32"))
+                write(numpy.array(encode(tokenizer, whole(_hashed(document, digest))), dtype="uint32"))
             if end is not None:
                 write(numpy.array([end], dtype="uint32"))
     if not count:

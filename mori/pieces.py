@@ -32,7 +32,8 @@ import numpy
 from tokenizers import Encoding, Regex
 from tokenizers.pre_tokenizers import Split
 
-from .foreign import guarded
+from .config import UserError
+from .foreign import guarded, memory_bytes
 
 PIECE = 1 << 15  # characters: small beside the memory, large beside the overlap
 OVERLAP = 1 << 10
@@ -92,6 +93,23 @@ def encode(tokenizer, text: str) -> list[int]:
     return guarded("cannot tokenize the corpus", lambda: backend.encode(text, add_special_tokens=False).ids)
 
 
+def whole(chunks: Iterable[str]) -> str:
+    """The chunks of a text that has to be tokenized in one call.
+
+    Raises UserError for more than memory takes: the encodings are some 50 times as large as their text.
+    """
+    parts, room = [], memory_bytes() // 64
+    for chunk in chunks:
+        parts.append(chunk)
+        room -= len(chunk)
+        if room < 0:
+            raise UserError(
+                f"this model's tokenizer cannot be given a text in parts, and in one it may have {memory_bytes() // 64 >> 20:,} MiB "
+                "here: cut the corpus into several files"
+            )
+    return "".join(parts)
+
+
 def _encode_all(backend) -> None:
     backend.no_truncation()
     backend.no_padding()
@@ -120,7 +138,7 @@ class PieceEncoder:
         chunks = itertools.chain(beginning, chunks)
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         if backend is None or length < PIECE + OVERLAP or not self._cutter.separators:
-            yield numpy.array(encode(self._tokenizer, "".join(chunks)), dtype="uint32"), 0
+            yield numpy.array(encode(self._tokenizer, whole(chunks)), dtype="uint32"), 0
             return
         _encode_all(backend)
         pieces = self._cutter.pieces(chunks)

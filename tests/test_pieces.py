@@ -9,6 +9,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 from transformers import PreTrainedTokenizerFast
 
 from mori import pieces
+from mori.config import UserError
 from mori.corpus import SHIPPED
 from mori.model import train_tokenizer
 from mori.pieces import CannotCut, PieceEncoder
@@ -163,3 +164,11 @@ def test_a_sentencepiece_tokenizer_in_pieces(small_pieces):
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(STORIES / "tokenizer.json"))
     encoder, rng = PieceEncoder(tokenizer), random.Random(0)
     assert max(check(encoder, tokenizer, some_text(rng), rng) for _ in range(150)) > 5
+
+
+def test_a_text_that_cannot_be_cut_is_refused_where_memory_does_not_take_it(monkeypatch):
+    tokenizer, chunks = made("unigram"), ["kata dan kata " * 3000] * 10
+    assert len(list(PieceEncoder(tokenizer).encode(chunks))) == 1
+    monkeypatch.setattr(pieces, "memory_bytes", lambda: 64 * 400_000)
+    with pytest.raises(UserError, match="cut the corpus into several files"):
+        list(PieceEncoder(tokenizer).encode(chunks))
