@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mori import pieces
 from mori.config import UserError
-from mori.corpus import SHIPPED
+from mori.corpus import SHIPPED, TokenFile, read_documents
 from mori.model import train_tokenizer
 from mori.pieces import CannotCut, PieceEncoder
 
@@ -166,9 +166,12 @@ def test_a_sentencepiece_tokenizer_in_pieces(small_pieces):
     assert max(check(encoder, tokenizer, some_text(rng), rng) for _ in range(150)) > 5
 
 
-def test_a_text_that_cannot_be_cut_is_refused_where_memory_does_not_take_it(monkeypatch):
-    tokenizer, chunks = made("unigram"), ["kata dan kata " * 3000] * 10
-    assert len(list(PieceEncoder(tokenizer).encode(chunks))) == 1
+def test_a_text_that_cannot_be_cut_is_refused_where_memory_does_not_take_it(tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text("kata dan kata " * 30_000, encoding="utf-8")
+    documents, tokenizer = read_documents([tmp_path / "text.txt"]), made("unigram")
     monkeypatch.setattr(pieces, "memory_bytes", lambda: 64 * 400_000)
     with pytest.raises(UserError, match="cut the corpus into several files"):
-        list(PieceEncoder(tokenizer).encode(chunks))
+        TokenFile.make(documents, tokenizer, tmp_path)
+    assert not list(tmp_path.glob("tokens-*"))
+    monkeypatch.setattr(pieces, "memory_bytes", lambda: 64 * 430_000)
+    assert len(TokenFile.make(documents, tokenizer, tmp_path)) == len(pieces.encode(tokenizer, documents[0].text))
