@@ -54,7 +54,7 @@ class CausalLMLoss(nn.Module):
     def __init__(self, model: nn.Module, *, chunked_loss: bool = False, mask_free: bool = False):
         super().__init__()
         self.model, self.chunked_loss, self.mask_free = model, chunked_loss, mask_free
-        self.compiled_rows = 0
+        self._compiled, self._compiled_rows = [], 0
         self.router_coefficient = getattr(model, "router_aux_loss_coef", getattr(model, "aux_loss_coef", None))
 
     def forward(
@@ -67,16 +67,18 @@ class CausalLMLoss(nn.Module):
             n_targets: how many labels the whole step has. A mixture of experts that gives a router loss (its
                 `output_router_logits` is on) has it added then, by the share of the step's labels that are here.
         """
-        missing = self.compiled_rows - len(input_ids)
+        missing = self._compiled_rows - len(input_ids)
         if self.training and missing > 0:  # the last windows of an epoch: another shape would be compiled anew
             input_ids, labels = pad(input_ids, (0, 0, 0, missing)), pad(labels, (0, 0, 0, missing), value=IGNORE_INDEX)
+        trunk = self.model.base_model if self.chunked_loss else self.model
+        if self._compiled and self.training:
+            trunk = self._compiled[0]
         with _attention(self.model.config, MASK_FREE) if self.mask_free else contextlib.nullcontext():
-            if self.chunked_loss:
-                hidden = self.model.base_model(input_ids=input_ids, use_cache=False)[0]  # (B, T, D)
-                loss = chunked_cross_entropy_sum(hidden, self.model.get_output_embeddings(), labels)
-                return loss if n_targets is None else loss / n_targets
-            out = self.model(input_ids=input_ids, use_cache=False)
-        loss = cross_entropy_sum(out.logits, labels)  # logits (B, T, V)
+            out = trunk(input_ids=input_ids, use_cache=False)
+            if self.chunked_loss:  # out[0] is the head's input, (B, T, D)
+                loss = chunked_cross_entropy_sum(out[0], self.model.get_output_embeddings(), labels)
+            else:
+                loss = cross_entropy_sum(out.logits, labels)  # logits (B, T, V)
         if n_targets is None:
             return loss
         loss = loss / n_targets
@@ -87,14 +89,14 @@ class CausalLMLoss(nn.Module):
         return loss
 
     def compile_trunk(self, rows: int, backend="inductor") -> None:
-        """Compile all of the model but its head (`torch.compile`), for batches of `rows` windows.
+        """Compile all of the model but its head (`torch.compile`), for training on batches of `rows` windows.
 
         Where the compiler cannot, the model runs as it is, with the compiler's warning.
         """
         torch._dynamo.config.suppress_errors = True
-        self.compiled_rows = rows
         trunk = self.model.base_model if self.chunked_loss else self.model
-        trunk.compile(backend=backend, dynamic=False)
+        # In a list, so that it is no second child; the model itself stays as it is, for whoever generates with it.
+        self._compiled, self._compiled_rows = [torch.compile(trunk, backend=backend, dynamic=False)], rows
 
 
 @contextlib.contextmanager
