@@ -92,7 +92,7 @@ def peak_flops(where: Runtime) -> float | None:
         return None
     side, best = 1024, float("inf")
     one = torch.ones(side, side)
-    for _ in range(4):
+    for _ in range(10):
         began = time.perf_counter()
         one @ one
         best = min(best, time.perf_counter() - began)
