@@ -50,7 +50,9 @@ def test_every_flag_that_is_mentioned_exists():
         "full",
         "jobs",
     }
-    for flag in re.findall(r"`[^`]*?--(\w+)", README):
+    for flag in re.findall(r"`[^`]*?--(?!no-)(\w+)", README):
+        assert flag in known, flag
+    for flag in re.findall(r"`[^`]*?--no-(\w+)", README):
         assert flag in known, flag
 
 
