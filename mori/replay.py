@@ -9,6 +9,7 @@ from functools import partial
 from operator import itemgetter
 
 import torch
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 # What turns a tensor's values into Python's, or into a shape: the list of calls would depend on the values.
@@ -18,8 +19,27 @@ _READS_VALUES = frozenset(
 )
 # What gives back its very argument where there is nothing to do.
 _MAY_DO_NOTHING = frozenset("contiguous dropout expand float to type type_as".split())
+# What can write its result into the tensor of the recording, and what then need not be done again: the views of that tensor.
+_INTO = {name: getattr(torch, name) for name in "add addmm bmm div matmul mm mul rsqrt sub".split()}
+_INTO["gelu"] = functional.gelu
+_VIEWS = frozenset(
+    "__getitem__ chunk contiguous detach expand flatten narrow permute reshape select split squeeze t transpose "
+    "unflatten unsqueeze view".split()
+)
+
+
+def _embedding(ids: torch.Tensor, weight: torch.Tensor, **options) -> torch.Tensor:
+    if options.get("max_norm") is not None:  # it changes the weight
+        return functional.embedding(ids, weight, **options)
+    return torch.embedding(weight, ids)
+
+
 # The same arguments and results, without a wrapper in Python.
-_LEANER = {torch.nn.functional.layer_norm: torch.layer_norm, torch.Tensor.split: torch.unsafe_split}
+_LEANER = {
+    functional.layer_norm: torch.layer_norm,
+    functional.embedding: _embedding,
+    torch.Tensor.split: torch.unsafe_split,
+}
 
 
 class Unrecordable(RuntimeError):
@@ -55,7 +75,7 @@ class Recording(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
-        name = getattr(function, "__name__", "")
+        name = _name(function)
         if self._within or (name in _MAY_DO_NOTHING and result is args[0]):
             return result
         reads_values = name in _READS_VALUES or _shaped_by_values(name, args)
@@ -89,13 +109,30 @@ class Recording(TorchFunctionMode):
 
 
 class Replay:
-    """The calls of a recording, as a function of its inputs that returns the tensor which `result` was then."""
+    """The calls of a recording, as a function of its inputs that returns the tensor which `result` was then.
 
-    def __init__(self, recording: Recording, result: torch.Tensor):
+    Args:
+        recording, earlier: two that are the same, of different places in the text: what has one shape in both has it always.
+
+    A result of such a shape is written into the tensor it had in the recording, where its function can do that. What is
+    only a view of it needs no call any more. So the tensor that is returned is overwritten by the next replay.
+    """
+
+    def __init__(self, recording: Recording, earlier: Recording, result: torch.Tensor):
         self._values = list(recording.values)
         self._inputs = recording.inputs
         self._result = recording.slot_of[id(result)]
-        self._program = [self._instruction(*call, recording.results) for call in recording.calls]
+        self._anew = set(recording.results)  # slots that hold another tensor at every replay
+        self._program = []
+        for function, args, kwargs, result in recording.calls:
+            if self._is_fixed_view(function, args, kwargs, result):
+                self._anew.difference_update(_flat(result))
+                continue
+            into = _INTO.get(_name(function).removeprefix("__").removesuffix("__"))
+            if into and self._values[result].shape == earlier.values[result].shape:
+                function, kwargs = into, {**kwargs, "out": result}
+                self._anew.discard(result)
+            self._program.append(self._instruction(function, args, kwargs, result))
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         """Run the calls again; `inputs` in the order of the recording's."""
@@ -110,12 +147,20 @@ class Replay:
                 values[slot] = function(*arguments(values))
         return values[self._result]
 
-    def _instruction(self, function: Callable, args: tuple, kwargs: dict, result, results: set[int]) -> tuple:
+    def _is_fixed_view(self, function: Callable, args: tuple, kwargs: dict, result) -> bool:
+        """Whether the call gives views of a tensor that stays where it is."""
+        slots, base = _flat((args, kwargs)), self._values[args[0]] if args and isinstance(args[0], int) else None
+        if _name(function) not in _VIEWS or not isinstance(base, torch.Tensor) or not self._anew.isdisjoint(slots):
+            return False
+        memory = base.untyped_storage().data_ptr()
+        return all(self._values[slot].untyped_storage().data_ptr() == memory for slot in _flat(result))
+
+    def _instruction(self, function: Callable, args: tuple, kwargs: dict, result) -> tuple:
         """A call made ready: constants bound, and the arguments' slots turned into one function that fetches them."""
         several = isinstance(result, (tuple, list))
         function = _LEANER.get(function, function)
-        args = tuple(arg if isinstance(arg, int) else self._constant(arg, results) for arg in args)
-        if not results.isdisjoint(_flat(kwargs)) or not all(isinstance(arg, int) for arg in args):
+        args = tuple(arg if isinstance(arg, int) else self._constant(arg) for arg in args)
+        if not self._anew.isdisjoint(_flat(kwargs)) or not all(isinstance(arg, int) for arg in args):
             return partial(_call_nested, function, args, kwargs), lambda values: (values,), result, several
         if kwargs:
             function = partial(function, **_map(self._values.__getitem__, kwargs))
@@ -123,12 +168,16 @@ class Replay:
             return function, itemgetter(*args), result, several
         return function, (lambda values: (values[args[0]],)) if args else (lambda values: ()), result, several
 
-    def _constant(self, nested, results: set[int]):
+    def _constant(self, nested):
         """The slot of what `nested` holds, where no part of it is filled anew at a replay; else `nested` as it is."""
-        if not results.isdisjoint(_flat(nested)):
+        if not self._anew.isdisjoint(_flat(nested)):
             return nested
         self._values.append(_map(self._values.__getitem__, nested))
         return len(self._values) - 1
+
+
+def _name(function: Callable) -> str:
+    return getattr(function, "__name__", "")
 
 
 def _call_nested(function: Callable, args: tuple, kwargs: dict, values: list):

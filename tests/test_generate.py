@@ -17,6 +17,7 @@ from mori.decode import _Reader, decode
 from mori.generate import TextStream, generate
 from mori.model import train_tokenizer
 from mori.products import OnAllCores
+from mori.replay import Recording, Replay
 from mori.sampling import Sampler
 
 PUBLISHED = """Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw a big, red ball. She wanted to play with it, but it was too high.
@@ -108,11 +109,14 @@ def test_blocks_of_steps_give_the_same_ids():
 
 
 @pytest.mark.skipif(OLD, reason="this release of transformers computes positions in Python: nothing is replayed")
-def test_every_replayed_step_gives_the_logits_of_the_model_to_the_bit(monkeypatch):
-    model, [prompt] = model_of("llama", 97).eval(), prompts_of(5)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_every_replayed_step_gives_the_logits_of_the_model_to_the_bit(family, monkeypatch):
+    model, [prompt] = model_of(family, 97).eval(), prompts_of(5)
     seen = []
     inside = _Reader._replayed
-    monkeypatch.setattr(_Reader, "_replayed", lambda self, newest: seen.append(inside(self, newest)) or seen[-1])
+    monkeypatch.setattr(
+        _Reader, "_replayed", lambda self, newest: seen.append(inside(self, newest).clone()) or seen[-1]
+    )
     [new] = greedy(model, [prompt], 20)
     cache, logits = None, []
     with torch.no_grad():
@@ -120,6 +124,24 @@ def test_every_replayed_step_gives_the_logits_of_the_model_to_the_bit(monkeypatc
             out = model(input_ids=torch.tensor(unread), past_key_values=cache, use_cache=True)
             cache, logits = out.past_key_values, [*logits, out.logits[:, -1]]
     assert len(seen) > 15 and all(torch.equal(a, b) for a, b in zip(seen[1:], logits[3:-1], strict=True))
+
+
+def test_a_replay_follows_what_grows():
+    """Sums over a text that is longer at each replay, beside what keeps its shape."""
+
+    def function(text: torch.Tensor) -> torch.Tensor:
+        grown = (text + 1).view(-1)
+        return (text[:, :1] * 2).view(-1) + (grown * grown.view(1, -1)).sum()
+
+    texts = [torch.randn(1, length) for length in range(3, 8)]
+    recordings, results = [], []
+    for text in texts[:2]:
+        recordings.append(Recording([text]))
+        with recordings[-1]:
+            results.append(function(text))
+    assert recordings[1].same_as(recordings[0])
+    replay = Replay(recordings[1], recordings[0], results[1])
+    assert all(torch.equal(replay(text), function(text)) for text in texts)
 
 
 def test_a_step_that_depends_on_its_place_is_not_replayed(replays, monkeypatch):
@@ -410,10 +432,24 @@ def test_a_kept_replay_is_the_model_s_own_step_or_is_given_up():
     assert greedy(model, [prompt], 12) == expected(model, [prompt], 12) == greedy(model, [prompt], 12)
     one, other = (decode(model, [prompt], Sampler([0], temperature=0.0), 12) for _ in range(2))
     assert [a == b for a, b in zip(one, other, strict=True)] == [True] * 12
-    for module in model.modules():
-        for name, weight in list(module.named_parameters(recurse=False)):
-            setattr(module, name, torch.nn.Parameter(weight + 0.3 * torch.randn_like(weight)))
-    assert greedy(model, [prompt], 12) == expected(model, [prompt], 12) == greedy(model, [prompt], 12)
+
+    def to_other_parameters(weight, module, name):
+        setattr(module, name, torch.nn.Parameter(weight + 0.3 * torch.randn_like(weight)))
+
+    def to_other_memory(weight, module, name):
+        weight.data = weight + 0.3 * torch.randn_like(weight)
+
+    def in_place(weight, module, name):
+        weight.data.add_(0.3 * torch.randn_like(weight))
+
+    def to_another_type(weight, module, name):
+        weight.data = weight.double()
+
+    for change in (to_other_parameters, to_other_memory, in_place, to_another_type):
+        for module in model.modules():
+            for name, weight in list(module.named_parameters(recurse=False)):
+                change(weight, module, name)
+        assert greedy(model, [prompt], 12) == expected(model, [prompt], 12) == greedy(model, [prompt], 12)
 
 
 @pytest.fixture
