@@ -30,6 +30,7 @@ def speak(config: GenerateConfig) -> None:
         )
     prompts = _prompts(config)
     place = runtime.start(config.device)
+    runtime.keep_freed_memory(place.device)
     tokenizer = load_tokenizer(config.model, (), config.trust_remote_code)
     model_config = load_config(config.model, tokenizer, trust_remote_code=config.trust_remote_code)
     model = load_model(config.model, model_config, config.trust_remote_code).to(place.device).eval()

@@ -63,6 +63,7 @@ def _train(
     run_dir, output_dir = Path(config.logging_dir).resolve() / config.run_name, Path(config.output_dir).resolve()
     prepare.check_writable(run_dir, output_dir)
     where = runtime.start(config.device, config.precision, config.ddp_timeout)
+    runtime.keep_freed_memory(where.device)
 
     # What we train, and on what.
     runtime.set_seed(config.seed)
