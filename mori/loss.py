@@ -56,7 +56,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=wide, device=device)
         of_hidden, of_weight, of_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if of_hidden else None  # (N, D)
-        grad_weight = torch.zeros(weight.shape, dtype=wide, device=device) if of_weight else None  # (V, D)
+        # On a CPU a product with a thin (V, D), D below 128, is up to four times as fast turned into (D, V).
+        turned = kind == "cpu" and dtype == wide and weight.size(1) < 128
+        shape = weight.t().shape if turned else weight.shape
+        grad_weight = torch.zeros(shape, dtype=wide, device=device) if of_weight else None  # (V, D)
         grad_bias = torch.zeros(bias.shape, dtype=wide, device=device) if of_bias else None  # (V)
         with torch.autocast(kind, enabled=False):
             weight = weight.to(dtype)
@@ -83,13 +86,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 p.exp_().scatter_add_(1, label, torch.full_like(share, -1))
                 grad = p if dtype == wide else z.copy_(p)
                 if of_hidden:
-                    grad_hidden[part] = (grad @ weight) * share
-                if of_weight and dtype == wide:
+                    grad_hidden[part] = ((weight.t() @ grad.t()).t() if turned else grad @ weight) * share
+                if of_weight and turned:
+                    grad_weight.addmm_((x * share).t(), grad)
+                elif of_weight and dtype == wide:
                     grad_weight.addmm_(grad.t(), x * share)
                 elif of_weight:
                     grad_weight += grad.t() @ (x * share.to(dtype))
                 if of_bias:
                     grad_bias += (p * share).sum(0)
+        if of_weight and turned:
+            grad_weight = grad_weight.t().contiguous()
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         return total
 
