@@ -45,9 +45,10 @@ SHAPES = {
 # What scripts/train.py does, telling when the first step is done.
 MORI_LINES = """
 import sys, time
-from mori.config import TrainConfig, parse
+from mori.config import TrainConfig, imports, parse
 config = parse(TrainConfig, "", sys.argv[2:])
-from mori.train import train
+with imports():
+    from mori.train import train
 train(config, on_step=lambda step, _: print("\\nfirst step", time.time() - float(sys.argv[1]), flush=True))
 """
 # What a person would write with Trainer instead.

@@ -7,11 +7,13 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import gc
 import json
 import math
 import os
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar
@@ -775,6 +777,21 @@ def run_door(name: str, main) -> None:
     except OSError:  # nobody reads, or a full disk: Python would try again on its way out
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
+
+
+@contextlib.contextmanager
+def imports() -> Iterator[None]:
+    """The context in which a script imports what takes seconds: without garbage collection, they take a quarter less.
+
+    Importing makes objects by the hundred thousand, and hardly one of them is garbage. Those that are there afterwards are
+    not looked at again (gc.freeze), so that a collection within a training step is short.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def tell(line: str) -> None:

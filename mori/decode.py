@@ -151,6 +151,13 @@ class _Reader:
     def _replayed(self, newest: torch.Tensor) -> torch.Tensor:
         return self.replay(*self._inputs_of_step(newest))
 
+    def _gives(self, newest: torch.Tensor, own: torch.Tensor) -> bool:
+        """Whether the replay gives the model's own logits, to the bit."""
+        try:
+            return torch.equal(self._replayed(newest), own)
+        except RuntimeError:  # the model has other dtypes or shapes now
+            return False
+
     def _inputs_of_step(self, newest: torch.Tensor) -> list[torch.Tensor]:
         inputs = [newest, self.positions.narrow(1, self.length - 1, 1)]
         return [*inputs, self.visible.narrow(3, 0, self.length)] if self.padded else inputs
@@ -159,10 +166,7 @@ class _Reader:
         """The first step of a text whose replay is an earlier text's: it must still be the model's own pass, to the bit."""
         own = self._forward(newest)
         self._forget_newest()
-        try:
-            self.checked = torch.equal(self._replayed(newest), own)
-        except RuntimeError:  # the model has other dtypes or shapes now
-            self.checked = False
+        self.checked = self._gives(newest, own)
         if self.checked:
             return own
         self.replay = None
@@ -196,7 +200,7 @@ class _Reader:
         if self.may_record and self.recording:
             self._forget_newest()
             self.replay = Replay(recording, self.recording, logits) if recording.same_as(self.recording) else None
-            self.may_record = self.checked = self.replay is not None and torch.equal(self._replayed(newest), own)
+            self.may_record = self.checked = self.replay is not None and self._gives(newest, own)
             if not self.may_record:
                 self.replay = None
         if not self.may_record:

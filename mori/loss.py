@@ -95,13 +95,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     grad_weight += grad.t() @ (x * share.to(dtype))
                 if of_bias:
                     grad_bias += (p * share).sum(0)
-        if of_weight and turned:
-            grad_weight = grad_weight.t().contiguous()
+        ctx.turned = turned
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output):
-        # In place: they are used once.
-        return *(grad if grad is None else grad.mul_(grad_output) for grad in ctx.saved_tensors), None
+        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+        for grad in (grad_hidden, grad_bias, None if ctx.turned else grad_weight):
+            if grad is not None:
+                grad.mul_(grad_output)  # in place: it is used once
+        if ctx.turned and grad_weight is not None:
+            grad_weight = torch.mul(grad_weight.t(), grad_output, out=grad_weight.new_empty(grad_weight.t().shape))
+        return grad_hidden, grad_weight, grad_bias, None

@@ -132,12 +132,13 @@ class PieceEncoder:
         cannot be cut is one piece. Raises CannotCut where only the ids themselves tell, and UserError as `encode` does.
         """
         chunks, beginning, length = iter(chunks), [], 0
-        while length < PIECE + OVERLAP and (chunk := next(chunks, None)) is not None:
+        while length < BATCH * PIECE and (chunk := next(chunks, None)) is not None:
             beginning.append(chunk)
             length += len(chunk)
         chunks = itertools.chain(beginning, chunks)
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
-        if backend is None or length < PIECE + OVERLAP or not self._cutter.separators:
+        # Of a short text, to find out where it may be cut takes longer than to tokenize it.
+        if backend is None or length < BATCH * PIECE or not self._cutter.separators:
             yield numpy.array(encode(self._tokenizer, whole(chunks)), dtype="uint32"), 0
             return
         _encode_all(backend)

@@ -129,7 +129,7 @@ class Replay:
                 self._anew.difference_update(_flat(result))
                 continue
             into = _INTO.get(_name(function).removeprefix("__").removesuffix("__"))
-            if into and self._values[result].shape == earlier.values[result].shape:
+            if into and self._can_be_written(args, result, earlier):
                 function, kwargs = into, {**kwargs, "out": result}
                 self._anew.discard(result)
             self._program.append(self._instruction(function, args, kwargs, result))
@@ -154,6 +154,12 @@ class Replay:
             return False
         memory = base.untyped_storage().data_ptr()
         return all(self._values[slot].untyped_storage().data_ptr() == memory for slot in _flat(result))
+
+    def _can_be_written(self, args: tuple, result: int, earlier: Recording) -> bool:
+        """Whether a result has one shape at both places, and the type of the arguments: autocast would be left out."""
+        tensor = self._values[result]
+        types = {self._values[slot].dtype for slot in _flat(args) if isinstance(self._values[slot], torch.Tensor)}
+        return types == {tensor.dtype} and tensor.shape == earlier.values[result].shape
 
     def _instruction(self, function: Callable, args: tuple, kwargs: dict, result) -> tuple:
         """A call made ready: constants bound, and the arguments' slots turned into one function that fetches them."""

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Do the same training run with mori and with transformers.Trainer, and report where they differ and what they cost."""
 
-from mori.config import CompareConfig, parse, run_door
+from mori.config import CompareConfig, imports, parse, run_door
 
 
 def main():
@@ -9,7 +9,8 @@ def main():
     from mori.corpus import find_files
 
     find_files(config.corpus)  # a missing file is told before torch is imported, which takes seconds
-    from mori.compare import compare
+    with imports():
+        from mori.compare import compare
 
     compare(config)
 

@@ -1,12 +1,13 @@
 #!/usr/bin/env python
 """Let a model go on from a prompt."""
 
-from mori.config import GenerateConfig, parse, run_door
+from mori.config import GenerateConfig, imports, parse, run_door
 
 
 def main():
     config = parse(GenerateConfig, __doc__)
-    from mori.talk import speak
+    with imports():
+        from mori.talk import speak
 
     speak(config)
 

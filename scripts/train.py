@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Fine-tune a causal language model on your own text."""
 
-from mori.config import TrainConfig, parse, run_door
+from mori.config import TrainConfig, imports, parse, run_door
 
 
 def main():
@@ -9,7 +9,8 @@ def main():
     from mori.corpus import find_files
 
     find_files(config.corpus)  # a missing file is told before torch is imported, which takes seconds
-    from mori.train import train
+    with imports():
+        from mori.train import train
 
     train(config)
 

@@ -47,21 +47,21 @@ def gradients(module: nn.Module, value: torch.Tensor) -> dict[str, torch.Tensor]
     return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("chunk", [7, 16, 1000])
+@pytest.mark.parametrize("chunk, width", [(7, 12), (16, 12), (1000, 12), (7, 130), (1000, 130)])  # thin heads and others
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_chunks_give_the_loss_and_gradients_of_whole_logits_in_float64(chunk, bias, dtype, monkeypatch):
+def test_chunks_give_the_loss_and_gradients_of_whole_logits_in_float64(chunk, width, bias, dtype, monkeypatch):
     """In bf16 under autocast, with fp32 weights, as training does."""
     monkeypatch.setattr(loss, "CHUNK", chunk)
     torch.manual_seed(0)
     weight_type = torch.float64 if dtype == torch.float64 else torch.float32
-    head = nn.Linear(12, 31, bias=bias).to(weight_type)
-    hidden = torch.randn(3, 16, 12, dtype=weight_type, requires_grad=True)
+    head = nn.Linear(width, 31, bias=bias).to(weight_type)
+    hidden = torch.randn(3, 16, width, dtype=weight_type, requires_grad=True)
     _, labels = batch(3, 16, 31)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
         ours = chunked_cross_entropy_sum(hidden, head, labels) / 42
     ours.backward()
-    exact_head = nn.Linear(12, 31, bias=bias).double()
+    exact_head = nn.Linear(width, 31, bias=bias).double()
     exact_head.load_state_dict(head.state_dict())
     exact_hidden = hidden.detach().double().requires_grad_()
     exact = F.cross_entropy(exact_head(exact_hidden).flatten(0, 1), labels.flatten(), reduction="sum") / 42
