@@ -4,6 +4,7 @@ import importlib.util
 import json
 import random
 import shlex
+import signal
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -82,6 +83,7 @@ def _converse(model, tokenizer, controls: dict, how: dict) -> None:
     """A prompt line with history, until the end of input."""
     if importlib.util.find_spec("readline"):
         import readline  # noqa: F401 (input() has a history from now on)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's `&` has its children ignore it
     print("/help shows what can be done; Ctrl-D leaves")
     said = []  # the last text, so that /again can say it again
     while True:

@@ -3,6 +3,7 @@
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -76,6 +77,7 @@ def _own_terminal():
     import fcntl
     import termios
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as from a script's `&`: Ctrl-C must work all the same
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C is a signal to this program
 
 
