@@ -20,8 +20,9 @@ _READS_VALUES = frozenset(
 # What gives back its very argument where there is nothing to do.
 _MAY_DO_NOTHING = frozenset("contiguous dropout expand float to type type_as".split())
 # What can write its result into the tensor of the recording, and what then need not be done again: the views of that tensor.
-_INTO = {name: getattr(torch, name) for name in "add addmm bmm div matmul mm mul rsqrt sub".split()}
-_INTO["gelu"] = functional.gelu
+_NAMES = "add addmm bmm cat cos div matmul mean mm mul neg pow rsqrt sin sub"
+_INTO = {name: getattr(torch, name) for name in _NAMES.split()}
+_INTO |= {"gelu": functional.gelu, "linear": functional.linear}
 _VIEWS = frozenset(
     "__getitem__ chunk contiguous detach expand flatten narrow permute reshape select split squeeze t transpose "
     "unflatten unsqueeze view".split()

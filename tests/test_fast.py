@@ -47,7 +47,7 @@ def gradients(module: nn.Module, value: torch.Tensor) -> dict[str, torch.Tensor]
     return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("chunk, width", [(7, 12), (16, 12), (1000, 12), (7, 130), (1000, 130)])  # thin heads and others
+@pytest.mark.parametrize("chunk, width", [(7, 12), (16, 12), (1000, 12), (7, 130), (1000, 130)])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_chunks_give_the_loss_and_gradients_of_whole_logits_in_float64(chunk, width, bias, dtype, monkeypatch):
