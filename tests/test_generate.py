@@ -144,6 +144,22 @@ def test_a_replay_follows_what_grows():
     assert all(torch.equal(replay(text), function(text)) for text in texts)
 
 
+def test_a_replay_under_autocast_has_its_types():
+    bias, weight, rows = torch.randn(6), torch.randn(4, 6), [torch.randn(1, 4) for _ in range(4)]
+
+    def function(row: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(bias, row, weight).view(-1) + 1
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        recordings, results = [], []
+        for row in rows[:2]:
+            recordings.append(Recording([row]))
+            with recordings[-1]:
+                results.append(function(row))
+        replay = Replay(recordings[1], recordings[0], results[1])
+        assert all(torch.equal(replay(row), function(row)) for row in rows)
+
+
 def test_a_step_that_depends_on_its_place_is_not_replayed(replays, monkeypatch):
     """A model that counts its calls in Python gives other calls each time; one that looks at a value cannot be recorded."""
     for change in (
