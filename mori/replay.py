@@ -1,7 +1,8 @@
-"""A function of tensors, recorded once and replayed without its Python: on a CPU what a captured graph is on a GPU.
+"""A function of tensors, recorded once and replayed without its Python; on a GPU, without its calls as well.
 
 A small model's step spends most of its time in the Python of its modules. Recorded, it is a flat list of the very same
-tensor functions on the very same weights, so that its results are the same to the last bit.
+tensor functions on the very same weights, so that its results are the same to the last bit. Where no shape in it changes,
+a GPU captures that list as one graph.
 """
 
 from collections.abc import Callable
@@ -181,6 +182,37 @@ class Replay:
             return nested
         self._values.append(_map(self._values.__getitem__, nested))
         return len(self._values) - 1
+
+
+class Graph:
+    """A replay as one CUDA graph: a single launch, whatever the number of its calls (torch.cuda.CUDAGraph).
+
+    Args:
+        replay: of a function in which every shape and every tensor but the inputs stays the same.
+        inputs: what it is captured with.
+
+    Raises RuntimeError where the calls cannot be captured. The tensor that is returned is overwritten by the next launch.
+    """
+
+    def __init__(self, replay: Replay, inputs: list[torch.Tensor]):
+        self._replay = replay  # the graph knows addresses only: what stands there must live as long
+        self._inputs = [tensor.clone() for tensor in inputs]
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(inputs[0].device):
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):  # what a library makes ready at its first call is not to be captured
+                replay(*self._inputs)
+            torch.cuda.current_stream().wait_stream(aside)
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                self._result = replay(*self._inputs)
+
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """What the replay gives for `inputs`."""
+        for own, given in zip(self._inputs, inputs, strict=True):
+            own.copy_(given)
+        self._graph.replay()
+        return self._result
 
 
 def _name(function: Callable) -> str:

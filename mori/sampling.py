@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 
 WINDOW = 256  # likeliest tokens among which a nucleus is looked for before all are sorted
 _UNSURE = 1e-4  # a cumulated probability this near to top_p is decided by the exact function
+_AHEAD = 64  # steps whose random numbers are brought to the device at once, so that it does not wait for the host
 
 
 def apply_sequence_bias(logits: torch.Tensor, input_ids: torch.Tensor, biases: list) -> torch.Tensor:
@@ -308,7 +309,9 @@ class Sampler:
         self._first = [apply for on, apply in always if on]
         self._then = [apply for on, apply in when_sampling if on] if temperature else []
         wide = (top_h < 1, min_p, typical_p < 1, epsilon_cutoff, eta_cutoff, xtc_probability)
-        self._windowed = (top_k or top_p < 1) and not any(wide)
+        # The host would have to read every token from a GPU, which sorts a vocabulary in less time than that takes.
+        self._windowed = (top_k or top_p < 1) and not any(wide) and torch.device(device).type == "cpu"
+        self._ahead: list[torch.Tensor] = []  # the next steps' random numbers, (B, 1) each, the last one first
 
     def filtered(self, logits: torch.Tensor, input_ids: torch.Tensor, new_tokens: int = 0) -> torch.Tensor:
         """The logits after every control that is on; the last `new_tokens` of `input_ids` are not of the prompt."""
@@ -324,32 +327,42 @@ class Sampler:
         if not self.temperature:
             token = logits.argmax(-1, keepdim=True)
             return torch.where(logits.gather(1, token).isfinite(), token, -1)
-        uniforms = _numbers(self.streams)
-        if self._windowed and (token := self._draw_within_window(logits, uniforms)) is not None:
-            return token
+        if self._windowed:
+            numbers = _numbers(self.streams)
+            if (token := self._draw_within_window(logits, numbers)) is not None:
+                return token
+            uniforms = torch.from_numpy(numbers)
+        else:
+            uniforms = self._next_numbers()
         for apply in self._then:
             logits = apply(logits, input_ids, new_tokens)
-        return draw(logits, torch.from_numpy(uniforms).to(logits.device))
+        return draw(logits, uniforms)
 
-    @numpy.errstate(invalid="ignore")  # what is not finite is answered below
+    def _next_numbers(self) -> torch.Tensor:
+        if not self._ahead:
+            numbers = numpy.stack([_numbers(self.streams) for _ in range(_AHEAD)])  # (A, B, 1)
+            self._ahead = list(torch.from_numpy(numbers).to(self.device).flip(0))
+        return self._ahead.pop()
+
+    @numpy.errstate(invalid="ignore", over="ignore")  # what is not finite is answered below
     def _draw_within_window(self, logits: torch.Tensor, uniforms: numpy.ndarray) -> torch.Tensor | None:
         """What temperature, top_k, top_p and `draw` give, by looking at the likeliest tokens only; None where that is not sure.
 
-        So few numbers are decided on by the host, in NumPy, whose small operations cost a fraction of PyTorch's. The kept
+        So few numbers are decided on in NumPy, whose small operations cost a fraction of PyTorch's. The kept
         tokens are put back into the order of the vocabulary, so that the token is the same (but where the random number
         falls within a rounding error of the border between two).
         """
         size = self.top_k or WINDOW
         if size >= logits.size(1):
             return None
-        top, tokens = (found.cpu().numpy() for found in logits.topk(size + 1))  # one more, to see a tie at the border
+        top, tokens = (found.numpy() for found in logits.topk(size + 1))  # one more, to see a tie at the border
         top = top / numpy.float32(self.temperature)
         weights = numpy.exp(top - top[:, :1], dtype=numpy.float64)  # of what a row's likeliest token has
         if self.top_k:
             total = weights[:, :-1].sum(-1, keepdims=True)
         else:
-            every = (logits / self.temperature).sub_(torch.from_numpy(top[:, :1]).to(logits.device)).exp_()
-            total = every.sum(-1, keepdim=True, dtype=torch.float64).cpu().numpy()
+            every = (logits / self.temperature).sub_(torch.from_numpy(top[:, :1])).exp_()
+            total = every.sum(-1, keepdim=True, dtype=torch.float64).numpy()
         if not math.isfinite(total.sum()):
             return None
         dropped = numpy.zeros(top.shape, bool)
@@ -374,7 +387,7 @@ class Sampler:
         order, rows = tokens.argsort(-1), numpy.arange(len(tokens))[:, None]
         reached = weights[rows, order].cumsum(-1)
         place = (reached <= numpy.minimum(uniforms, 1 - 2**-50) * reached[:, -1:]).sum(-1, keepdims=True)
-        return torch.from_numpy(tokens[rows, order[rows, place]]).to(logits.device)
+        return torch.from_numpy(tokens[rows, order[rows, place]])
 
     def _chance(self) -> torch.Tensor:
         return torch.from_numpy(_numbers(self.xtc_streams)).to(self.device) < self.xtc_probability

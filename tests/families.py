@@ -3,6 +3,9 @@
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from mori.decode import decode
+from mori.sampling import Sampler
+
 # What makes a model small, under all the names that configurations have for it.
 SMALL = {
     "hidden_size": 32, "n_embd": 32, "d_model": 32, "word_embed_proj_dim": 32,
@@ -59,3 +62,27 @@ def small_model(family: str, vocabulary: int) -> torch.nn.Module:
     """A model of `family` with random weights."""
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(small_config(family, vocabulary))
+
+
+def greedy(model, prompts: list[list[int]], count: int, **how) -> list[list[int]]:
+    """Our ids after `prompts`."""
+    rows = [[] for _ in prompts]
+    sampler = Sampler(range(len(prompts)), device=model.device, temperature=0)
+    for new_ids in decode(model, prompts, sampler, count, **how):
+        for row, ids in zip(rows, new_ids, strict=True):
+            row += ids
+    return rows
+
+
+def expected(model, prompts: list[list[int]], count: int) -> list[list[int]]:
+    """The ids of `generate()`."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    out = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=count, pad_token_id=0)
+    return out[:, longest:].tolist()
+
+
+def prompts_of(*lengths: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(sum(lengths))
+    return [torch.randint(2, 96, (length,), generator=generator).tolist() for length in lengths]

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 from conftest import STORIES, door, needs_stories
-from families import FAMILIES
+from families import FAMILIES, expected, greedy, prompts_of
 from families import small_model as model_of
 from packaging.version import Version
 from tokenizers import Tokenizer, decoders, models
@@ -39,29 +39,6 @@ def test_greedy_decoding_gives_the_published_text():
     assert done.returncode == 0, done.stderr
     [answer] = json.loads(done.stdout)
     assert answer["text"].startswith(PUBLISHED) and answer["prompt"] == ""
-
-
-def greedy(model, prompts: list[list[int]], count: int, **how) -> list[list[int]]:
-    """Our ids after `prompts`."""
-    rows = [[] for _ in prompts]
-    for new_ids in decode(model, prompts, Sampler(range(len(prompts)), temperature=0), count, **how):
-        for row, ids in zip(rows, new_ids, strict=True):
-            row += ids
-    return rows
-
-
-def expected(model, prompts: list[list[int]], count: int) -> list[list[int]]:
-    """The ids of `generate()`."""
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-    out = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=count, pad_token_id=0)
-    return out[:, longest:].tolist()
-
-
-def prompts_of(*lengths: int) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(sum(lengths))
-    return [torch.randint(2, 96, (length,), generator=generator).tolist() for length in lengths]
 
 
 REPLAYED = set("gpt2 gpt_neox phi llama qwen2 qwen3 gemma granite cohere olmo2 stablelm smollm3".split())
