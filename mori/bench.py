@@ -17,6 +17,21 @@ import torch
 from .config import RunFailed, UserError
 
 ROOT = Path(__file__).parent.parent
+_GPT2 = {"model_type": "gpt2", "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+SHAPES = {
+    "tiny": {**_GPT2, "n_layer": 2, "n_embd": 64, "n_head": 2, "vocab_size": 8192},
+    "mini": {**_GPT2, "n_layer": 4, "n_embd": 256, "n_head": 8, "vocab_size": 8192},
+    "small": {**_GPT2, "n_layer": 4, "n_embd": 128, "n_head": 4, "vocab_size": 8192},
+    "124m": {**_GPT2, "n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50_257},
+    "llama-160m": {
+        "model_type": "llama", "num_hidden_layers": 12, "hidden_size": 768, "num_attention_heads": 12,
+        "intermediate_size": 2048, "vocab_size": 32_000, "tie_word_embeddings": False,
+    },
+    "llama-1b": {
+        "model_type": "llama", "num_hidden_layers": 16, "hidden_size": 2048, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "intermediate_size": 8192, "vocab_size": 128_256, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
 
 
 def in_turn(arms: list[str], repeats: int, run: Callable[[str], dict]) -> dict[str, list[dict]]:

@@ -1,6 +1,7 @@
 """`scripts/bench.py decode`: text from random weights, by `mori` and by `generate()`."""
 
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -8,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from . import bench, runtime
 from .config import DECODE_ARMS, DecodeBenchConfig, RunFailed
@@ -17,10 +18,6 @@ from .model import fuse_activations, save, train_tokenizer
 from .sampling import Sampler
 
 PROMPT = 16
-SHAPES = {
-    "small": {"n_embd": 128, "n_layer": 4, "n_head": 4, "vocab_size": 8192},
-    "124m": {"n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50_257},
-}
 RECIPE = {"top_k": 50, "top_p": 0.95, "temperature": 0.9}
 CONTEXTS = (100, 1000)
 # What a person would write instead of scripts/generate.py.
@@ -38,12 +35,18 @@ def decode(config: DecodeBenchConfig) -> None:
 
     The new ids of both greedy arms must be the same in every repeat, and so must those of both whole processes; sampled
     arms draw other numbers, and must draw as many. Raises RunFailed where they are not: there is nothing to compare then.
+    On a GPU `generate()` is measured with a static cache and compiled as well, whose ids may be others where two logits are
+    as good as equal. The share of the bandwidth is that of the weights alone, which are read for every token.
     """
     if config.arm:
         print(json.dumps(_arm(config)))
         return
     bench.check_writable(config.output_dir)
-    arms = [*DECODE_ARMS[:4], "contexts", *DECODE_ARMS[4:]] if config.batch_size == 1 else list(DECODE_ARMS[:4])
+    device = runtime.start(config.device).device
+    arms = list(DECODE_ARMS[:4])
+    arms += ["generate-compiled"] if device.type == "cuda" else []
+    arms += ["contexts"] if config.batch_size == 1 else []
+    arms += DECODE_ARMS[4:] if config.batch_size == 1 and config.dtype == "float32" else []
     ids: dict[str, list] = {}
 
     def run(arm: str) -> dict:
@@ -65,22 +68,33 @@ def decode(config: DecodeBenchConfig) -> None:
     for one, other in pairs:
         if one in ids and ids[one] != ids[other]:
             raise RunFailed(f"{one} and {other} drew other ids: the timing is void")
-    pairs += [("generate-sampled", "mori-sampled"), ("context-1000", "context-100")]
+    pairs += [
+        ("generate-sampled", "mori-sampled"),
+        ("context-1000", "context-100"),
+        ("generate-compiled", "mori-greedy"),
+    ]
     ratios = {f"{one} / {other}": bench.ratio(seconds[one], seconds[other]) for one, other in pairs if one in seconds}
     report = {
         "bench": "decode",
-        "model": f"gpt2, random weights, {config.shape}",
+        "model": f"random weights, {config.shape}",
         "shape": {
-            **SHAPES[config.shape],
+            **bench.SHAPES[config.shape],
+            "dtype": config.dtype,
             "batch_size": config.batch_size,
             "prompt": PROMPT,
             "new_tokens": config.new_tokens,
         },
         "sampled": RECIPE,
         "arms": {arm: {"seconds": took, **bench.spread(took)} for arm, took in seconds.items()},
+        "copy_bytes_per_second": [repeat["copy_bytes_per_second"] for repeat in found["mori-greedy"]],
+        "share_of_copy_bandwidth": [
+            config.new_tokens * repeat["weight_bytes"] / repeat["seconds"] / repeat["copy_bytes_per_second"]
+            for repeat in found["mori-greedy"]
+        ],
         "ratios": ratios,
     }
-    name, device = f"decode-{config.shape}-batch{config.batch_size}", runtime.start(config.device).device
+    name = f"decode-{config.shape}-batch{config.batch_size}"
+    name += "" if device.type == "cpu" else f"-{config.dtype}-{device.type}"
     bench.write(config.output_dir, name, report, device=device, threads=config.threads)
 
 
@@ -113,8 +127,9 @@ def _arm(config: DecodeBenchConfig) -> dict:
     """
     if config.threads:
         torch.set_num_threads(config.threads)
-    device = runtime.start(config.device).device
-    model = _model(config).to(device)
+    where = runtime.start(config.device)
+    device = where.device
+    model = _model(config).to(device, getattr(torch, config.dtype))
     if not config.arm.startswith("generate"):
         runtime.keep_freed_memory(device)
         fuse_activations(model)
@@ -130,6 +145,8 @@ def _arm(config: DecodeBenchConfig) -> dict:
             else {"do_sample": True, **controls}
         )
         ids = prompts.to(device)
+        if arm == "generate-compiled":
+            how["cache_implementation"] = "static"  # which is compiled by itself on a GPU
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, pad_token_id=0, **how)
         return out[:, ids.size(1) :].tolist()
 
@@ -154,19 +171,37 @@ def _arm(config: DecodeBenchConfig) -> dict:
         middle = {length: statistics.median(seconds) for length, seconds in at.items()}
         return {"seconds": max(middle.values()), "at": middle, "ids": by_mori(config.new_tokens)}
     run, seconds = by_generate if arm.startswith("generate") else by_mori, []
-    run(8)
+    run(config.new_tokens if arm == "generate-compiled" else 8)
     for _ in range(config.rounds):
         torch.manual_seed(0)  # generate() draws from the global generator
         started = time.perf_counter()
         ids = run(config.new_tokens)
         seconds.append(time.perf_counter() - started)
-    return {"seconds": statistics.median(seconds), "ids": ids}
+    found = {"seconds": statistics.median(seconds), "ids": ids}
+    if arm == "mori-greedy":
+        looked_up = {model.get_input_embeddings().weight} - {model.get_output_embeddings().weight}
+        found["weight_bytes"] = sum(weight.nbytes for weight in {*model.parameters()} - looked_up)
+        found["copy_bytes_per_second"] = _copy_bytes_per_second(where)
+    return found
+
+
+def _copy_bytes_per_second(where: runtime.Runtime) -> float:
+    """What the memory reads and writes while a large tensor is copied, at best."""
+    one = torch.ones(1 << 27, device=where.device)  # 512 MiB
+    other, best = torch.empty_like(one), math.inf
+    for _ in range(10):
+        where.synchronize()
+        began = time.perf_counter()
+        other.copy_(one)
+        where.synchronize()
+        best = min(best, time.perf_counter() - began)
+    return 2 * one.nbytes / best
 
 
 def _model(config: DecodeBenchConfig, **more):
     torch.manual_seed(0)
-    words = {"bos_token_id": 0, "eos_token_id": None, **more}
-    return AutoModelForCausalLM.from_config(GPT2Config(n_positions=1024, **{**SHAPES[config.shape], **words})).eval()
+    words = {"bos_token_id": 0, "eos_token_id": None, "max_position_embeddings": 1024, **more}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**bench.SHAPES[config.shape], **words})).eval()
 
 
 def _save_model(config: DecodeBenchConfig, folder: Path) -> None:
@@ -175,4 +210,4 @@ def _save_model(config: DecodeBenchConfig, folder: Path) -> None:
         [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("transcripts/*.txt"))]
     )
     tokenizer.eos_token = None
-    save(_model(config, vocab_size=max(len(tokenizer), SHAPES[config.shape]["vocab_size"])), tokenizer, folder)
+    save(_model(config, vocab_size=max(len(tokenizer), bench.SHAPES[config.shape]["vocab_size"])), tokenizer, folder)

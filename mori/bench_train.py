@@ -28,20 +28,6 @@ from .config import (
 )
 from .monitor import peak_memory_bytes
 
-_GPT2 = {"model_type": "gpt2", "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-SHAPES = {
-    "tiny": {**_GPT2, "n_layer": 2, "n_embd": 64, "n_head": 2, "vocab_size": 8192},
-    "mini": {**_GPT2, "n_layer": 4, "n_embd": 256, "n_head": 8, "vocab_size": 8192},
-    "124m": {**_GPT2, "n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50_257},
-    "llama-160m": {
-        "model_type": "llama", "num_hidden_layers": 12, "hidden_size": 768, "num_attention_heads": 12,
-        "intermediate_size": 2048, "vocab_size": 32_000, "tie_word_embeddings": False,
-    },
-    "llama-1b": {
-        "model_type": "llama", "num_hidden_layers": 16, "hidden_size": 2048, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "intermediate_size": 8192, "vocab_size": 128_256, "tie_word_embeddings": True,
-    },
-}  # fmt: skip
 # What scripts/train.py does, telling when the first step is done.
 MORI_LINES = """
 import sys, time
@@ -231,7 +217,7 @@ def _make_start(config: StartupBenchConfig, folder: Path, tokens: int) -> None:
     (folder / "corpus.txt").write_text(text * copies, encoding="utf-8")
     context = {"max_position_embeddings": BENCH_CONTEXTS[config.shape], "bos_token_id": 0, "eos_token_id": 0}
     runtime.set_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPES[config.shape], **context))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**bench.SHAPES[config.shape], **context))
     models.save(model, tokenizer, folder / "model")
 
 
@@ -241,7 +227,7 @@ def _report(command: str, config: StartupBenchConfig, where: runtime.Runtime, ar
     report = {
         "bench": command,
         "model": f"random weights, {config.shape}",
-        "shape": {**SHAPES[config.shape], **asked, "precision": where.precision},
+        "shape": {**bench.SHAPES[config.shape], **asked, "precision": where.precision},
         "arms": arms,
         "ratios": ratios,
     }

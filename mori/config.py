@@ -521,8 +521,12 @@ class DecodeBenchConfig(BenchConfig):
     """A call of `scripts/bench.py decode`: text from random weights, by `mori` and by `generate()`, in turn."""
 
     shape: str = flag(
-        "benchmark", "small", "a GPT-2 of 4 layers and width 128, or of 124M parameters", ("small", "124m")
+        "benchmark",
+        "small",
+        "the model, of random weights; small is a GPT-2 of 4 layers and width 128",
+        ("small", "124m", "llama-160m", "llama-1b"),
     )
+    dtype: str = flag("benchmark", "float32", "type of the weights", ("float32", "bfloat16"))
     batch_size: int = flag("benchmark", 1, "texts side by side")
     new_tokens: int = flag("benchmark", 100, "tokens to draw after a prompt of 16")
     rounds: int = flag("benchmark", 5, "times that each process draws the tokens; its median counts")

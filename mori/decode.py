@@ -88,9 +88,9 @@ def _with_room(tensor: torch.Tensor, more: int) -> torch.Tensor:
     return grown
 
 
-def _one_shape(kind: str, autocast: bool) -> bool:
+def _one_shape(device: torch.device, autocast: bool) -> bool:
     """Whether a step is to have one shape, so that it can be captured. Under autocast the graph would cast all weights each time."""
-    return kind == "cuda" and not autocast
+    return device.type == "cuda" and not autocast
 
 
 class _Reader:
@@ -108,10 +108,10 @@ class _Reader:
         self.layers: list[_Layer] = []  # where the cache is ours
         self.recording, self.replay, self.checked, self.may_record, self.started = None, None, False, False, False
         self.room, self.slots = 0, None  # of the layers, where a step of one shape is recorded
-        device = pads.device.type
-        autocast = torch.is_autocast_enabled(device)
+        device = pads.device
+        autocast = torch.is_autocast_enabled(device.type)
         self.one_shape = _one_shape(device, autocast)
-        self.kind = (len(pads), self.padded, autocast and torch.get_autocast_dtype(device))
+        self.kind = (len(pads), self.padded, autocast and torch.get_autocast_dtype(device.type))
         self._grow(0)
 
     def close(self) -> None:
@@ -273,7 +273,9 @@ class _Reader:
         return own
 
     @torch.inference_mode()
-    def _replays(self, recording: Recording, inputs: list[torch.Tensor], logits: torch.Tensor, own: torch.Tensor) -> bool:
+    def _replays(
+        self, recording: Recording, inputs: list[torch.Tensor], logits: torch.Tensor, own: torch.Tensor
+    ) -> bool:
         """Make the replay, and try it."""
         own = own.clone()  # it may be what the replay writes into
         self.replay = Replay(recording, self.recording, logits)

@@ -120,7 +120,7 @@ def test_arms_take_turns_and_turn_round():
 def test_the_shapes_are_the_ones_they_are_named_after():
     """Parameters counted by hand: embeddings, 12 d^2 + 13 d in a block of GPT-2, the last norm; Llama has no biases."""
     counts = {}
-    for name, shape in bench_train.SHAPES.items():
+    for name, shape in bench.SHAPES.items():
         with torch.device("meta"):
             config = AutoConfig.for_model(**shape, max_position_embeddings=1024)
             model = AutoModelForCausalLM.from_config(config)
@@ -136,6 +136,7 @@ def test_the_shapes_are_the_ones_they_are_named_after():
     assert counts == {
         "tiny": gpt2(2, 64, 8192),
         "mini": gpt2(4, 256, 8192),
+        "small": gpt2(4, 128, 8192),
         "124m": gpt2(12, 768, 50_257),
         "llama-160m": llama(12, 768, 768, 2048, 32_000, 2),
         "llama-1b": llama(16, 2048, 512, 8192, 128_256, 1),

@@ -13,9 +13,7 @@ from mori.replay import Replay
 
 needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 # Those whose step is the same list of calls everywhere in the text.
-CAPTURED = set(
-    "gpt2 gpt_neox opt falcon phi llama qwen2 qwen3 gemma granite cohere olmo2 stablelm smollm3".split()
-)
+CAPTURED = set("gpt2 gpt_neox opt falcon phi llama qwen2 qwen3 gemma granite cohere olmo2 stablelm smollm3".split())
 OLD = Version(transformers.__version__) < Version("5.23")
 
 
@@ -38,7 +36,7 @@ class StandIn:
 @pytest.fixture
 def captured(monkeypatch):
     """As on a GPU."""
-    monkeypatch.setattr(decode, "_one_shape", lambda kind, autocast: not autocast)
+    monkeypatch.setattr(decode, "_one_shape", lambda device, autocast: not autocast)
     monkeypatch.setattr(decode, "Graph", StandIn)
     launches = []
     inside = StandIn.__call__
