@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from . import bench, corpus, data, prepare, runtime
+from . import bench, corpus, data, fast, prepare, runtime
 from . import model as models
 from .compare import SAME_WORK
 from .config import (
@@ -62,8 +62,13 @@ def train(config: TrainBenchConfig) -> None:
     `mori`, `trainer` and `trainer-tuned` are the arms of `scripts/compare.py`, `bare` is the loop below: what PyTorch
     and the model take by themselves. Counted are the steps after `uncounted_steps`, logging included, evaluation and
     saving not. Raises RunFailed where the losses are not those of `mori`: other work takes other time.
+
+    `share_of_peak` is what the model's own operations come to, of what the device can do (`fast.peak_flops`, on a CPU
+    measured before each process).
     """
     runs, where = _measure(config)
+    with torch.device("meta"):
+        operations = fast.flops_per_token(AutoModelForCausalLM.from_config(_model_config(config)), config.block_size)
     counted = config.max_steps - config.uncounted_steps
     tokens = counted * config.per_device_train_batch_size * config.block_size
     seconds = {arm: [run["seconds"] for run in found] for arm, found in runs.items()}
@@ -73,6 +78,9 @@ def train(config: TrainBenchConfig) -> None:
             **bench.spread(seconds[arm]),
             "steps_per_second": [counted / took for took in seconds[arm]],
             "tokens_per_second": [tokens / took for took in seconds[arm]],
+            "share_of_peak": [
+                tokens * operations / run["seconds"] / run["peak_flops"] if run["peak_flops"] else None for run in found
+            ],
             "training_peak_memory_bytes": [run["training_peak_memory_bytes"] for run in found],
             "losses": found[0]["losses"],
             "max_relative_loss_diff": max(run["max_relative_loss_diff"] for run in found),
@@ -173,6 +181,7 @@ def _measure(config: TrainBenchConfig) -> tuple[dict[str, list[dict]], runtime.R
         place = Path(tempfile.mkdtemp(dir=folder, prefix=f"{arm}-"))
         job = {"arm": arm, "config": asdict(run_config), "folder": str(place), "started": time.time()}
         (place / "job.json").write_text(json.dumps({**job, "warm_up_steps": config.uncounted_steps}), encoding="utf-8")
+        peak = fast.peak_flops(where)
         room = "mori.bench_train" if arm == "bare" else "mori.compare"
         bench.in_a_process(arm, ["-m", room, str(place / "job.json")], config.threads or torch.get_num_threads())
         found = json.loads((place / "result.json").read_text(encoding="utf-8"))
@@ -184,6 +193,7 @@ def _measure(config: TrainBenchConfig) -> tuple[dict[str, list[dict]], runtime.R
             "losses": losses,
             "max_relative_loss_diff": check_losses(arm, expected, losses, where.precision),
             "training_peak_memory_bytes": found["training_peak_memory_bytes"],
+            "peak_flops": peak,
         }
 
     with tempfile.TemporaryDirectory() as name:
@@ -215,10 +225,13 @@ def _make_start(config: StartupBenchConfig, folder: Path, tokens: int) -> None:
     tokenizer = models.train_tokenizer([text])
     copies = math.ceil(tokens / len(corpus.encode(tokenizer, text)))
     (folder / "corpus.txt").write_text(text * copies, encoding="utf-8")
-    context = {"max_position_embeddings": BENCH_CONTEXTS[config.shape], "bos_token_id": 0, "eos_token_id": 0}
     runtime.set_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**bench.SHAPES[config.shape], **context))
-    models.save(model, tokenizer, folder / "model")
+    models.save(AutoModelForCausalLM.from_config(_model_config(config)), tokenizer, folder / "model")
+
+
+def _model_config(config: StartupBenchConfig):
+    context = {"max_position_embeddings": BENCH_CONTEXTS[config.shape], "bos_token_id": 0, "eos_token_id": 0}
+    return AutoConfig.for_model(**bench.SHAPES[config.shape], **context)
 
 
 def _report(command: str, config: StartupBenchConfig, where: runtime.Runtime, arms: dict, ratios: dict) -> None:

@@ -249,6 +249,11 @@ class TrainConfig(SamplingConfig):
         "corpus", [], "text files, folders of *.txt, or globs; unset takes the transcripts that ship with mori"
     )
     block_size: int = flag("corpus", 128, "tokens in one training window")
+    document_mask: bool = flag(
+        "corpus",
+        False,
+        "documents that share a window do not see each other, and positions begin anew in each",
+    )
     held_out_fraction: float = flag(
         "corpus", 0.05, "share of the tokens, at the end of the corpus, kept for evaluation (at least one block)"
     )

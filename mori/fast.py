@@ -3,12 +3,14 @@
 And how near to the machine's limit a step comes.
 """
 
+import inspect
 import time
 
 import torch
 from torch import nn
 
 from .config import TrainConfig, UserError
+from .loss import IGNORE_INDEX
 from .model import CausalLMLoss, attends_to_all_before, fuse_activations, head_is_plain
 from .runtime import BatchSize, Runtime
 
@@ -21,13 +23,19 @@ _GPU_PEAKS = {
 
 
 def training_module(
-    model: nn.Module, config: TrainConfig, input_ids: torch.Tensor, labels: torch.Tensor, where: Runtime
+    model: nn.Module,
+    config: TrainConfig,
+    input_ids: torch.Tensor,
+    labels: torch.Tensor,
+    where: Runtime,
+    separator: int | None = None,
 ) -> tuple[CausalLMLoss, str]:
     """The model with its loss, in the best form that is safe for this model and device, and what that is in words.
 
     Every choice can be switched off in `config`. The loss of the beginning of the batch `input_ids`, `labels` `(B, T)` must
-    be the model's own; where it is not, the model stays as it is. Raises UserError for a model without gradient
-    checkpointing where that is asked for, RunFailed where memory does not hold one window.
+    be the model's own; where it is not, the model stays as it is. `separator` is the token that ends each document. Raises
+    UserError for a model without gradient checkpointing where that is asked for, or one that cannot keep documents apart
+    where it should, RunFailed where memory does not hold one window.
     """
     if config.gradient_checkpointing:
         if not model.supports_gradient_checkpointing:
@@ -38,22 +46,49 @@ def training_module(
     chosen = ["activations recomputed in the backward pass"] if config.gradient_checkpointing else []
     module = CausalLMLoss(model)
     input_ids, labels = (tensor[:1, :_CHECKED_TOKENS].to(where.device) for tensor in (input_ids, labels))
+    if config.document_mask:
+        module.separator = separator
+        if not _keeps_documents_apart(module, config.block_size, input_ids, where):
+            raise UserError(
+                f"document_mask: documents cannot be kept apart in {type(model).__name__} with this tokenizer; leave it out"
+            )
+        chosen.append("documents kept apart")
     own = _loss(module, input_ids, labels, where)
     if config.fused_activations and fuse_activations(model):
         chosen.append("fused GELU")
-    if config.mask_free_attention and attends_to_all_before(model, config.block_size):
+    if config.mask_free_attention and not config.document_mask and attends_to_all_before(model, config.block_size):
         module.mask_free = True
         chosen.append("causal attention without a mask")
     if config.chunked_loss and where.precision != "fp16" and head_is_plain(model):
         module.chunked_loss = True
         chosen.append("loss in chunks")
-    if abs(_loss(module, input_ids, labels, where) - own) > (1e-4 if where.precision == "fp32" else 1e-2) * abs(own):
+    if abs(_loss(module, input_ids, labels, where) - own) > _close(where) * abs(own):
         module.mask_free = module.chunked_loss = False
         chosen = ["nothing: this model's loss would be another"]
     if config.torch_compile:
         module.compile_trunk(config.per_device_train_batch_size)
         chosen.append("compiled")
     return module, ", ".join(chosen) or "nothing"
+
+
+def _keeps_documents_apart(module: CausalLMLoss, block_size: int, input_ids: torch.Tensor, where: Runtime) -> bool:
+    """Whether a document's loss behind another one, in `input_ids` `(1, T)`, is the loss that it has alone."""
+    takes = inspect.signature(module.model.base_model.forward).parameters
+    if module.separator is None or "position_ids" not in takes or not attends_to_all_before(module.model, block_size):
+        return False
+    middle = input_ids.size(1) // 2
+    input_ids = input_ids.clone()
+    input_ids[:, middle] = module.separator
+    labels = input_ids.clone()
+    labels[:, :middle] = IGNORE_INDEX
+    together = _loss(module, input_ids, labels, where)
+    alone = _loss(module, input_ids[:, middle:], labels[:, middle:], where)
+    return abs(together - alone) <= _close(where) * abs(alone)
+
+
+def _close(where: Runtime) -> float:
+    """How far two ways to the same loss may be apart."""
+    return 1e-4 if where.precision == "fp32" else 1e-2
 
 
 @torch.no_grad()

@@ -49,11 +49,19 @@ class CausalLMLoss(nn.Module):
         chunked_loss: never hold all logits (`loss.chunked_cross_entropy_sum`); for models whose logits are their head's
             product and no more, see `head_is_plain`.
         mask_free: causal attention without a mask, see `attends_to_all_before`.
+        separator: the token at which a document begins; then no token sees another document, see `within_documents`.
     """
 
-    def __init__(self, model: nn.Module, *, chunked_loss: bool = False, mask_free: bool = False):
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        chunked_loss: bool = False,
+        mask_free: bool = False,
+        separator: int | None = None,
+    ):
         super().__init__()
-        self.model, self.chunked_loss, self.mask_free = model, chunked_loss, mask_free
+        self.model, self.chunked_loss, self.mask_free, self.separator = model, chunked_loss, mask_free, separator
         self._compiled, self._compiled_rows = [], 0
         self.router_coefficient = getattr(model, "router_aux_loss_coef", getattr(model, "aux_loss_coef", None))
 
@@ -73,8 +81,9 @@ class CausalLMLoss(nn.Module):
         trunk = self.model.base_model if self.chunked_loss else self.model
         if self._compiled and self.training:
             trunk = self._compiled[0]
+        documents = {} if self.separator is None else within_documents(input_ids, self.separator)
         with _attention(self.model.config, MASK_FREE) if self.mask_free else contextlib.nullcontext():
-            out = trunk(input_ids=input_ids, use_cache=False)
+            out = trunk(input_ids=input_ids, use_cache=False, **documents)
             if self.chunked_loss:  # out[0] is the head's input, (B, T, D)
                 loss = chunked_cross_entropy_sum(out[0], self.model.get_output_embeddings(), labels)
             else:
@@ -97,6 +106,17 @@ class CausalLMLoss(nn.Module):
         trunk = self.model.base_model if self.chunked_loss else self.model
         # In a list, so that it is no second child; the model itself stays as it is, for whoever generates with it.
         self._compiled, self._compiled_rows = [torch.compile(trunk, backend=backend, dynamic=False)], rows
+
+
+def within_documents(input_ids: torch.Tensor, separator: int) -> dict[str, torch.Tensor]:
+    """What keeps the documents of a window `(B, T)` apart: `position_ids` `(B, T)` and `attention_mask` `(B, 1, T, T)`.
+
+    A document begins at the separator before it, which so predicts its first token, and at the beginning of the window.
+    """
+    columns = torch.arange(input_ids.size(1), device=input_ids.device)
+    first = torch.where(input_ids == separator, columns, 0).cummax(-1).values[..., None]  # (B, T, 1)
+    visible = (columns >= first) & (columns <= columns[:, None])  # (B, T, T)
+    return {"position_ids": columns - first[..., 0], "attention_mask": visible[:, None]}
 
 
 @contextlib.contextmanager

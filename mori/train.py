@@ -106,7 +106,8 @@ def _train(
         where.close()
         return finished
     model = models.load_model(config.model, model_config, config.trust_remote_code).to(where.device)
-    module, chosen = fast.training_module(model, config, *text.train.batch([0]), where)
+    example, separator = text.train.batch([0]), corpus.separator(tokenizer)
+    module, chosen = fast.training_module(model, config, *example, where, separator)
     optimizer = optim.adamw(
         model,
         lr=config.learning_rate,

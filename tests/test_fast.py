@@ -223,6 +223,60 @@ def test_the_host_asks_nothing_between_two_log_points(settings):
     assert [asked[step] for step in (2, 3, 5, 6, 7)] == [0] * 5
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("family", MASK_FREE)
+def test_documents_kept_apart_have_the_loss_that_each_has_alone(family, compiled):
+    model, separator = small_model(family, 97), 5
+    model.config.output_router_logits = False
+    for part in model.modules():
+        for name in ("p", "dropout"):
+            if isinstance(getattr(part, name, None), float):
+                setattr(part, name, 0.0)
+    config = TrainConfig(block_size=24, document_mask=True, chunked_loss=family != "cohere")
+    input_ids, _ = batch(2, 24)
+    input_ids[0, [7, 15]] = input_ids[1, [0, 22]] = separator
+    labels = input_ids.roll(-1, 1)
+    module, chosen = fast.training_module(model, config, input_ids, labels, CPU, separator)
+    assert "documents kept apart" in chosen and "without a mask" not in chosen
+    if compiled:
+        module.compile_trunk(2, backend="eager")
+    parts = [(0, 0, 7), (0, 7, 15), (0, 15, 24), (1, 0, 22), (1, 22, 24)]
+    alone = [
+        F.cross_entropy(model(input_ids[row : row + 1, a:b]).logits[0], labels[row, a:b], reduction="sum")
+        for row, a, b in parts
+    ]
+    ours = module(input_ids, labels)
+    torch.testing.assert_close(ours, sum(alone))
+    expected = gradients(model, sum(alone))
+    found = gradients(model, module(input_ids, labels))
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["bloom", "mamba", "mistral", "gpt2"])
+def test_where_documents_cannot_be_kept_apart_it_is_said(family):
+    """Without positions to give, without attention, with a window that is shorter; and without a token between documents."""
+    model, (input_ids, labels) = small_model(family, 97), batch()
+    separator = None if family == "gpt2" else 5
+    with pytest.raises(UserError, match="document_mask: documents cannot be kept apart"):
+        fast.training_module(
+            model, TrainConfig(block_size=24, document_mask=True), input_ids, labels, CPU, separator
+        )
+
+
+def test_a_run_with_documents_kept_apart(run_train, tmp_path):
+    """The same windows, other losses; and no run goes on with the other setting."""
+    for number in range(9):
+        (tmp_path / f"{number}.txt").write_text("Halo semua, selamat datang kembali. " * (number + 3), encoding="utf-8")
+    plain, apart = (
+        run_train(run_name=name, corpus=[str(tmp_path)], document_mask=name == "apart") for name in ("plain", "apart")
+    )
+    assert apart["ledger"] == plain["ledger"]
+    assert apart["eval"]["after"]["loss"] != plain["eval"]["after"]["loss"]
+    with pytest.raises(UserError, match="document_mask"):
+        run_train(run_name="apart", corpus=[str(tmp_path)])
+
+
 def test_gradient_checkpointing_gives_the_same_weights(run_train, tmp_path):
     run_train(run_name="all", output_dir=str(tmp_path / "all"))
     run_train(run_name="again", output_dir=str(tmp_path / "again"), gradient_checkpointing=True)
