@@ -6,8 +6,9 @@ far, in which padding has the id V or above. The controls that `generate()` has 
 
 import math
 import random
+from bisect import bisect_right
+from itertools import accumulate
 
-import numpy
 import torch
 from torch.nn.functional import pad
 
@@ -325,13 +326,13 @@ class Sampler:
         for apply in self._first:
             logits = apply(logits, input_ids, new_tokens)
         if not self.temperature:
-            token = logits.argmax(-1, keepdim=True)
-            return torch.where(logits.gather(1, token).isfinite(), token, -1)
+            best, token = logits.max(-1, keepdim=True)
+            return torch.where(best.isfinite(), token, -1)
         if self._windowed:
-            numbers = _numbers(self.streams)
-            if (token := self._draw_within_window(logits, numbers)) is not None:
-                return token
-            uniforms = torch.from_numpy(numbers)
+            numbers = [stream.random() for stream in self.streams]
+            if (tokens := self._draw_within_window(logits, numbers)) is not None:
+                return tokens
+            uniforms = torch.tensor(numbers, dtype=torch.float64)[:, None]
         else:
             uniforms = self._next_numbers()
         for apply in self._then:
@@ -340,58 +341,57 @@ class Sampler:
 
     def _next_numbers(self) -> torch.Tensor:
         if not self._ahead:
-            numbers = numpy.stack([_numbers(self.streams) for _ in range(_AHEAD)])  # (A, B, 1)
-            self._ahead = list(torch.from_numpy(numbers).to(self.device).flip(0))
+            self._ahead = list(_numbers(self.streams, _AHEAD).to(self.device).flip(0))
         return self._ahead.pop()
 
-    @numpy.errstate(invalid="ignore", over="ignore")  # what is not finite is answered below
-    def _draw_within_window(self, logits: torch.Tensor, uniforms: numpy.ndarray) -> torch.Tensor | None:
+    def _draw_within_window(self, logits: torch.Tensor, uniforms: list[float]) -> torch.Tensor | None:
         """What temperature, top_k, top_p and `draw` give, by looking at the likeliest tokens only; None where that is not sure.
 
-        So few numbers are decided on in NumPy, whose small operations cost a fraction of PyTorch's. The kept
-        tokens are put back into the order of the vocabulary, so that the token is the same (but where the random number
-        falls within a rounding error of the border between two).
+        So few numbers are decided on in plain Python, at a fraction of what the small operations of PyTorch or NumPy cost.
         """
         size = self.top_k or WINDOW
         if size >= logits.size(1):
             return None
-        top, tokens = (found.numpy() for found in logits.topk(size + 1))  # one more, to see a tie at the border
-        top = top / numpy.float32(self.temperature)
-        weights = numpy.exp(top - top[:, :1], dtype=numpy.float64)  # of what a row's likeliest token has
-        if self.top_k:
-            total = weights[:, :-1].sum(-1, keepdims=True)
-        else:
-            every = (logits / self.temperature).sub_(torch.from_numpy(top[:, :1])).exp_()
-            total = every.sum(-1, keepdim=True, dtype=torch.float64).numpy()
-        if not math.isfinite(total.sum()):
-            return None
-        dropped = numpy.zeros(top.shape, bool)
+        top, tokens = logits.topk(size + 1)  # one more, to see a tie at the border
+        top = (top / self.temperature).tolist()
+        totals = [None] * len(top)
+        if not self.top_k:
+            best = torch.tensor([row[:1] for row in top])
+            totals = (logits / self.temperature).sub_(best).exp_().sum(-1, dtype=torch.float64).tolist()
+        drawn = list(map(self._draw_from, top, tokens.tolist(), totals, uniforms))
+        return None if None in drawn else torch.tensor(drawn)[:, None]
+
+    def _draw_from(self, logits: list[float], tokens: list[int], total: float | None, uniform: float) -> int | None:
+        """One row's token, of the likeliest `tokens`; None where the exact functions must decide.
+
+        `total` is the weight of all the vocabulary, where the likeliest token's is 1; None where top_k keeps but these. The
+        kept tokens are put back into the order of the vocabulary, so that the token is the one of `draw` (but where the
+        random number falls within a rounding error of the border between two).
+        """
+        if not math.isfinite(logits[0]) or total is None and logits[-2] == logits[-1]:
+            return None  # top_k keeps whatever ties with the last
+        weights = [math.exp(logit - logits[0]) for logit in logits]
+        kept = len(tokens) - 1 if total is None else None
         if self.top_p < 1:
-            beyond = (
-                weights.cumsum(-1) - weights
-            ) / total - self.top_p  # by how much the likelier ones alone exceed top_p
-            if (abs(beyond[:, : size + (not self.top_k)]) < _UNSURE).any():
-                return None
-            dropped = beyond >= 0
-        if self.top_k:
-            dropped[:, -1] = True
-        elif not dropped[:, -1].all():
-            return None  # the nucleus may reach beyond the window
-        equal = top[:, :-1] == top[:, 1:]
-        if equal.any():
-            if self.top_k and equal[:, -1].any():
-                return None  # a tie at the border stays as well
-            if (~dropped[:, :-1] & dropped[:, 1:] & equal).any():
-                return None  # transformers' sort decides which of them stay
-        weights[dropped] = 0
-        order, rows = tokens.argsort(-1), numpy.arange(len(tokens))[:, None]
-        reached = weights[rows, order].cumsum(-1)
-        place = (reached <= numpy.minimum(uniforms, 1 - 2**-50) * reached[:, -1:]).sum(-1, keepdims=True)
-        return torch.from_numpy(tokens[rows, order[rows, place]])
+            total, reached = total or sum(weights[:kept]), 0.0
+            for place, weight in enumerate(weights[:kept]):
+                beyond = reached / total - self.top_p  # by how much the likelier ones alone exceed top_p
+                if abs(beyond) < _UNSURE:
+                    return None
+                if beyond > 0:
+                    kept = place
+                    break
+                reached += weight
+        if kept is None or logits[kept - 1] == logits[kept]:
+            return None  # the nucleus may reach beyond the window, or transformers' sort decides which of a tie stay
+        in_order = sorted(zip(tokens[:kept], weights, strict=False))
+        reached = list(accumulate(weight for _, weight in in_order))
+        return in_order[bisect_right(reached, min(uniform, 1 - 2**-50) * reached[-1])][0]
 
     def _chance(self) -> torch.Tensor:
-        return torch.from_numpy(_numbers(self.xtc_streams)).to(self.device) < self.xtc_probability
+        return _numbers(self.xtc_streams, 1)[0].to(self.device) < self.xtc_probability
 
 
-def _numbers(streams: list[random.Random]) -> numpy.ndarray:
-    return numpy.array([[stream.random()] for stream in streams])
+def _numbers(streams: list[random.Random], steps: int) -> torch.Tensor:
+    """The next numbers of each stream, `(steps, B, 1)`."""
+    return torch.tensor([[[stream.random()] for stream in streams] for _ in range(steps)], dtype=torch.float64)

@@ -23,7 +23,7 @@ OUTSIDE = {
     "foreign": set(),
     "loss": {"torch"},
     "optim": {"torch"},
-    "sampling": {"torch", "numpy"},
+    "sampling": {"torch"},
     "replay": {"torch"},
     "products": {"torch"},
     "monitor": {"torch", "tqdm"},
@@ -49,7 +49,7 @@ OUTSIDE = {
     "compare": {"torch", "safetensors", "transformers"},
 }
 STANDARD = {
-    "argparse", "codecs", "collections", "contextlib", "ctypes", "dataclasses", "datetime", "difflib", "fcntl", "functools", "gc", "glob", "hashlib",
+    "argparse", "bisect", "codecs", "collections", "contextlib", "ctypes", "dataclasses", "datetime", "difflib", "fcntl", "functools", "gc", "glob", "hashlib",
     "importlib", "inspect", "itertools", "json", "math", "operator", "os", "pathlib", "platform", "random", "re", "resource",
     "shlex", "shutil", "signal", "statistics", "subprocess", "sys", "tempfile",
     "textwrap", "threading", "time", "typing", "unicodedata", "weakref",

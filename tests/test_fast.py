@@ -259,9 +259,7 @@ def test_where_documents_cannot_be_kept_apart_it_is_said(family):
     model, (input_ids, labels) = small_model(family, 97), batch()
     separator = None if family == "gpt2" else 5
     with pytest.raises(UserError, match="document_mask: documents cannot be kept apart"):
-        fast.training_module(
-            model, TrainConfig(block_size=24, document_mask=True), input_ids, labels, CPU, separator
-        )
+        fast.training_module(model, TrainConfig(block_size=24, document_mask=True), input_ids, labels, CPU, separator)
 
 
 def test_a_run_with_documents_kept_apart(run_train, tmp_path):
