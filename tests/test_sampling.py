@@ -304,6 +304,19 @@ def test_the_window_draws_the_token_that_all_the_vocabulary_would(controls, voca
         assert any(token is not None for token in through_window)  # the window is used at all
 
 
+def test_a_border_within_a_rounding_error_is_left_to_the_exact_functions():
+    """The likeliest tokens have 0.5 together, to the last bits: rounding decides whether the next one stays."""
+    torch.manual_seed(0)
+    made = [Sampler([5], top_p=0.5) for _ in range(2)]
+    made[1]._windowed = False
+    for _ in range(300):
+        likely, rest = torch.rand(3, dtype=torch.float64) + 0.5, torch.rand(297, dtype=torch.float64) * 0.05
+        rest[0] = 0.4 * rest.sum()
+        row = torch.cat([likely / likely.sum(), rest / rest.sum()]).div(2).log().float()
+        drawn = [one(row[None], torch.zeros(1, 1, dtype=torch.long)) for one in made]
+        assert torch.equal(*drawn)
+
+
 def test_a_nucleus_that_spills_over_the_window_is_found_whole():
     flat = torch.zeros(1, 5000) + torch.arange(5000) * 1e-5
     made = Sampler([1], top_p=0.9)
