@@ -28,6 +28,7 @@ from .config import UserError
 _FORMAT = 1
 _MANIFEST, _LARGEST_MANIFEST = "manifest.json", 1 << 16
 _STEP = re.compile(r"step-\d{8}")
+_OF_BLOCKS = {"qmap1", "qmap2", "absmax1", "absmax2"}  # what moments of 8 bits have besides (bitsandbytes)
 _FILES = {"model.safetensors", "optimizer.safetensors", "state.json"}
 # https://huggingface.co/docs/safetensors, "Format"
 _DTYPES = {
@@ -180,10 +181,11 @@ def load_tensors(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Op
     state: dict[int, dict] = {index: {} for index in range(len(parameters))} if moments else {}
     for name, value in moments.items():
         index, _, key = name.partition(".")
-        if not index.isdecimal() or int(index) not in state or value.shape not in ((), parameters[int(index)].shape):
+        known = index.isdecimal() and int(index) in state
+        if not known or key not in _OF_BLOCKS and value.shape not in ((), parameters[int(index)].shape):
             raise UserError(f"{folder} was saved from another optimizer: {name} belongs to no parameter")
         state[int(index)][key] = value
-    if len({frozenset(values) for values in state.values()}) > 1:
+    if len({frozenset(values) - _OF_BLOCKS for values in state.values()}) > 1:
         raise UserError(f"{folder} was saved from another optimizer: not all parameters have the same moments")
     # How the optimizer is set is the config's to say, and compared there.
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -31,7 +31,7 @@ from .train import train
 # Losses that differ by more than this (relative) are not the same work, and its timing says nothing.
 SAME_WORK = {"fp32": 1e-4, "bf16": 1e-2, "fp16": 1e-2}
 # What `mori-exact` switches off: every choice that changes the order of floating-point operations.
-_EXACT = {"chunked_loss": False, "mask_free_attention": False, "fused_activations": False}
+_EXACT = {"torch_compile": False, "chunked_loss": False, "mask_free_attention": False, "fused_activations": False}
 _WARM_UP_STEPS = 3
 
 
@@ -373,6 +373,7 @@ def _trainer_arm(arm: str, config: TrainConfig, folder: Path, clock: _Clock) -> 
         per_device_train_batch_size=config.per_device_train_batch_size,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         max_steps=total_steps,
+        optim=config.optim,
         learning_rate=config.learning_rate,
         lr_scheduler_type=constant if config.lr_scheduler_type == "constant" else config.lr_scheduler_type,
         warmup_steps=warmup_steps,

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import difflib
 import gc
+import importlib.util
 import json
 import math
 import os
@@ -243,6 +244,13 @@ class TrainConfig(SamplingConfig):
 
     model: str = flag("model", "mini", "'mini' (a small GPT-2 made from scratch), a folder, or a name on the hub")
     dropout: float | None = flag("model", None, "sets every dropout of the model; unset keeps its own")
+    dtype: str = flag(
+        "model",
+        "float32",
+        "type of the weights while training; in bfloat16 they and their gradients take half the memory, updates are rounded at "
+        "random, another result, and the host waits for the device at each step",
+        ("float32", "bfloat16"),
+    )
     trust_remote_code: bool = flag("model", False, "run the Python code that a model brings along")
 
     corpus: list[str] = flag(
@@ -284,6 +292,13 @@ class TrainConfig(SamplingConfig):
         "training", None, "passes over the training windows; unset is 5, or 10 for a model made from scratch"
     )
     max_steps: int = flag("training", -1, "optimizer steps; overrides num_train_epochs when positive")
+    optim: str = flag(
+        "training",
+        "adamw_torch_fused",
+        "AdamW: PyTorch's fused kernel, or bitsandbytes' with moments of 8 bits (2 bytes a weight instead of 8, but for "
+        "embeddings; another result; the host waits for the device at each step)",
+        ("adamw_torch_fused", "adamw_bnb_8bit"),
+    )
     learning_rate: float | None = flag(
         "training", None, "peak learning rate; unset is 5e-5, or 1e-3 for a model made from scratch"
     )
@@ -425,6 +440,14 @@ class TrainConfig(SamplingConfig):
                 not (self.extend and self.resume_from_checkpoint == "none"),
                 "extend goes on with a run, resume_from_checkpoint none begins one: they contradict each other",
             ),
+            (
+                self.optim != "adamw_bnb_8bit" or importlib.util.find_spec("bitsandbytes") is not None,
+                "optim adamw_bnb_8bit needs bitsandbytes: pip install bitsandbytes",
+            ),
+            (
+                self.optim == "adamw_torch_fused" or self.dtype == "float32",
+                f"optim {self.optim} does not round at random: with dtype bfloat16 small updates would be lost; leave one out",
+            ),
             (bool(self.output_dir), "output_dir is empty"),
             (bool(self.logging_dir), "logging_dir is empty"),
             (
@@ -481,6 +504,9 @@ class CompareConfig(TrainConfig):
         found = _unknown_arms(_words(self.arms), ARMS)
         if self.repeats < 1:
             found.append(f"repeats is {self.repeats}, must be 1 or more")
+        for name in ("document_mask", "dtype"):
+            if getattr(self, name) != getattr(TrainConfig, name):
+                found.append(f"{name} is something that Trainer does not do: the arms would do other work")
         return found + super().mistakes()
 
     def arm_config(self, **changed) -> TrainConfig:

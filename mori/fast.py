@@ -59,9 +59,10 @@ def training_module(
     if config.mask_free_attention and not config.document_mask and attends_to_all_before(model, config.block_size):
         module.mask_free = True
         chosen.append("causal attention without a mask")
-    if config.chunked_loss and where.precision != "fp16" and head_is_plain(model):
-        module.chunked_loss = True
-        chosen.append("loss in chunks")
+    with where.autocast():
+        if config.chunked_loss and where.precision != "fp16" and head_is_plain(model):
+            module.chunked_loss = True
+            chosen.append("loss in chunks")
     if abs(_loss(module, input_ids, labels, where) - own) > _close(where) * abs(own):
         module.mask_free = module.chunked_loss = False
         chosen = ["nothing: this model's loss would be another"]

@@ -247,6 +247,13 @@ def load_model(name: str, config, trust_remote_code: bool = False) -> nn.Module:
     return model.train()
 
 
+def store_in_bfloat16(model: nn.Module) -> None:
+    """Put the matrices of `model` into bf16; biases and norms, which are small and hardly move, stay in fp32."""
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data = parameter.data.bfloat16()
+
+
 def fuse_activations(model: nn.Module) -> int:
     """Put PyTorch's own kernel in the place of the GELU's tanh form written out in Python; returns how often.
 

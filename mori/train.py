@@ -106,6 +106,10 @@ def _train(
         where.close()
         return finished
     model = models.load_model(config.model, model_config, config.trust_remote_code).to(where.device)
+    if config.dtype == "bfloat16":
+        if where.precision != "bf16":
+            raise UserError(f"dtype bfloat16 needs arithmetic in bf16, this is {where.precision}; say --precision bf16")
+        models.store_in_bfloat16(model)
     example, separator = text.train.batch([0]), corpus.separator(tokenizer)
     module, chosen = fast.training_module(model, config, *example, where, separator)
     optimizer = optim.adamw(
@@ -114,6 +118,7 @@ def _train(
         weight_decay=config.weight_decay,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
+        name=config.optim,
     )
     scaler = where.grad_scaler()
     runtime.set_seed(config.seed + where.rank)

@@ -22,7 +22,7 @@ OUTSIDE = {
     "config": set(),
     "foreign": set(),
     "loss": {"torch"},
-    "optim": {"torch"},
+    "optim": {"torch", "bitsandbytes"},
     "sampling": {"torch"},
     "replay": {"torch"},
     "products": {"torch"},

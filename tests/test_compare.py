@@ -12,7 +12,7 @@ import transformers
 from conftest import ROOT, STORIES, door, flags, needs_stories
 from families import FAMILIES, small_model
 from packaging.version import Version
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mori import compare, data, loss
 from mori import model as models
@@ -93,6 +93,18 @@ def test_bit_parity_of_the_preset_from_scratch(both, settings, tmp_path):
 def test_bit_parity_of_a_pretrained_model(both):
     _, _, pair = both(model=str(STORIES), block_size=64)
     assert_equal_to_the_bit(pair, 200)
+
+
+def test_bit_parity_of_moments_of_eight_bits(both, settings, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    config = AutoConfig.from_pretrained(settings["model"])
+    config.n_embd = 64  # so that some tensors are large enough
+    torch.manual_seed(1)
+    models.save(
+        AutoModelForCausalLM.from_config(config), AutoTokenizer.from_pretrained(settings["model"]), tmp_path / "wide"
+    )
+    _, _, pair = both(model=str(tmp_path / "wide"), optim="adamw_bnb_8bit", max_steps=40)
+    assert_equal_to_the_bit(pair, 40)
 
 
 def test_bf16_makes_the_same_operations(both):

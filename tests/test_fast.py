@@ -275,6 +275,24 @@ def test_a_run_with_documents_kept_apart(run_train, tmp_path):
         run_train(run_name="apart", corpus=[str(tmp_path)])
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_in_bf16_give_each_family_nearly_the_same_loss(family):
+    where = Runtime(torch.device("cpu"), 0, 1, "bf16")
+    model, (input_ids, labels) = small_model(family, 97), batch()
+    chosen = []
+    for stored in (False, True):
+        if stored:
+            models.store_in_bfloat16(model)
+        module, said = fast.training_module(model, TrainConfig(block_size=24, dropout=0.0), input_ids, labels, where)
+        with where.autocast():
+            chosen.append((module.eval()(input_ids, labels, torch.tensor(42.0)), said))
+    (wide, said), (narrow, said_of_narrow) = chosen
+    assert ("in chunks" in said) == ("in chunks" in said_of_narrow)
+    torch.testing.assert_close(narrow, wide, rtol=2e-2, atol=0)
+    found = gradients(model, narrow)
+    assert all(gradient.isfinite().all() for gradient in found.values())
+
+
 def test_gradient_checkpointing_gives_the_same_weights(run_train, tmp_path):
     run_train(run_name="all", output_dir=str(tmp_path / "all"))
     run_train(run_name="again", output_dir=str(tmp_path / "again"), gradient_checkpointing=True)

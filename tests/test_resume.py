@@ -19,6 +19,7 @@ from conftest import (
     wait_for,
     weights,
 )
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import mori.train
@@ -45,6 +46,23 @@ def test_torchrun_trains_resumes_and_speaks_once(settings, tmp_path):
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.count("reads ") == 1 and ("\nresumes " in done.stdout) == killed
     assert_equal_weights(tmp_path / "brain-whole", tmp_path / "brain-run")
+
+
+@pytest.mark.parametrize(
+    "options", [{"dtype": "bfloat16", "precision": "bf16"}, {"optim": "adamw_bnb_8bit"}], ids=["bf16", "8 bits"]
+)
+def test_weights_and_moments_of_few_bits_go_on_to_the_same_end(options, run_train, tmp_path):
+    if "optim" in options:
+        pytest.importorskip("bitsandbytes")
+    options = {"dropout": 0.1, "max_steps": 12, "save_steps": 5, **options}
+    whole = run_train(run_name="whole", output_dir=str(tmp_path / "whole"), **options)
+    stop_after(8, lambda: run_train(**options))
+    run_train(**options)
+    assert_equal_weights(tmp_path / "whole", tmp_path / "brain")
+    assert whole["eval"]["after"]["loss"] < whole["eval"]["before"]["loss"]
+    if "dtype" in options:
+        stored = load_file(tmp_path / "whole" / "model.safetensors")
+        assert {t.dtype for t in stored.values()} == {torch.bfloat16, torch.float32}
 
 
 def test_killed_and_started_again_it_ends_with_the_same_weights(settings, tmp_path):

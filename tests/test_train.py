@@ -229,6 +229,8 @@ def test_two_processes_give_the_gradient_of_one(settings, tmp_path):
         ({"logging_dir": __file__ + "/runs"}, "Not a directory"),
         ({"prompt": ["halo semua " * 40]}, "context is 64"),
         ({"device": "cuda:77"}, "does not exist"),
+        ({"dtype": "bfloat16", "precision": "fp32"}, "needs arithmetic in bf16"),
+        ({"dtype": "bfloat16", "optim": "adamw_bnb_8bit"}, "does not round at random"),
         ({"block_size": 0, "seed": -1}, "block_size.*seed"),
     ],
 )
