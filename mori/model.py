@@ -247,6 +247,19 @@ def load_model(name: str, config, trust_remote_code: bool = False) -> nn.Module:
     return model.train()
 
 
+def move(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model on `device`, in memory of its own.
+
+    On a CPU its weights are the pages of a file at first. An optimizer's first step would have the system copy them one
+    by one, as each is written to (mmap(2), MAP_PRIVATE), at a tenth of the speed.
+    """
+    model = model.to(device)
+    if device.type == "cpu":
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+    return model
+
+
 def store_in_bfloat16(model: nn.Module) -> None:
     """Put the matrices of `model` into bf16; biases and norms, which are small and hardly move, stay in fp32."""
     for parameter in model.parameters():

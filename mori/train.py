@@ -105,7 +105,7 @@ def _train(
             )
         where.close()
         return finished
-    model = models.load_model(config.model, model_config, config.trust_remote_code).to(where.device)
+    model = models.move(models.load_model(config.model, model_config, config.trust_remote_code), where.device)
     if config.dtype == "bfloat16":
         if where.precision != "bf16":
             raise UserError(f"dtype bfloat16 needs arithmetic in bf16, this is {where.precision}; say --precision bf16")

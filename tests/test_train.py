@@ -322,3 +322,18 @@ def test_a_pretrained_model_starts_far_better_than_a_random_one(run_train, tmp_p
     summary = run_train(model=str(STORIES), corpus=[str(tmp_path / "story.txt")], block_size=64, max_steps=6)
     assert summary["eval"]["before"]["loss"] < 3.0
     assert summary["eval"]["after"]["loss"] < summary["eval"]["before"]["loss"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells what is mapped")
+def test_weights_that_are_trained_are_no_pages_of_a_file(small_model):
+    def is_mapped() -> bool:
+        return f"{small_model}/model.safetensors" in Path("/proc/self/maps").read_text()
+
+    tokenizer = models.load_tokenizer(str(small_model), ())
+    model = models.load_model(str(small_model), models.load_config(str(small_model), tokenizer))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert is_mapped()
+    model = models.move(model, torch.device("cpu"))
+    assert not is_mapped()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight  # tied as they were
