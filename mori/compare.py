@@ -31,7 +31,13 @@ from .train import train
 # Losses that differ by more than this (relative) are not the same work, and its timing says nothing.
 SAME_WORK = {"fp32": 1e-4, "bf16": 1e-2, "fp16": 1e-2}
 # What `mori-exact` switches off: every choice that changes the order of floating-point operations.
-_EXACT = {"torch_compile": False, "chunked_loss": False, "mask_free_attention": False, "fused_activations": False}
+_EXACT = {
+    "torch_compile": False,
+    "tf32": False,
+    "chunked_loss": False,
+    "mask_free_attention": False,
+    "fused_activations": False,
+}
 _WARM_UP_STEPS = 3
 
 
@@ -391,6 +397,7 @@ def _trainer_arm(arm: str, config: TrainConfig, folder: Path, clock: _Clock) -> 
         remove_unused_columns=False,
         report_to="none" if tuned else "tensorboard",
         torch_compile=tuned,
+        tf32=True if tuned and where.device.type == "cuda" else None,
         logging_nan_inf_filter=not tuned,
         dataloader_num_workers=2 if tuned else 0,
         dataloader_pin_memory=where.device.type == "cuda",

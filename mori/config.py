@@ -282,6 +282,11 @@ class TrainConfig(SamplingConfig):
         "training", True, "causal attention without a mask, where a layer sees all tokens before"
     )
     fused_activations: bool = flag("training", True, "PyTorch's GELU kernel in the place of one written out in Python")
+    tf32: bool = flag(
+        "training",
+        True,
+        "on a GPU in fp32, products of matrices in TF32: 10 bits behind the point instead of 23, faster",
+    )
     gradient_checkpointing: bool = flag(
         "training",
         False,

@@ -44,6 +44,9 @@ def training_module(
             )
         model.gradient_checkpointing_enable({"use_reentrant": False})
     chosen = ["activations recomputed in the backward pass"] if config.gradient_checkpointing else []
+    if config.tf32 and where.device.type == "cuda" and where.precision == "fp32":
+        torch.set_float32_matmul_precision("high")
+        chosen.append("TF32")
     module = CausalLMLoss(model)
     input_ids, labels = (tensor[:1, :_CHECKED_TOKENS].to(where.device) for tensor in (input_ids, labels))
     if config.document_mask:
@@ -56,6 +59,7 @@ def training_module(
     own = _loss(module, input_ids, labels, where)
     if config.fused_activations and fuse_activations(model):
         chosen.append("fused GELU")
+    safe = list(chosen)
     if config.mask_free_attention and not config.document_mask and attends_to_all_before(model, config.block_size):
         module.mask_free = True
         chosen.append("causal attention without a mask")
@@ -65,7 +69,7 @@ def training_module(
             chosen.append("loss in chunks")
     if abs(_loss(module, input_ids, labels, where) - own) > _close(where) * abs(own):
         module.mask_free = module.chunked_loss = False
-        chosen = ["nothing: this model's loss would be another"]
+        chosen = [*safe, "nothing more: this model's loss would be another"]
     if config.torch_compile:
         module.compile_trunk(config.per_device_train_batch_size)
         chosen.append("compiled")
