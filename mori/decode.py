@@ -119,7 +119,10 @@ class _Reader:
         for layer in self.layers:
             layer.empty(keep_buffers=self.one_shape)
         if self.replay:
-            _kept.setdefault(self.model, {})[self.kind] = self.layers, self.replay, self.room, self._weights()
+            kept = _kept.setdefault(self.model, {})
+            if self.one_shape:
+                kept.clear()  # one set of buffers is enough
+            kept[self.kind] = self.layers, self.replay, self.room, self._weights()
 
     def _weights(self) -> list[tuple]:
         return [(weight.data_ptr(), weight.dtype) for weight in self.model.parameters()]

@@ -78,9 +78,11 @@ def test_a_graph_serves_the_next_texts_of_its_kind(captured, long_model):
         prompts = prompts_of(*lengths)
         assert greedy(long_model, prompts, 60) == expected(long_model, prompts, 60)
     assert StandIn.made == 1 and len({id(graph) for graph in captured}) == 1
+    assert greedy(long_model, prompts_of(9, 9), 20) and StandIn.made == 2
+    assert len(decode._kept[long_model]) == 1  # buffers are large: only the last ones are kept
     [prompt] = prompts_of(200)  # the buffers must grow, and the graph with them
     assert greedy(long_model, [prompt], 60) == expected(long_model, [prompt], 60)
-    assert StandIn.made == 2
+    assert StandIn.made == 3
 
 
 def test_two_texts_drawn_in_turn_do_not_write_into_each_other(captured, long_model):
