@@ -73,6 +73,18 @@ def test_chunks_give_the_loss_and_gradients_of_whole_logits_in_float64(chunk, wi
         assert (mine.double() - theirs).abs().max() <= close * theirs.abs().max()
 
 
+@pytest.mark.parametrize("vocabulary", [31, 64, 130])  # beside, on, and beyond a multiple of 64
+def test_chunks_bear_tokens_whose_probability_is_nothing_in_fp32(vocabulary):
+    torch.manual_seed(0)
+    head, hidden = nn.Linear(12, vocabulary), 300 * torch.randn(2, 24, 12)
+    hidden[1] = 0
+    _, labels = batch(2, 24, vocabulary)
+    exact = F.cross_entropy(head.double()(hidden.double()).flatten(0, 1), labels.flatten(), reduction="none")
+    assert exact.max() > 200  # exp(-104) is 0 in fp32
+    found = chunked_cross_entropy_sum(hidden, head.float(), labels)
+    torch.testing.assert_close(found.double(), exact.sum(), rtol=1e-6, atol=0)
+
+
 def test_chunks_without_gradients_and_for_frozen_heads(monkeypatch):
     monkeypatch.setattr(loss, "CHUNK", 8)
     head, hidden = nn.Linear(6, 11), torch.randn(2, 9, 6, requires_grad=True)
