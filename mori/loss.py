@@ -1,7 +1,5 @@
 """The loss: cross-entropy summed over the tokens, on labels that the dataset has already shifted."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -68,12 +66,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             counted = labels != IGNORE_INDEX
             labels = labels.where(counted, 0)[:, None]  # (N, 1)
             chunk = CHUNK if kind == "cpu" else 4 * CHUNK
-            # A row takes up a multiple of 64 numbers: products are slower on rows that begin anywhere, as those of 50,257 do. What is
-            # beyond the vocabulary has probability 0.
+            # A row takes up a multiple of 64 numbers: products are slower on rows that begin anywhere, as those of 50,257 do.
             rows, width = min(chunk, len(hidden)), -(-len(weight) // 64) * 64
-            all_logits = torch.empty(rows, width, dtype=dtype, device=device)
-            all_logits[:, len(weight) :] = -math.inf
-            all_p = torch.empty(rows, width, dtype=wide, device=device)
+            buffer = torch.empty(rows, width, dtype=dtype, device=device)[:, : len(weight)]
+            wide_buffer = buffer if dtype == wide else torch.empty_like(buffer, dtype=wide)
             for start in range(0, len(hidden), chunk):
                 part = slice(start, start + chunk)
                 x, label, share = (
@@ -81,27 +77,29 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     labels[part],
                     counted[part, None].to(wide),
                 )  # (C, D), (C, 1), (C, 1)
-                z, p = all_logits[: len(x), : len(weight)], all_p[: len(x), : len(weight)]  # (C, V)
+                z = buffer[: len(x)]  # (C, V)
                 torch.mm(x, weight.t(), out=z) if bias is None else torch.addmm(bias.to(dtype), x, weight.t(), out=z)
-                torch.softmax(all_logits[: len(x)], -1, dtype=wide, out=all_p[: len(x)])
-                # by way of the likeliest token, whose probability cannot underflow
-                loss = z.amax(-1, keepdim=True) - z.gather(1, label) - p.amax(-1, keepdim=True).log()  # (C, 1)
-                total += (loss * share).sum()
+                largest, of_label = z.amax(-1, keepdim=True).to(wide), z.gather(1, label)  # (C, 1)
+                e = torch.sub(z, largest, out=wide_buffer[: len(x)]).exp_()  # (C, V), in the place of z where it fits
+                total_e = e.sum(-1, keepdim=True)  # (C, 1)
+                total += ((total_e.log() + (largest - of_label)) * share).sum()
                 if not (of_hidden or of_weight or of_bias):
                     continue
-                # softmax - one-hot is the gradient by the logits; rows that do not count are left out of the small sides
-                p.scatter_add_(1, label, torch.full_like(share, -1))
-                grad = p if dtype == wide else z.copy_(p)
-                if of_hidden:
-                    grad_hidden[part] = ((weight.t() @ grad.t()).t() if turned else grad @ weight) * share
-                if of_weight and turned:
-                    grad_weight.addmm_((x * share).t(), grad)
-                elif of_weight and dtype == wide:
-                    grad_weight.addmm_(grad.t(), x * share)
-                elif of_weight:
-                    grad_weight += grad.t() @ (x * share.to(dtype))
+                # softmax - one-hot is the gradient by the logits. The division by the sum, and which rows count, are left to the
+                # small sides of the products.
+                grad, scale = e.scatter_add_(1, label, -total_e), share / total_e
                 if of_bias:
-                    grad_bias += (p * share).sum(0)
+                    grad_bias += (grad * scale).sum(0)
+                if dtype != wide:
+                    grad, scale = torch.div(grad, total_e, out=z), share
+                if of_hidden:
+                    grad_hidden[part] = ((weight.t() @ grad.t()).t() if turned else grad @ weight) * scale
+                if of_weight and turned:
+                    grad_weight.addmm_((x * scale).t(), grad)
+                elif of_weight and dtype == wide:
+                    grad_weight.addmm_(grad.t(), x * scale)
+                elif of_weight:
+                    grad_weight += grad.t() @ (x * scale.to(dtype))
         ctx.turned = turned
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         return total
