@@ -4,7 +4,6 @@ And how near to the machine's limit a step comes.
 """
 
 import inspect
-import time
 
 import torch
 from torch import nn
@@ -12,6 +11,7 @@ from torch import nn
 from .config import TrainConfig, UserError
 from .loss import IGNORE_INDEX
 from .model import CausalLMLoss, attends_to_all_before, fuse_activations, head_is_plain
+from .products import cutting_pays, many_rows, race
 from .runtime import BatchSize, Runtime
 
 _CHECKED_TOKENS = 32
@@ -70,6 +70,17 @@ def training_module(
     if abs(_loss(module, input_ids, labels, where) - own) > _close(where) * abs(own):
         module.mask_free = module.chunked_loss = False
         chosen = [*safe, "nothing more: this model's loss would be another"]
+    if (
+        config.cut_products
+        and where.device.type == "cpu"
+        and where.precision == "fp32"
+        and config.per_device_train_batch_size * config.block_size >= many_rows()
+        and not config.gradient_checkpointing  # which computes again outside of our forward pass
+        and not config.torch_compile
+        and cutting_pays()
+    ):
+        module.cut_products = True
+        chosen.append("products cut by rows")
     if config.torch_compile:
         module.compile_trunk(config.per_device_train_batch_size)
         chosen.append("compiled")
@@ -130,10 +141,5 @@ def peak_flops(where: Runtime) -> float | None:
         return found[0] * 1e12 if found and where.precision != "fp32" else None
     if where.device.type != "cpu":
         return None
-    side, best = 1024, float("inf")
-    one = torch.ones(side, side)
-    for _ in range(10):
-        began = time.perf_counter()
-        one @ one
-        best = min(best, time.perf_counter() - began)
-    return 2.0 * side**3 / best
+    whole, cut, operations, _ = race()
+    return operations / min(whole, cut)

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .products import add_product_, product
+
 IGNORE_INDEX = -100
 # Rows of logits that exist at once. On a CPU by measurement (runs/LOG.md); a GPU, where adding up the head's gradient once for each chunk
 # weighs more, gets four times as many, by reckoning alone.
@@ -56,51 +58,49 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=wide, device=device)
         of_hidden, of_weight, of_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if of_hidden else None  # (N, D)
-        # On a CPU a product with a thin (V, D), D below 128, is up to four times as fast turned into (D, V).
-        turned = kind == "cpu" and dtype == wide and weight.size(1) < 128
-        shape = weight.t().shape if turned else weight.shape
-        grad_weight = torch.zeros(shape, dtype=wide, device=device) if of_weight else None  # (V, D)
+        grad_weight = torch.zeros(weight.shape, dtype=wide, device=device) if of_weight else None  # (V, D)
         grad_bias = torch.zeros(bias.shape, dtype=wide, device=device) if of_bias else None  # (V)
         with torch.autocast(kind, enabled=False):
             weight = weight.to(dtype)
             counted = labels != IGNORE_INDEX
-            labels = labels.where(counted, 0)[:, None]  # (N, 1)
+            labels = labels.where(counted, 0)  # (N)
             chunk = CHUNK if kind == "cpu" else 4 * CHUNK
-            # A row takes up a multiple of 64 numbers: products are slower on rows that begin anywhere, as those of 50,257 do.
-            rows, width = min(chunk, len(hidden)), -(-len(weight) // 64) * 64
-            buffer = torch.empty(rows, width, dtype=dtype, device=device)[:, : len(weight)]
+            # The vocabulary comes first: so all three products run along memory, whatever number of tokens it has.
+            buffer = torch.empty(len(weight) * min(chunk, len(hidden)), dtype=dtype, device=device)
             wide_buffer = buffer if dtype == wide else torch.empty_like(buffer, dtype=wide)
             for start in range(0, len(hidden), chunk):
                 part = slice(start, start + chunk)
                 x, label, share = (
                     hidden[part].to(dtype),
-                    labels[part],
-                    counted[part, None].to(wide),
-                )  # (C, D), (C, 1), (C, 1)
-                z = buffer[: len(x)]  # (C, V)
-                torch.mm(x, weight.t(), out=z) if bias is None else torch.addmm(bias.to(dtype), x, weight.t(), out=z)
-                largest, of_label = z.amax(-1, keepdim=True).to(wide), z.gather(1, label)  # (C, 1)
-                e = torch.sub(z, largest, out=wide_buffer[: len(x)]).exp_()  # (C, V), in the place of z where it fits
-                total_e = e.sum(-1, keepdim=True)  # (C, 1)
+                    labels[None, part],
+                    counted[part].to(wide),
+                )  # (C, D), (1, C), (C)
+                z, e = (
+                    one[: len(weight) * len(x)].view(len(weight), len(x)) for one in (buffer, wide_buffer)
+                )  # (V, C)
+                product(weight, x.t(), out=z)
+                if bias is not None:
+                    z += bias.to(dtype)[:, None]
+                largest, of_label = z.amax(0).to(wide), z.gather(0, label)[0]  # (C)
+                torch.sub(z, largest, out=e).exp_()  # in the place of z where it fits
+                total_e = e.sum(0)  # (C)
                 total += ((total_e.log() + (largest - of_label)) * share).sum()
                 if not (of_hidden or of_weight or of_bias):
                     continue
                 # softmax - one-hot is the gradient by the logits. The division by the sum, and which rows count, are left to the
                 # small sides of the products.
-                grad, scale = e.scatter_add_(1, label, -total_e), share / total_e
+                grad, scale = e.scatter_add_(0, label, -total_e[None]), share / total_e  # (V, C), (C)
                 if of_bias:
-                    grad_bias += (grad * scale).sum(0)
+                    grad_bias += grad @ scale
                 if dtype != wide:
                     grad, scale = torch.div(grad, total_e, out=z), share
+                scale = scale[:, None]
                 if of_hidden:
-                    grad_hidden[part] = ((weight.t() @ grad.t()).t() if turned else grad @ weight) * scale
-                if of_weight and turned:
-                    grad_weight.addmm_((x * scale).t(), grad)
-                elif of_weight and dtype == wide:
-                    grad_weight.addmm_(grad.t(), x * scale)
+                    grad_hidden[part] = product(grad.t(), weight) * scale
+                if of_weight and dtype == wide:
+                    add_product_(grad_weight, grad, x * scale)
                 elif of_weight:
-                    grad_weight += grad.t() @ (x * scale.to(dtype))
-        ctx.turned = turned
+                    grad_weight += grad @ (x * scale.to(dtype))
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         return total
 
@@ -108,9 +108,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output):
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
-        for grad in (grad_hidden, grad_bias, None if ctx.turned else grad_weight):
+        for grad in (grad_hidden, grad_weight, grad_bias):
             if grad is not None:
                 grad.mul_(grad_output)  # in place: it is used once
-        if ctx.turned and grad_weight is not None:
-            grad_weight = torch.mul(grad_weight.t(), grad_output, out=grad_weight.new_empty(grad_weight.t().shape))
         return grad_hidden, grad_weight, grad_bias, None

@@ -31,6 +31,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from . import foreign
 from .config import PRESETS, UserError
 from .loss import IGNORE_INDEX, chunked_cross_entropy_sum, cross_entropy_sum
+from .products import CutByRows
 
 # The base of all errors of the HTTP client, whichever client this release of huggingface_hub brings.
 _HUB_ERRORS = (OSError, *huggingface_hub.errors.HfHubHTTPError.__bases__)
@@ -49,6 +50,7 @@ class CausalLMLoss(nn.Module):
         chunked_loss: never hold all logits (`loss.chunked_cross_entropy_sum`); for models whose logits are their head's
             product and no more, see `head_is_plain`.
         mask_free: causal attention without a mask, see `attends_to_all_before`.
+        cut_products: large products on the threads of a CPU, see `products`.
         separator: the token at which a document begins; then no token sees another document, see `within_documents`.
     """
 
@@ -58,10 +60,12 @@ class CausalLMLoss(nn.Module):
         *,
         chunked_loss: bool = False,
         mask_free: bool = False,
+        cut_products: bool = False,
         separator: int | None = None,
     ):
         super().__init__()
-        self.model, self.chunked_loss, self.mask_free, self.separator = model, chunked_loss, mask_free, separator
+        self.model, self.chunked_loss, self.mask_free = model, chunked_loss, mask_free
+        self.cut_products, self.separator = cut_products, separator
         self._compiled, self._compiled_rows = [], 0
         self.router_coefficient = getattr(model, "router_aux_loss_coef", getattr(model, "aux_loss_coef", None))
 
@@ -82,7 +86,11 @@ class CausalLMLoss(nn.Module):
         if self._compiled and self.training:
             trunk = self._compiled[0]
         documents = {} if self.separator is None else within_documents(input_ids, self.separator)
-        with _attention(self.model.config, MASK_FREE) if self.mask_free else contextlib.nullcontext():
+        with contextlib.ExitStack() as while_it_runs:
+            if self.mask_free:
+                while_it_runs.enter_context(_attention(self.model.config, MASK_FREE))
+            if self.cut_products:
+                while_it_runs.enter_context(CutByRows())
             out = trunk(input_ids=input_ids, use_cache=False, **documents)
             if self.chunked_loss:  # out[0] is the head's input, (B, T, D)
                 loss = chunked_cross_entropy_sum(out[0], self.model.get_output_embeddings(), labels)

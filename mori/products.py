@@ -1,9 +1,13 @@
-"""Products of a few rows with a large matrix, on all cores of a CPU.
+"""Products of matrices on all cores of a CPU, cut into a batch of smaller ones.
 
-A token that is decoded is one row, and such a product is bound by the reading of the matrix. The libraries under PyTorch
-(MKL, in torch 2.13) do it on one core, or share it badly among several; cut into a batch of smaller products it is read by all of
-them at once: 2 to 3 times as fast for one row, 1.1 to 1.6 times for eight (runs/LOG.md).
+The library under PyTorch (MKL, in torch 2.13) shares one product out among its threads, and a batch of products one by one. The
+second is faster. With few rows (a token that is decoded is one row) the reading of the large matrix is what takes time, and only a
+batch is read by all cores: 2 to 3 times as fast for one row, 1.1 to 1.6 times for eight. With many rows, as in training, the threads
+of one product wait for each other: a batch is 1.1 to 1.4 times as fast, to the same bits (runs/LOG.md).
 """
+
+import functools
+import time
 
 import torch
 from torch.nn.functional import linear
@@ -12,6 +16,8 @@ from torch.overrides import TorchFunctionMode
 ROWS = 8  # of more rows than this a product is no longer bound by memory
 ELEMENTS = 1 << 18  # in a smaller matrix there is nothing to share
 _PARTS = 64
+_PIECE = 64  # rows: with less of them in a part, the other matrix is made ready for too little work
+_TRAINED_ROWS = 128
 
 
 class OnAllCores(TorchFunctionMode):
@@ -62,3 +68,111 @@ def addmm_in_parts(bias: torch.Tensor, x: torch.Tensor, matrix: torch.Tensor) ->
         return torch.addmm(bias, x, matrix)
     pieces = x.view(len(x), parts, inputs // parts).transpose(0, 1)  # (P, N, I / P)
     return torch.bmm(pieces, matrix.view(parts, inputs // parts, outputs)).sum(0) + bias
+
+
+class CutByRows(TorchFunctionMode):
+    """While it is entered, `linear` and `addmm` of many rows with an fp32 matrix, and their gradients, are cut by rows."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if not kwargs and len(args) >= 2:
+            if function is linear and _many(args[0], args[1]):
+                x, weight, bias = (*args, None)[:3]
+                return _Product.apply(x.flatten(0, -2), weight, bias, True).unflatten(0, x.shape[:-1])
+            if function is torch.addmm and len(args) == 3 and args[1].dim() == 2 and _many(args[1], args[2]):
+                return _Product.apply(args[1], args[2], args[0], False)
+        return function(*args, **(kwargs or {}))
+
+
+def _many(x: torch.Tensor, matrix: torch.Tensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and x.dtype == matrix.dtype == torch.float32
+        and x.dim() > 1
+        and x.numel() >= many_rows() * x.size(-1)
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def many_rows() -> int:
+    """From how many rows on a product of training is worth cutting."""
+    return _TRAINED_ROWS * torch.get_num_threads()
+
+
+class _Product(torch.autograd.Function):
+    """`x @ matrix + bias`, with `matrix` `(I, O)` as `addmm` has it, or `(O, I)` as `linear` has it."""
+
+    @staticmethod
+    def forward(ctx, x, matrix, bias, turned):
+        ctx.save_for_backward(x, matrix)
+        ctx.turned = turned
+        return product(x, matrix.t() if turned else matrix, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, matrix = ctx.saved_tensors  # (N, I)
+        of_x, of_matrix, of_bias = ctx.needs_input_grad[:3]
+        grad_x = product(grad, matrix if ctx.turned else matrix.t()) if of_x else None
+        grad_matrix = (product(grad.t(), x) if ctx.turned else product(x.t(), grad)) if of_matrix else None
+        return grad_x, grad_matrix, grad.sum(0) if of_bias else None, None
+
+
+def product(
+    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`a @ b + bias`, `(M, N)`, with the rows of `a` `(M, K)` in parts, one for each thread, where that is worth it.
+
+    `bias` is `(N)`; `out`, if given, is contiguous.
+    """
+    out = a.new_empty(len(a), b.size(1)) if out is None else out
+    cut, parts = _cut(a)
+    if cut:
+        pieces, whole, into = _in_parts(a[:cut], parts), b.expand(parts, *b.shape), _in_parts(out[:cut], parts)
+        torch.bmm(pieces, whole, out=into) if bias is None else torch.baddbmm(bias, pieces, whole, out=into)
+    if cut < len(a):
+        a, into = a[cut:], out[cut:]
+        torch.mm(a, b, out=into) if bias is None else torch.addmm(bias, a, b, out=into)
+    return out
+
+
+def add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Add `a @ b` to `total` `(M, N)`, which is contiguous, in place; cut as in `product`."""
+    cut, parts = _cut(a)
+    if cut:
+        _in_parts(total[:cut], parts).baddbmm_(_in_parts(a[:cut], parts), b.expand(parts, *b.shape))
+    if cut < len(a):
+        total[cut:].addmm_(a[cut:], b)
+    return total
+
+
+def _cut(a: torch.Tensor) -> tuple[int, int]:
+    """How many rows of `a` to share out, and in how many parts; the rest is less than a row for each."""
+    parts = torch.get_num_threads()
+    of_mkl = a.device.type == "cpu" and a.dtype in (torch.float32, torch.float64) and torch.backends.mkl.is_available()
+    return (len(a) - len(a) % parts if of_mkl and parts > 1 and len(a) >= _PIECE * parts else 0), parts
+
+
+def _in_parts(rows: torch.Tensor, parts: int) -> torch.Tensor:
+    return rows.unflatten(0, (parts, -1))  # (P, M / P, ...)
+
+
+def race() -> tuple[float, float, int, bool]:
+    """Seconds of a product whole and cut, the best of five in turn; its operations; and whether both came to the same bits."""
+    of_its_own = torch.Generator().manual_seed(0)  # a run's random numbers must not move
+    a, b = torch.rand(2 * many_rows(), 768, generator=of_its_own), torch.rand(768, 768, generator=of_its_own)
+    ways, best, found = (torch.mm, product), [float("inf")] * 2, [None] * 2
+    for _ in range(5):
+        for number, way in enumerate(ways):
+            began = time.perf_counter()
+            found[number] = way(a, b)
+            best[number] = min(best[number], time.perf_counter() - began)
+    return *best, 2 * a.numel() * b.size(1), torch.equal(*found)
+
+
+@functools.cache
+def cutting_pays() -> bool:
+    """Whether a cut product is faster on this machine, and the same: then it does not matter to a result who finds so."""
+    if torch.get_num_threads() == 1 or not torch.backends.mkl.is_available():
+        return False
+    whole, cut, _, equal = race()
+    return equal and cut < whole

@@ -1,5 +1,7 @@
 """The fast path: the same loss and gradients, without masks, whole logits, or questions to the device."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from mori import fast, loss
+from mori import fast, loss, products
 from mori import model as models
 from mori.config import TrainConfig, UserError
 from mori.loss import chunked_cross_entropy_sum
@@ -348,3 +350,84 @@ def test_operations_of_a_token_counted_by_hand_and_by_pytorch():
         module(input_ids, labels).backward()
     small = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 1 and "wpe" not in name)
     assert counted.get_total_flops() == pytest.approx(24 * (fast.flops_per_token(model, 24) - 6 * small), rel=0.05)
+
+
+@pytest.fixture
+def cut_all(monkeypatch):
+    """Cut every product among three, as large machines do large ones; returns how often it was done."""
+    parts = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(products, "_PIECE", 1)
+    monkeypatch.setattr(products, "_TRAINED_ROWS", 1)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    in_parts = products._in_parts
+    monkeypatch.setattr(products, "_in_parts", lambda *args: parts.append(args[1]) or in_parts(*args))
+    return parts
+
+
+@pytest.mark.parametrize("rows", [2, 3, 21, 23])
+def test_a_cut_product_is_the_product(rows, cut_all):
+    torch.manual_seed(0)
+    wide, bias = torch.randn(rows, 9), torch.randn(5)
+    for a in (torch.randn(rows, 7), torch.randn(7, rows).t(), wide[:, :7]):
+        for b in (torch.randn(7, 5), torch.randn(5, 7).t()):
+            exact = a.double() @ b.double()
+            close = {"rtol": 1e-5, "atol": 1e-5}
+            torch.testing.assert_close(products.product(a, b).double(), exact, **close)
+            torch.testing.assert_close(products.product(a, b, bias).double(), exact + bias, **close)
+            out, total = torch.full((rows, 5), math.nan), torch.ones(rows, 5)
+            assert products.product(a, b, out=out) is out and products.add_product_(total, a, b) is total
+            torch.testing.assert_close(out.double(), exact, **close)
+            torch.testing.assert_close(total.double(), 1 + exact, **close)
+    assert bool(cut_all) == (rows >= 3)
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["addmm", "linear"])
+def test_the_gradients_of_a_cut_product(turned, cut_all):
+    torch.manual_seed(0)
+    x, matrix, bias = (torch.randn(size, dtype=torch.float64, requires_grad=True) for size in ((8, 4), (4, 6), (6,)))
+    assert torch.autograd.gradcheck(
+        lambda x, m, b: products._Product.apply(x, m.t() if turned else m, b, turned), (x, matrix, bias)
+    )
+    assert torch.autograd.gradcheck(
+        lambda x, m: products._Product.apply(x, m.t() if turned else m, None, turned), (x, matrix)
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cut_products_give_each_family_its_loss_and_gradients(family, cut_all):
+    model, (input_ids, labels) = small_model(family, 97), batch()
+    module = models.CausalLMLoss(model).eval()
+    expected_loss = module(input_ids, labels, torch.tensor(42.0))
+    expected = gradients(model, expected_loss)
+    assert not cut_all
+    module.cut_products = True
+    found_loss = module(input_ids, labels, torch.tensor(42.0))
+    times = len(cut_all)
+    found = gradients(model, found_loss)
+    assert len(cut_all) > times > 0
+    torch.testing.assert_close(found_loss, expected_loss)
+    assert found.keys() == expected.keys()
+    for name in found:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cut_all.clear()
+        module(input_ids, labels)
+    assert not cut_all
+
+
+@pytest.mark.parametrize("pays", [True, False])
+@pytest.mark.parametrize("asked", [{}, {"cut_products": False}, {"gradient_checkpointing": True}, {"block_size": 2}])
+def test_products_are_cut_only_where_that_is_safe_and_pays(asked, pays, monkeypatch):
+    monkeypatch.setattr(fast, "many_rows", lambda: 64)
+    monkeypatch.setattr(fast, "cutting_pays", lambda: pays)
+    config = TrainConfig(**{"block_size": 24, **asked})
+    module, chosen = fast.training_module(small_model("gpt2", 97), config, *batch(), CPU)
+    assert module.cut_products == (not asked and pays) == ("products cut by rows" in chosen)
+
+
+def test_the_race_of_products_draws_none_of_the_run_s_random_numbers():
+    before = torch.get_rng_state()
+    whole, cut, operations, equal = products.race()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert 1e6 < operations / whole < 1e14 and 1e6 < operations / cut < 1e14
