@@ -59,7 +59,7 @@ def test_the_brain_loads_with_transformers_alone(settings, tmp_path, monkeypatch
     trained = {}
     save = models.save
     monkeypatch.setattr(models, "save", lambda model, *rest: (trained.update(model=model), save(model, *rest)))
-    train(TrainConfig(**settings))
+    train(TrainConfig(**settings, fused_activations=False))  # PyTorch's GELU may round the last bit otherwise
     brain = AutoModelForCausalLM.from_pretrained(tmp_path / "brain").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "brain")
     input_ids = tokenizer("Halo semua, selamat datang", return_tensors="pt")["input_ids"]
