@@ -156,6 +156,7 @@ def _in_parts(rows: torch.Tensor, parts: int) -> torch.Tensor:
     return rows.unflatten(0, (parts, -1))  # (P, M / P, ...)
 
 
+@functools.cache  # once a process: the choice and the peak are of one measurement
 def race() -> tuple[float, float, int, bool]:
     """Seconds of a product whole and cut, the best of five in turn; its operations; and whether both came to the same bits."""
     of_its_own = torch.Generator().manual_seed(0)  # a run's random numbers must not move
@@ -169,7 +170,6 @@ def race() -> tuple[float, float, int, bool]:
     return *best, 2 * a.numel() * b.size(1), torch.equal(*found)
 
 
-@functools.cache
 def cutting_pays() -> bool:
     """Whether a cut product is faster on this machine, and the same: then it does not matter to a result who finds so."""
     if torch.get_num_threads() == 1 or not torch.backends.mkl.is_available():

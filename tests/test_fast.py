@@ -428,6 +428,6 @@ def test_products_are_cut_only_where_that_is_safe_and_pays(asked, pays, monkeypa
 
 def test_the_race_of_products_draws_none_of_the_run_s_random_numbers():
     before = torch.get_rng_state()
-    whole, cut, operations, equal = products.race()
+    whole, cut, operations, equal = products.race.__wrapped__()
     assert torch.equal(torch.get_rng_state(), before)
     assert 1e6 < operations / whole < 1e14 and 1e6 < operations / cut < 1e14
