@@ -116,9 +116,8 @@ def startup(config: StartupBenchConfig) -> None:
     """`scripts/bench.py startup`: seconds from the start of the process to the end of the first optimizer step, in fp32.
 
     `trainer` is the script that a person would write: tokenizer, blocks, collator, Trainer. It neither evaluates nor
-    samples before it trains, and `mori` always does: `mori` is given as little to do there as its flags allow (one
-    window, one token), so that both do the same work, and `mori-default` all that it does when nothing is said: what a
-    person waits for. No arm finds the corpus tokenized.
+    samples before it trains, and `mori` is told not to either, so that both do the same work; `mori-default` does all
+    that it does when nothing is said: what a person waits for. No arm finds the corpus tokenized.
     """
     bench.check_writable(config.output_dir)
     bench.require("accelerate", "trainer")
@@ -136,7 +135,8 @@ def startup(config: StartupBenchConfig) -> None:
             command += ["--corpus", str(folder / "corpus.txt"), "--max_steps", "1", "--precision", "fp32"]
             command += ["--output_dir", str(place / "brain"), "--logging_dir", str(place), "--device", config.device]
             command += ["--per_device_train_batch_size", size, "--block_size", block_size]
-            command += [] if arm == "mori-default" else ["--held_out_fraction", "1e-9", "--max_new_tokens", "1"]
+            alike = ["--no-eval_on_start", "--held_out_fraction", "1e-9", "--max_new_tokens", "1"]
+            command += [] if arm == "mori-default" else alike
         lines = bench.in_a_process(arm, command, config.threads).splitlines()
         shutil.rmtree(place)
         return {"seconds": next(float(line.split()[-1]) for line in lines if line.startswith("first step "))}

@@ -27,7 +27,7 @@ EXIT_OK, EXIT_FAILURE, EXIT_MISTAKE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 # What a resumed run may change: none of it touches the weights. (The corpus is compared by its hash.)
 MAY_CHANGE = frozenset(
-    "corpus device output_dir logging_dir run_name resume_from_checkpoint logging_steps eval_steps save_steps "
+    "corpus device output_dir logging_dir run_name resume_from_checkpoint logging_steps eval_steps eval_on_start save_steps "
     "save_total_limit per_device_eval_batch_size max_nonfinite_steps ddp_timeout extend prompt temperature top_h top_k top_p min_p typical_p "
     "epsilon_cutoff eta_cutoff xtc_probability xtc_threshold repetition_penalty frequency_penalty presence_penalty "
     "no_repeat_ngram_size dry_multiplier dry_base dry_allowed_length dry_sequence_breakers sequence_bias bad_words_ids "
@@ -346,6 +346,7 @@ class TrainConfig(SamplingConfig):
     eval_steps: float = flag(
         "logging", 0.1, "evaluate and sample every so many steps; below 1 it is a share of all steps"
     )
+    eval_on_start: bool = flag("logging", True, "evaluate and sample before the first step as well")
     per_device_eval_batch_size: int = flag("logging", 8, "windows in one batch of the evaluation")
     save_steps: float = flag(
         "logging", 0.1, "save a checkpoint every so many steps; below 1 it is a share of all steps"
@@ -518,6 +519,8 @@ class CompareConfig(TrainConfig):
         for name in ("document_mask", "dtype"):
             if getattr(self, name) != getattr(TrainConfig, name):
                 found.append(f"{name} is something that Trainer does not do: the arms would do other work")
+        if not self.eval_on_start:
+            found.append("eval_on_start: a comparison shows the loss that all arms begin with")
         return found + super().mistakes()
 
     def arm_config(self, **changed) -> TrainConfig:

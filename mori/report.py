@@ -33,7 +33,7 @@ def _lines(found: dict, drawn: bool) -> list[str]:
         "",
         *_verdict(found),
         "* `mori` is the loop of this project; `mori-exact` is the same with every option off that changes the order of floating-point "
-        "operations (there is none yet, so the two are one).",
+        "operations.",
         "* `trainer` is `transformers.Trainer` on the same windows in the same order; `trainer-tuned` the same with `torch.compile`, "
         "loader workers, and without reporting and NaN filter.",
         "* `course` is the usual recipe, as tutorials give it: one row per line, `truncation=True, max_length=1024`, Trainer's own "

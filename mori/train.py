@@ -293,7 +293,8 @@ def _train(
     while True:
         last = progress.step == total_steps
         evaluated = progress.after is not None and progress.after["step"] == progress.step
-        if (progress.step % eval_every == 0 or last) and not evaluated:
+        wanted = progress.step % eval_every == 0 if progress.step else config.eval_on_start
+        if (wanted or last) and not evaluated:
             take_stock()
         save_due = progress.step > 0 and (progress.step % save_every == 0 or last)
         if save_due and saved_step != progress.step and save_checkpoint():
@@ -378,9 +379,10 @@ def _train(
             checkpoint.write_json(run_dir / "summary.json", summary)
         if progress.skipped_steps:
             say(f"WARNING: {progress.skipped_steps} of {total_steps} steps were skipped, their gradient was not finite")
+        began = f"{progress.before['loss']:.4f} -> " if progress.before else ""
         say(
             f"{total_steps} steps in {summary['wall_seconds']:.0f} s, {summary['tokens_per_second']:.0f} tokens/s; "
-            f"held-out loss {progress.before['loss']:.4f} -> {progress.after['loss']:.4f} "
+            f"held-out loss {began}{progress.after['loss']:.4f} "
             f"(best {progress.best['loss']:.4f} at step {progress.best['step']})\n"
             f"the brain is in {config.output_dir}/; talk to it: "
             f"python scripts/generate.py --model {config.output_dir} --prompt {json.dumps(config.prompt[0], ensure_ascii=False)}"

@@ -111,6 +111,16 @@ def test_drawing_samples_and_evaluating_does_not_move_the_training(run_train, tm
     assert_equal_weights(tmp_path / "a", tmp_path / "b")
 
 
+def test_without_an_evaluation_at_the_start_the_weights_are_the_same(run_train, tmp_path, capsys):
+    run_train(output_dir=str(tmp_path / "a"), run_name="a")
+    summary = run_train(output_dir=str(tmp_path / "b"), run_name="b", eval_on_start=False)
+    assert_equal_weights(tmp_path / "a", tmp_path / "b")
+    assert summary["eval"]["before"] is None and summary["samples"]["before"] == []
+    logged = read_metrics(tmp_path / "runs" / "b" / "metrics.jsonl")
+    assert [line["step"] for line in logged if "eval/loss" in line] == [6, 12]
+    assert f"held-out loss {summary['eval']['after']['loss']:.4f} (best" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_every_precision_trains_and_resumes_on_the_cpu(run_train, tmp_path, precision):
     """The scaler's state counts too: an injected overflow before the checkpoint makes it differ from a fresh one."""
