@@ -117,13 +117,14 @@ def _lines(found: dict, drawn: bool) -> list[str]:
 
 
 def _verdict(found: dict) -> list[str]:
-    pair = found["pairs"].get("mori-exact|trainer") or found["pairs"].get("mori|trainer")
-    if not pair:
+    ours = next((arm for arm in ("mori-exact", "mori") if f"{arm}|trainer" in found["pairs"]), None)
+    if not ours:
         return []
+    pair = found["pairs"][f"{ours}|trainer"]
     differences = [pair[f"max_abs_{of}_diff"] for of in ("loss", "grad_norm", "learning_rate", "weight")]
     equal = all(value == 0 for value in differences)
     said = f"equal to the last bit in every loss, gradient norm and learning rate of {pair['steps']} logged steps and in every final weight"
-    return [f"**`mori` and `trainer` are {said if equal else 'not equal: see how much they differ below'}.**", ""]
+    return [f"**`{ours}` and `trainer` are {said if equal else 'not equal: see how much they differ below'}.**", ""]
 
 
 def _difference(value: float | None) -> str:

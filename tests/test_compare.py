@@ -215,6 +215,7 @@ def test_the_command_leaves_its_report(settings, tmp_path):
     events = {path.parent.name for path in folder.rglob("events.out.tfevents.*")}
     assert events == set(found["arms"])  # a second repeat is no run of its own
     report = (folder / "report.md").read_text()
+    assert "**`mori-exact` and `trainer` are equal to the last bit" in report
     assert "void" in report and "curves.png" in report and (folder / "curves.png").stat().st_size > 10_000
 
 
