@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from .config import UserError
 from .foreign import leads_out, memory_bytes
-from .pieces import CannotCut, PieceEncoder, encode, whole
+from .pieces import CUT_FROM, PieceEncoder, encode, encode_each, whole
+from .words import CannotCut
 
 SHIPPED = Path(__file__).parent / "transcripts"
 _MAGIC, _VERSION = b"moritok\0", 3
@@ -176,8 +177,8 @@ def _chunks(path: Path) -> Iterator[str]:
                 text = held + (text.removeprefix("\ufeff") if offset == 0 else text)
                 raw, offset = raw[decoded:], offset + decoded
                 held = "\r" if block and text.endswith("\r") else ""
-                if text := text[: len(text) - len(held)].replace("\r\n", "\n"):
-                    yield text
+                if text := text[: len(text) - len(held)]:
+                    yield text.replace("\r\n", "\n") if "\r" in text else text
                 if not block:
                     return
     except OSError as error:
@@ -193,12 +194,15 @@ def corpus_hash(documents: list[Document]) -> str:
     return digest.hexdigest()
 
 
-def _hashed(document: Document, digest) -> Iterator[str]:
-    """The document's chunks, on their way put into the hash of the corpus."""
+def _hashed(document: Document, digest, bar: tqdm | None = None) -> Iterator[str]:
+    """The document's chunks, on their way put into the hash of the corpus, and counted when they are done with."""
     digest.update(document.text_bytes.to_bytes(8, "little"))
     for chunk in document.chunks():
-        digest.update(chunk.encode())
+        encoded = chunk.encode()
+        digest.update(encoded)
         yield chunk
+        if bar:
+            bar.update(len(encoded))
 
 
 def tokenizer_hash(tokenizer) -> str:
@@ -316,6 +320,7 @@ def _write(path: Path, documents: list[Document], tokenizer, hashes: dict[str, s
 def _write_ids(file, documents: list[Document], tokenizer, dtype: numpy.dtype, hashes: dict[str, str]) -> dict:
     """Write the ids of all documents; returns the header."""
     end, encoder, digest = separator(tokenizer), PieceEncoder(tokenizer), hashlib.sha256()
+    ends = numpy.array([] if end is None else [end], dtype="uint32")
     first_tokens, marks, count, max_id = [], [], 0, 0
     begin, limit, spacing = file.tell(), numpy.iinfo(dtype).max, _spacing(documents)
 
@@ -328,11 +333,18 @@ def _write_ids(file, documents: list[Document], tokenizer, dtype: numpy.dtype, h
             file.write(ids.astype(dtype).data)  # numpy's tofile() does not notice a full disk
 
     with _progress(documents) as bar:
-        for document in documents:
+        for group in _together(documents):
+            if len(group) > 1:
+                for ids in encode_each(tokenizer, ["".join(_hashed(document, digest, bar)) for document in group]):
+                    first_tokens.append(count)
+                    write(ids)
+                    write(ends)
+                continue
+            [document] = group
             first_tokens.append(count)
             before, marked = digest.copy(), 0
             try:
-                for ids, place in encoder.encode(_counted(_hashed(document, digest), bar)):
+                for ids, place in encoder.encode(_hashed(document, digest, bar)):
                     if place >= marked + spacing:
                         marks.append((count, place))
                         marked = place
@@ -343,14 +355,25 @@ def _write_ids(file, documents: list[Document], tokenizer, dtype: numpy.dtype, h
                 file.seek(begin + count * dtype.itemsize)
                 file.truncate()
                 write(numpy.array(encode(tokenizer, whole(_hashed(document, digest))), dtype="uint32"))
-            if end is not None:
-                write(numpy.array([end], dtype="uint32"))
+            write(ends)
     if not count:
         raise UserError("the tokenizer makes no token of this corpus; tokenizer and text do not belong together")
     if digest.hexdigest() != hashes["corpus_sha256"]:
         raise UserError("the corpus has changed while it was read; run it again")
     layout = {"version": _VERSION, "dtype": dtype.name, "count": count, "max_id": max_id}
     return {**layout, **hashes, "first_tokens": first_tokens, "marks": marks}
+
+
+def _together(documents: list[Document]) -> Iterator[list[Document]]:
+    """A long document by itself, short ones as many at a time as make a long one."""
+    group, held = [], 0
+    for document in documents:
+        if group and held + document.text_bytes >= CUT_FROM:
+            yield group
+            group, held = [], 0
+        group.append(document)
+        held += document.text_bytes
+    yield group
 
 
 def _spacing(documents: list[Document]) -> int:
@@ -367,12 +390,6 @@ def _progress(documents: list[Document]) -> tqdm:
     total = sum(document.text_bytes for document in documents)
     shape = {"total": total, "unit": "B", "unit_scale": True, "dynamic_ncols": True, "delay": 1}
     return tqdm(**shape, desc="tokenizing", disable=None, leave=False, file=sys.stderr)
-
-
-def _counted(chunks: Iterator[str], bar: tqdm) -> Iterator[str]:
-    for chunk in chunks:
-        yield chunk
-        bar.update(len(chunk.encode()))
 
 
 def text_bytes_from(token: int, tokens: TokenFile, documents: list[Document], tokenizer) -> int:

@@ -5,9 +5,8 @@ between two letters, which nothing of the tokenizer reaches across (`_is_local`)
 or pre-tokenizer can hold the letter and the separator behind it, nor look further behind. So the pre-tokens on either side of a
 place are a function of the text on that side. What is not known to be so is taken to reach across, and the text stays whole.
 
-By words: where every space in a place begins a pre-token besides (`_is_border`), what stands between two places has the same
-ids wherever it stands, for models work on each pre-token alone. Each such word is tokenized once. A part of the text in every
-few megabytes is tokenized as it stands besides, and must give the same.
+By words (`words`): where every space in a place begins a pre-token besides (`_is_border`), what stands between two places has
+the same ids wherever it stands.
 
 By pieces, otherwise: neighbours overlap as far as several places. Where both have the same two tokens, at the same characters,
 to the left and to the right of a place, the whole text has this border of tokens too
@@ -25,6 +24,7 @@ import itertools
 import json
 import re
 import unicodedata
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -34,11 +34,12 @@ from tokenizers.pre_tokenizers import Split
 
 from .config import UserError
 from .foreign import guarded, memory_bytes
+from .words import CannotCut, Part, WordEncoder, encode_batch
 
 PIECE = 1 << 15  # characters: small beside the memory, large beside the overlap
 OVERLAP = 1 << 10
-KNOWN = 4 << 20  # characters of words whose ids are remembered
 BATCH = 16  # pieces; their encodings take some 50 times the memory of their texts
+CUT_FROM = BATCH * PIECE  # characters: of less, to find out where to cut takes longer than to tokenize it
 _SEPARATORS = " \n、。，"
 # The pattern of Radford et al., 2019, which the byte-level pre-tokenizer has built in.
 _BYTE_LEVEL = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -58,10 +59,6 @@ _ITEM = re.compile(
 _QUANTIFIER = re.compile(r"(?:[*+?]|\{\d*,?\d*\})[+?]*")
 _LOOKS = ("(?=", "(?!")
 _ONCE_AT_MOST = ("", "?", "??", "?+", "{1}", "{0,1}")
-
-
-class CannotCut(Exception):
-    """Two pieces do not agree on any place that they share: the text has to be tokenized in one call."""
 
 
 @dataclass
@@ -91,6 +88,17 @@ def encode(tokenizer, text: str) -> list[int]:
         )
     _encode_all(backend)
     return guarded("cannot tokenize the corpus", lambda: backend.encode(text, add_special_tokens=False).ids)
+
+
+def encode_each(tokenizer, texts: list[str]) -> Iterator[numpy.ndarray]:
+    """The ids of each text, uint32, as of `encode`; the texts are shared out among the cores. Raises UserError as there."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        found = (encode(tokenizer, text) for text in texts)
+    else:
+        _encode_all(backend)
+        found = (encoding.ids for encoding in encode_batch(backend, texts))
+    return (numpy.array(ids, dtype="uint32") for ids in found)
 
 
 def whole(chunks: Iterable[str]) -> str:
@@ -132,28 +140,29 @@ class PieceEncoder:
         cannot be cut is one piece. Raises CannotCut where only the ids themselves tell, and UserError as `encode` does.
         """
         chunks, beginning, length = iter(chunks), [], 0
-        while length < BATCH * PIECE and (chunk := next(chunks, None)) is not None:
+        while length < CUT_FROM and (chunk := next(chunks, None)) is not None:
             beginning.append(chunk)
             length += len(chunk)
         chunks = itertools.chain(beginning, chunks)
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
-        # Of a short text, to find out where it may be cut takes longer than to tokenize it.
-        if backend is None or length < BATCH * PIECE or not self._cutter.separators:
+        if backend is None or length < CUT_FROM or not self._cutter.separators:
             yield numpy.array(encode(self._tokenizer, whole(chunks)), dtype="uint32"), 0
             return
         _encode_all(backend)
         pieces = self._cutter.pieces(chunks)
+        first = next(pieces)
+        if not first.places:  # nor is there another
+            yield numpy.array(encode(self._tokenizer, first.text), dtype="uint32"), 0
+            return
+        pieces = itertools.chain([first], pieces)
         batches = iter(lambda: list(itertools.islice(pieces, BATCH)), [])
         yield from (self._by_words if self._cutter.word else self._by_pieces)(batches)
-
-    def _encode_batch(self, texts: list[str]) -> list[Encoding]:
-        backend = self._tokenizer.backend_tokenizer
-        return guarded("cannot tokenize the corpus", lambda: backend.encode_batch(texts, add_special_tokens=False))
 
     def _by_pieces(self, batches: Iterator[list[_Piece]]) -> Iterator[tuple[numpy.ndarray, int]]:
         left, first, start = None, 0, 0
         for batch in batches:
-            for piece, encoding in zip(batch, self._encode_batch([piece.text for piece in batch]), strict=True):
+            encodings = encode_batch(self._tokenizer.backend_tokenizer, [piece.text for piece in batch])
+            for piece, encoding in zip(batch, encodings, strict=True):
                 piece.encoding, piece.ids = encoding, numpy.array(encoding.ids, dtype="uint32")
                 if left:
                     end, next_first, next_start = self._cutter.join(left, piece)
@@ -165,64 +174,19 @@ class PieceEncoder:
         yield left.ids[first:], start
 
     def _by_words(self, batches: Iterator[list[_Piece]]) -> Iterator[tuple[numpy.ndarray, int]]:
-        """Every place is a border of pre-tokens, so a word has the same ids wherever it stands: each is tokenized once."""
-        known: dict[str, bytes] = {"": b""}
-        n_characters = 0
-        for n, batch in enumerate(batches):
-            texts = [piece.text[: piece.end - piece.start] for piece in batch]
-            words = [self._cutter.word.findall(text) for text in texts]
-            opening = closing = b""
-            if len(texts) == 1 and len(words[0]) <= 2 and batch[0].start == 0 and not batch[0].places:
-                yield numpy.array(encode(self._tokenizer, texts[0]), dtype="uint32"), 0
-                return
-            if batch[0].start == 0:  # there is nothing before the first word, nor behind the last
-                opening = self._ids([[words[0].pop(0)]], before="")[0]
-            if not batch[-1].places:
-                last = words[-1].pop() or words[-1].pop()
-                closing = self._ids([[last]], behind="")[0]
-            if n_characters > KNOWN:
-                known, n_characters = {"": b""}, 0
-            new = sorted(set().union(*words).difference(known))
-            n_characters += sum(map(len, new))
-            known.update(zip(new, self._ids(list(_grouped(new, PIECE // 4))), strict=True))
-            if n % 8 == 0 and self._ids([["".join(words[0])]]) != [b"".join(map(known.__getitem__, words[0]))]:
-                raise CannotCut
-            for piece, its_words in zip(batch, words, strict=True):
-                parts = [opening if piece is batch[0] else b"", *map(known.__getitem__, its_words)]
-                parts.append(closing if piece is batch[-1] else b"")
-                yield numpy.frombuffer(b"".join(parts), dtype="uint32"), piece.start
+        """Every place is a border of pre-tokens, so the pieces need not overlap, and are cut into words."""
+        sent: deque[list[_Piece]] = deque()
 
-    def _ids(self, groups: list[list[str]], before: str = "a", behind: str = " a") -> list[bytes]:
-        """The ids, as bytes of uint32, of each word in groups of words that begin and end at places; a group is one text."""
-        found = []
-        texts = [before + "".join(group) + behind for group in groups]
-        for group, encoding in zip(groups, self._encode_batch(texts), strict=True):
-            ids, words = numpy.array(encoding.ids, dtype="uint32"), encoding.word_ids
-            offsets = numpy.array(encoding.offsets).reshape(-1, 2)
-            ends = len(before) + numpy.cumsum([0, *map(len, group)])
-            borders = numpy.searchsorted(offsets[:, 1], ends, side="right").tolist()
-            for place, border in zip(ends.tolist(), borders, strict=True):
-                if 0 < place < ends[-1] + len(behind) and not (
-                    0 < border < len(ids)
-                    and offsets[border - 1][1] == place <= offsets[border][0] <= place + 1
-                    and words[border - 1] != words[border]
-                ):
-                    raise CannotCut
-            found += [ids[begin:end].tobytes() for begin, end in itertools.pairwise(borders)]
-        return found
+        def parts() -> Iterator[Part]:
+            for n, batch in enumerate(batches):
+                sent.append(batch)
+                texts = [piece.text[: piece.end - piece.start] for piece in batch]
+                yield Part(texts, batch[0].start == 0, not batch[-1].places, verify=n % 8 == 0)
 
-
-def _grouped(words: list[str], size: int) -> Iterator[list[str]]:
-    """Groups of words with some `size` characters in each."""
-    group, held = [], 0
-    for word in words:
-        group.append(word)
-        held += len(word)
-        if held >= size:
-            yield group
-            group, held = [], 0
-    if group:
-        yield group
+        encoder = WordEncoder(self._tokenizer.backend_tokenizer, self._cutter.word)
+        for found in encoder.encode_all(parts()):
+            for piece, ids in zip(sent.popleft(), found, strict=True):
+                yield numpy.frombuffer(ids, dtype="uint32"), piece.start
 
 
 class _Cutter:

@@ -11,7 +11,7 @@ FLOORS = {
     "config": 0, "optim": 0, "sampling": 0, "replay": 0, "products": 0, "monitor": 0,
     "loss": 0.5,  # made of products
     "foreign": 0.5,  # a mezzanine: corpus and model both look at files before they read them
-    "pieces": 0.7,  # what corpus cuts its texts with
+    "words": 0.6, "pieces": 0.7,  # what corpus cuts its texts with
     "corpus": 1, "data": 1, "runtime": 1, "model": 1,
     "checkpoint": 2, "decode": 2, "evaluate": 2, "diagnose": 2, "fast": 2,
     "prepare": 3, "generate": 3,
@@ -28,6 +28,7 @@ OUTSIDE = {
     "replay": {"torch"},
     "products": {"torch"},
     "monitor": {"torch", "tqdm"},
+    "words": {"numpy", "tokenizers"},
     "pieces": {"numpy", "tokenizers"},
     "corpus": {"numpy", "tqdm"},
     "data": {"torch", "numpy"},
@@ -50,8 +51,8 @@ OUTSIDE = {
     "compare": {"torch", "safetensors", "transformers"},
 }
 STANDARD = {
-    "argparse", "bisect", "codecs", "collections", "contextlib", "ctypes", "dataclasses", "datetime", "difflib", "fcntl", "functools", "gc", "glob", "hashlib",
-    "importlib", "inspect", "itertools", "json", "math", "operator", "os", "pathlib", "platform", "random", "re", "resource",
+    "argparse", "bisect", "codecs", "collections", "concurrent", "contextlib", "ctypes", "dataclasses", "datetime", "difflib", "fcntl", "functools", "gc", "glob", "hashlib",
+    "importlib", "inspect", "itertools", "json", "math", "multiprocessing", "operator", "os", "pathlib", "platform", "random", "re", "resource",
     "shlex", "shutil", "signal", "statistics", "subprocess", "sys", "tempfile",
     "textwrap", "threading", "time", "typing", "unicodedata", "weakref",
 }  # fmt: skip

@@ -260,6 +260,8 @@ def small_parts(monkeypatch):
     monkeypatch.setattr(pieces, "PIECE", 40)
     monkeypatch.setattr(pieces, "OVERLAP", 12)
     monkeypatch.setattr(pieces, "BATCH", 3)
+    for room in (pieces, corpus):
+        monkeypatch.setattr(room, "CUT_FROM", 3 * pieces.PIECE)
 
 
 @pytest.mark.parametrize("block", [1, 2, 3, 5, 64])

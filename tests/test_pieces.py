@@ -1,18 +1,25 @@
 """Texts in pieces have the ids of one call, whatever the tokenizer and the text; or they are not cut."""
 
+import multiprocessing
+import os
 import random
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy
 import pytest
-from conftest import STORIES, needs_stories
+from conftest import ROOT, STORIES, needs_stories
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from mori import pieces
-from mori.config import UserError
+from mori import pieces, words
+from mori.config import RunFailed, UserError
 from mori.corpus import SHIPPED, TokenFile, read_documents
 from mori.model import train_tokenizer
-from mori.pieces import CannotCut, PieceEncoder
+from mori.pieces import PieceEncoder
+from mori.words import CannotCut
 
 LEARNED_FROM = (
     sorted(SHIPPED.glob("*.txt"))[0].read_text(encoding="utf-8")[:6000] + " 今日は、世界 。\n안녕 สวัสดี é 12 345 " * 9
@@ -124,7 +131,9 @@ def small_pieces(monkeypatch):
     monkeypatch.setattr(pieces, "PIECE", 40)
     monkeypatch.setattr(pieces, "OVERLAP", 12)
     monkeypatch.setattr(pieces, "BATCH", 3)
-    monkeypatch.setattr(pieces, "KNOWN", 200)
+    monkeypatch.setattr(pieces, "CUT_FROM", 120)
+    monkeypatch.setattr(words, "KNOWN", 200)
+    monkeypatch.setattr(words, "_cores", lambda: 1)
 
 
 def check(encoder: PieceEncoder, tokenizer, text: str, rng: random.Random) -> int:
@@ -175,3 +184,86 @@ def test_a_text_that_cannot_be_cut_is_refused_where_memory_does_not_take_it(tmp_
     assert not list(tmp_path.glob("tokens-*"))
     monkeypatch.setattr(pieces, "memory_bytes", lambda: 64 * 430_000)
     assert len(TokenFile.make(documents, tokenizer, tmp_path)) == len(pieces.encode(tokenizer, documents[0].text))
+
+
+# ------------------------------------------------------------------------------------------------------- in processes
+
+
+@pytest.fixture
+def two_processes(small_pieces, monkeypatch):
+    monkeypatch.setattr(words, "_cores", lambda: 2)
+    monkeypatch.setattr(words, "_ALONE", 2)
+
+
+@pytest.mark.parametrize("kind", ["byte level, added", "WordPiece", "Unigram"])
+def test_ids_from_processes_are_those_of_one_call(kind, two_processes, capfd):
+    tokenizer = KINDS[kind][0]()
+    encoder, rng = PieceEncoder(tokenizer), random.Random(kind)
+    for _ in range(3):
+        text = " ".join(rng.choice(PLAIN) + some_text(rng) for _ in range(20))
+        assert check(encoder, tokenizer, text, rng) > 3 * pieces.BATCH * 2
+    assert not multiprocessing.active_children()
+    assert capfd.readouterr().err == ""  # nor has the library warned of a fork
+
+
+def test_what_fails_in_a_process_fails_here(two_processes, monkeypatch):
+    tokenizer = KINDS["byte level"][0]()
+    text = "kata dan kata " * 500
+    here = os.getpid()
+
+    def fail(*_):
+        raise CannotCut
+
+    real = words.WordEncoder.encode
+    monkeypatch.setattr(words.WordEncoder, "encode", lambda *a: real(*a) if os.getpid() == here else fail())
+    with pytest.raises(CannotCut):
+        list(PieceEncoder(tokenizer).encode([text]))
+    monkeypatch.setattr(
+        words.WordEncoder, "encode", lambda *a: real(*a) if os.getpid() == here else os.kill(os.getpid(), 9)
+    )
+    with pytest.raises(RunFailed, match="TOKENIZERS_PARALLELISM=false"):
+        list(PieceEncoder(tokenizer).encode([text]))
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("value, expected", [("false", 1), ("0", 1), ("true", None), (None, None)])
+def test_the_switch_of_the_library_leaves_one_process(value, expected, monkeypatch):
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    if value:
+        monkeypatch.setenv("TOKENIZERS_PARALLELISM", value)
+    assert words._cores() == (expected or len(os.sched_getaffinity(0)))
+
+
+def test_processes_die_with_a_parent_that_is_killed(tmp_path):
+    """The parent is killed while it waits for its processes, which are then asleep, waiting for work."""
+    program = """
+import os, sys, time
+from mori import words
+from mori.pieces import PieceEncoder
+from mori.model import train_tokenizer
+words._cores = lambda: 2
+text = "kata dan kata lain " * 400_000
+def chunks():
+    for at in range(0, len(text), 1 << 18):
+        yield text[at : at + (1 << 18)]
+    import multiprocessing
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    time.sleep(600)
+list(PieceEncoder(train_tokenizer([text[:1000]], 300)).encode(chunks()))
+"""
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    children = [int(word) for word in parent.stdout.readline().split()]
+    assert len(children) == 2
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 30
+    while any(_is_alive(child) for child in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
