@@ -253,7 +253,7 @@ def _mori_arm(arm: str, config: TrainConfig, folder: Path, clock: _Clock) -> dic
         output_dir=str(folder / "model"),
         save_steps=1e9,  # no arm saves while it runs
         max_new_tokens=1,
-        **(_EXACT if arm == "mori-exact" else {}),
+        **(_EXACT if arm == "mori-exact" else {"torch_compile": True} if arm == "mori-compiled" else {}),
     )
     summary = train(run, on_step=clock.step)
     batches = _batches(run, (summary["ledger"]["train_tokens"] - 1) // run.block_size)

@@ -298,7 +298,12 @@ class TrainConfig(SamplingConfig):
         False,
         "keep one activation of each layer and compute the others again: less memory, a third more time",
     )
-    torch_compile: bool = flag("training", False, "compile the model: minutes at the start, faster steps after")
+    torch_compile: bool | None = flag(
+        "training",
+        None,
+        "compile the model: minutes at the start, faster steps after; unset does so for a long run on one GPU, where it pays",
+        kind=bool,
+    )
     num_train_epochs: float | None = flag(
         "training", None, "passes over the training windows; unset is 5, or 10 for a model made from scratch"
     )
@@ -581,7 +586,7 @@ class DecodeBenchConfig(BenchConfig):
     positive: ClassVar[tuple[str, ...]] = ("batch_size", "new_tokens", "repeats", "rounds")
 
 
-BENCH_ARMS = ("mori", "trainer", "trainer-tuned", "bare")
+BENCH_ARMS = ("mori", "trainer", "trainer-tuned", "bare", "mori-compiled")
 BENCH_CONTEXTS = {"tiny": 1024, "mini": 1024, "124m": 1024, "llama-160m": 2048, "llama-1b": 8192}
 
 
@@ -611,7 +616,7 @@ class TrainBenchConfig(StartupBenchConfig):
     """A call of `scripts/bench.py train`: the same training by `mori`, by Trainer, and by a loop with nothing around it."""
 
     arms: list[str] = flag(
-        "benchmark", list(BENCH_ARMS), f"what to compare, of {', '.join(BENCH_ARMS)}; spaces or commas between"
+        "benchmark", list(BENCH_ARMS[:-1]), f"what to compare, of {', '.join(BENCH_ARMS)}; spaces or commas between"
     )
     max_steps: int = flag("benchmark", 40, "optimizer steps of each run")
     uncounted_steps: int = flag("benchmark", 5, "steps before the clock counts: some arms compile in them")
@@ -729,7 +734,7 @@ def _parser(cls, description: str) -> _Parser:
                 f"--{f.name}",
                 action=argparse.BooleanOptionalAction,
                 default=argparse.SUPPRESS,
-                help=f"{meta['help']}\n(default: {'on' if f.default else 'off'})",
+                help=f"{meta['help']}\n(default: {'unset' if f.default is None else 'on' if f.default else 'off'})",
             )
             continue
         default = f.default if f.default is not dataclasses.MISSING else f.default_factory()

@@ -3,6 +3,7 @@
 And how near to the machine's limit a step comes.
 """
 
+import importlib.util
 import inspect
 
 import torch
@@ -15,6 +16,10 @@ from .products import cutting_pays, many_rows, race
 from .runtime import BatchSize, Runtime
 
 _CHECKED_TOKENS = 32
+# Compiling takes a minute or two, and is to give a tenth of the run at least. The share of the peak is what is usual, and the
+# peak of a GPU that is not known is taken for the largest: then only a run that is long in any case is compiled.
+_WORTH_COMPILING = 1200  # seconds
+_USUAL_SHARE = 0.4
 # Dense 16-bit matrix products, in 1e12 operations a second, by the name of the GPU: NVIDIA's data sheets.
 _GPU_PEAKS = {
     "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10G": 70, "A10": 125, "V100": 125,
@@ -29,13 +34,14 @@ def training_module(
     labels: torch.Tensor,
     where: Runtime,
     separator: int | None = None,
+    steps: int = 0,
 ) -> tuple[CausalLMLoss, str]:
     """The model with its loss, in the best form that is safe for this model and device, and what that is in words.
 
     Every choice can be switched off in `config`. The loss of the beginning of the batch `input_ids`, `labels` `(B, T)` must
-    be the model's own; where it is not, the model stays as it is. `separator` is the token that ends each document. Raises
-    UserError for a model without gradient checkpointing where that is asked for, or one that cannot keep documents apart
-    where it should, RunFailed where memory does not hold one window.
+    be the model's own; where it is not, the model stays as it is. `separator` is the token that ends each document, `steps`
+    the length of the run. Raises UserError for a model without gradient checkpointing where that is asked for, or one that
+    cannot keep documents apart where it should, RunFailed where memory does not hold one window.
     """
     if config.gradient_checkpointing:
         if not model.supports_gradient_checkpointing:
@@ -81,10 +87,24 @@ def training_module(
     ):
         module.cut_products = True
         chosen.append("products cut by rows")
-    if config.torch_compile:
+    if config.torch_compile or config.torch_compile is None and _compiling_pays(module, config, where, steps):
         module.compile_trunk(config.per_device_train_batch_size)
         chosen.append("compiled")
     return module, ", ".join(chosen) or "nothing"
+
+
+def _compiling_pays(module: CausalLMLoss, config: TrainConfig, where: Runtime, steps: int) -> bool:
+    """Whether the run is long enough, on a GPU that PyTorch's compiler knows, and the model and the choices are the usual ones.
+
+    With several ranks a compiled backward pass gives all gradients at its end, and none is sent while others are computed.
+    """
+    if where.device.type != "cuda" or where.world_size > 1 or not module.mask_free or config.gradient_checkpointing:
+        return False
+    if not importlib.util.find_spec("triton") or torch.cuda.get_device_capability(where.device) < (7, 0):
+        return False
+    tokens = steps * config.gradient_accumulation_steps * config.per_device_train_batch_size * config.block_size
+    peak = peak_flops(where) or max(_GPU_PEAKS.values()) * 1e12
+    return tokens * flops_per_token(module.model, config.block_size) > _WORTH_COMPILING * _USUAL_SHARE * peak
 
 
 def _keeps_documents_apart(module: CausalLMLoss, block_size: int, input_ids: torch.Tensor, where: Runtime) -> bool:

@@ -108,9 +108,10 @@ class CausalLMLoss(nn.Module):
     def compile_trunk(self, rows: int, backend="inductor") -> None:
         """Compile all of the model but its head (`torch.compile`), for training on batches of `rows` windows.
 
-        Where the compiler cannot, the model runs as it is, with the compiler's warning.
+        Where the compiler cannot, the model runs as it is, with the compiler's warning. It chooses no kernel by a race that
+        another process may decide otherwise, so that a run that is taken up again has the same weights.
         """
-        torch._dynamo.config.suppress_errors = True
+        torch._dynamo.config.suppress_errors = torch._inductor.config.deterministic = True
         trunk = self.model.base_model if self.chunked_loss else self.model
         # In a list, so that it is no second child; the model itself stays as it is, for whoever generates with it.
         self._compiled, self._compiled_rows = [torch.compile(trunk, backend=backend, dynamic=False)], rows

@@ -111,7 +111,7 @@ def _train(
             raise UserError(f"dtype bfloat16 needs arithmetic in bf16, this is {where.precision}; say --precision bf16")
         models.store_in_bfloat16(model)
     example, separator = text.train.batch([0]), corpus.separator(tokenizer)
-    module, chosen = fast.training_module(model, config, *example, where, separator)
+    module, chosen = fast.training_module(model, config, *example, where, separator, total_steps)
     optimizer = optim.adamw(
         model,
         lr=config.learning_rate,

@@ -431,3 +431,52 @@ def test_the_race_of_products_draws_none_of_the_run_s_random_numbers():
     whole, cut, operations, equal = products.race.__wrapped__()
     assert torch.equal(torch.get_rng_state(), before)
     assert 1e6 < operations / whole < 1e14 and 1e6 < operations / cut < 1e14
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        ({}, True),
+        ({"steps": 0.99}, False),
+        ({"name": "NVIDIA A100-SXM4-80GB", "steps": 0.32}, True),
+        ({"name": "NVIDIA A100-SXM4-80GB", "steps": 0.31}, False),
+        ({"name": "a GPU of another maker"}, True),
+        ({"name": "a GPU of another maker", "steps": 0.99}, False),
+        ({"precision": "fp32", "steps": 0.99}, False),
+        ({"world_size": 2}, False),
+        ({"device": "cpu"}, False),
+        ({"capability": (6, 1)}, False),
+        ({"triton": None}, False),
+        ({"mask_free": False}, False),
+        ({"gradient_checkpointing": True}, False),
+    ],
+    ids=str,
+)
+def test_a_run_is_compiled_by_itself_only_where_it_is_long_on_one_gpu(change, expected, monkeypatch):
+    """`steps` is a share of those that take an H100 1,200 s at 40 % of 989e12 operations a second."""
+    asked = {"name": "NVIDIA H100 80GB HBM3", "steps": 1.01, "precision": "bf16", "world_size": 1, "device": "cuda"}
+    asked |= {"capability": (9, 0), "triton": object(), "mask_free": True, "gradient_checkpointing": False, **change}
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: asked["name"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: asked["capability"])
+    monkeypatch.setattr(fast.importlib.util, "find_spec", lambda name: asked["triton"])
+    module = models.CausalLMLoss(small_model("gpt2", 97), mask_free=asked["mask_free"])
+    config = TrainConfig(
+        block_size=24, gradient_accumulation_steps=3, gradient_checkpointing=asked["gradient_checkpointing"]
+    )
+    tokens = 1200 * 0.4 * 989e12 / fast.flops_per_token(module.model, 24)
+    steps = int(asked["steps"] * tokens / (3 * 4 * 24))
+    where = Runtime(torch.device(asked["device"]), 0, asked["world_size"], asked["precision"])
+    assert fast._compiling_pays(module, config, where, steps) == expected
+
+
+@pytest.mark.parametrize(
+    "asked, pays, expected", [(None, True, 1), (None, False, 0), (False, True, 0), (True, False, 1)]
+)
+def test_whether_to_compile_is_said_or_found(asked, pays, expected, monkeypatch):
+    compiled, seen = [], []
+    monkeypatch.setattr(fast, "_compiling_pays", lambda *args: seen.append(args[-1]) or pays)
+    monkeypatch.setattr(models.CausalLMLoss, "compile_trunk", lambda self, rows: compiled.append(rows))
+    config = TrainConfig(block_size=24, torch_compile=asked)
+    _, chosen = fast.training_module(small_model("gpt2", 97), config, *batch(), CPU, steps=70)
+    assert compiled == expected * [config.per_device_train_batch_size] and ("compiled" in chosen) == bool(expected)
+    assert seen == ([70] if asked is None else [])
