@@ -237,6 +237,9 @@ def test_a_failed_arm_is_named_and_the_others_are_compared(settings, tmp_path):
 def test_mistakes_are_found_before_any_arm_starts(settings, tmp_path):
     with pytest.raises(UserError, match="arm 'trainr'.*repeats"):
         checked(CompareConfig(arms=["mori,trainr"], repeats=0))
+    for change in ({"eval_on_start": False}, {"document_mask": True}, {"dtype": "bfloat16"}):
+        with pytest.raises(UserError, match=next(iter(change))):
+            checked(CompareConfig(**change))
     with pytest.raises(UserError, match="longer than the model's context"):
         compare.compare(CompareConfig(**{**settings, "block_size": 1000}))
     assert not (tmp_path / "runs" / "compare-run").exists()
@@ -251,8 +254,3 @@ def test_a_weight_that_is_not_a_number_is_an_infinite_difference(tmp_path):
     assert compare.max_weight_difference(tmp_path / "a", tmp_path / "c") == 0.5
     assert compare.max_weight_difference(tmp_path / "a", tmp_path / "b") == math.inf
     assert compare.max_weight_difference(tmp_path / "a", tmp_path) is None
-
-
-def test_the_readme_figures_stand_in_the_bench_folder():
-    for path in (ROOT / "runs" / "bench").glob("*.json"):
-        assert json.loads(path.read_text())

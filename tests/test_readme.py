@@ -1,5 +1,6 @@
 """Every command of the README is run, or parsed by the very parser that would run it."""
 
+import json
 import re
 import runpy
 import shlex
@@ -59,3 +60,27 @@ def test_every_flag_that_is_mentioned_exists():
 def test_every_file_that_is_named_is_there():
     for path in re.findall(r"(?:mori|scripts|tests|runs)/[\w/]+\.(?:py|md|png)", README):
         assert (ROOT / path).is_file(), path
+
+
+@pytest.mark.parametrize(
+    "name, pair",
+    [
+        ("train-124m-batch4-block128-fp32-cpu", "trainer / mori"),
+        ("train-124m-batch4-block512-fp32-cpu", "trainer / mori"),
+        ("train-124m-batch4-block512-fp32-cpu", "trainer-tuned / mori"),
+        ("train-124m-batch4-block1024-fp32-cpu", "trainer / mori"),
+        ("train-tiny-batch4-block64-fp32-cpu", "trainer / mori"),
+        ("train-tiny-batch4-block64-fp32-cpu", "bare / mori"),
+        ("tokenize", "run_clm / mori"),
+        ("startup-124m-batch4-block128-fp32-cpu", "trainer / mori"),
+        ("startup-124m-batch4-block512-fp32-cpu", "trainer / mori"),
+        *[
+            (f"decode-{model}", f"generate-{how} / mori-{how}")
+            for model in ("124m-batch1", "124m-batch8", "small-batch1")
+            for how in ("greedy", "sampled")
+        ],
+    ],
+)
+def test_the_figures_are_those_of_the_benchmarks(name, pair):
+    found = json.loads((ROOT / "runs" / "bench" / f"{name}.json").read_text(encoding="utf-8"))["ratios"][pair]
+    assert "{median:.2f} ({min:.2f} to {max:.2f})".format(**found) in README
