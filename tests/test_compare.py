@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import ROOT, STORIES, door, flags, needs_stories
+from conftest import STORIES, door, flags, needs_stories
 from families import FAMILIES, small_model
 from packaging.version import Version
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
