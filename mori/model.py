@@ -52,6 +52,9 @@ class CausalLMLoss(nn.Module):
         mask_free: causal attention without a mask, see `attends_to_all_before`.
         cut_products: large products on the threads of a CPU, see `products`.
         separator: the token at which a document begins; then no token sees another document, see `within_documents`.
+
+    Attributes:
+        rows: how many windows a batch has, but for the last of an epoch; where memory ran out, fewer than before.
     """
 
     def __init__(
@@ -66,7 +69,7 @@ class CausalLMLoss(nn.Module):
         super().__init__()
         self.model, self.chunked_loss, self.mask_free = model, chunked_loss, mask_free
         self.cut_products, self.separator = cut_products, separator
-        self._compiled, self._compiled_rows = [], 0
+        self._compiled, self.rows = [], 0
         self.router_coefficient = getattr(model, "router_aux_loss_coef", getattr(model, "aux_loss_coef", None))
 
     def forward(
@@ -79,11 +82,11 @@ class CausalLMLoss(nn.Module):
             n_targets: how many labels the whole step has. A mixture of experts that gives a router loss (its
                 `output_router_logits` is on) has it added then, by the share of the step's labels that are here.
         """
-        missing = self._compiled_rows - len(input_ids)
-        if self.training and missing > 0:  # the last windows of an epoch: another shape would be compiled anew
+        compiled = self.training and self._compiled
+        if compiled and (missing := self.rows - len(input_ids)) > 0:
             input_ids, labels = pad(input_ids, (0, 0, 0, missing)), pad(labels, (0, 0, 0, missing), value=IGNORE_INDEX)
         trunk = self.model.base_model if self.chunked_loss else self.model
-        if self._compiled and self.training:
+        if compiled:
             trunk = self._compiled[0]
         documents = {} if self.separator is None else within_documents(input_ids, self.separator)
         with contextlib.ExitStack() as while_it_runs:
@@ -106,15 +109,16 @@ class CausalLMLoss(nn.Module):
         return loss
 
     def compile_trunk(self, rows: int, backend="inductor") -> None:
-        """Compile all of the model but its head (`torch.compile`), for training on batches of `rows` windows.
+        """Compile all of the model but its head (`torch.compile`), for training on batches of `self.rows` windows.
 
+        One of fewer, at the end of an epoch, is filled up: another shape would be compiled anew.
         Where the compiler cannot, the model runs as it is, with the compiler's warning. It chooses no kernel by a race that
         another process may decide otherwise, so that a run that is taken up again has the same weights.
         """
         torch._dynamo.config.suppress_errors = torch._inductor.config.deterministic = True
         trunk = self.model.base_model if self.chunked_loss else self.model
         # In a list, so that it is no second child; the model itself stays as it is, for whoever generates with it.
-        self._compiled, self._compiled_rows = [torch.compile(trunk, backend=backend, dynamic=False)], rows
+        self._compiled, self.rows = [torch.compile(trunk, backend=backend, dynamic=False)], rows
 
 
 def within_documents(input_ids: torch.Tensor, separator: int) -> dict[str, torch.Tensor]:

@@ -314,7 +314,8 @@ def _train(
         step = progress.step
         before = runtime.random_state()
         while True:
-            batches.batch_size, loss = micro_batch.size, None  # a loss holds on to all activations of its pass
+            batches.batch_size = module.rows = micro_batch.size
+            loss = None  # one holds on to all activations of its pass
             with speed.waiting():
                 micro_batches, n_targets = data.load_step(text.train, batches[step], pin=where.device.type == "cuda")
             # All valid targets of the step, over micro-batches and ranks; DDP averages gradients, so its share of them.

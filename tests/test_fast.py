@@ -152,8 +152,8 @@ def test_sdpa_sees_no_mask_and_is_causal(family, compiled, monkeypatch):
     assert len(calls) >= 2 and set(calls) == {(None, True)}
 
 
-def test_nothing_is_compiled_again_after_the_second_step():
-    """The last batch of an epoch has fewer windows."""
+def test_nothing_is_compiled_again_after_the_second_step(monkeypatch):
+    """The last batch of an epoch has fewer windows, and so have all once memory ran out, which must not be filled up again."""
     model, (input_ids, labels) = small_model("llama", 97), batch(4)
     module, _ = fast.training_module(model, TrainConfig(block_size=24), input_ids, labels, CPU)
     expected = module(input_ids[:3], labels[:3])
@@ -169,6 +169,12 @@ def test_nothing_is_compiled_again_after_the_second_step():
         if rows == 3:
             torch.testing.assert_close(found, expected)
     assert 0 < twice == len(compiled)
+    rows, real = [], models.chunked_cross_entropy_sum
+    monkeypatch.setattr(models, "chunked_cross_entropy_sum", lambda x, *rest: rows.append(len(x)) or real(x, *rest))
+    module.rows = 2
+    for size in (2, 2, 1):
+        module(input_ids[:size], labels[:size]).backward()
+    assert rows == [2, 2, 2]
 
 
 def test_a_compiler_that_fails_does_not_end_the_run():

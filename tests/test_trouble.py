@@ -42,11 +42,12 @@ def test_gradients_that_are_never_finite_stop_the_run_and_spoil_nothing(run_trai
 
 
 def test_memory_that_runs_out_is_remembered(run_train, tmp_path, monkeypatch, capsys):
-    real, sizes = models.CausalLMLoss.forward, []
+    real, sizes, rows = models.CausalLMLoss.forward, [], []
 
     def forward(self, input_ids, labels, n_targets=None):
         if n_targets is not None:
             sizes.append(len(input_ids))
+            rows.append(self.rows)
             if len(input_ids) > 2:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
         return real(self, input_ids, labels, n_targets)
@@ -54,7 +55,7 @@ def test_memory_that_runs_out_is_remembered(run_train, tmp_path, monkeypatch, ca
     monkeypatch.setattr(models.CausalLMLoss, "forward", forward)
     options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "max_steps": 8}
     stop_after(4, lambda: run_train(**options))
-    assert sizes == [4] + [2] * 10  # the step that is broken off among them
+    assert sizes == rows == [4] + [2] * 10  # the step that is broken off among them
     assert "step 1: memory ran out" in capsys.readouterr().out
     sizes.clear()
     run_train(**options)
