@@ -8,6 +8,7 @@ from torch import nn
 
 # The names that `transformers.Trainer.get_decay_parameter_names` keeps from decaying, so that the same weights decay.
 _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
+_SLICE = 1 << 22  # weights of which `RoundingAdamW` makes its intermediate values at a time
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -69,23 +70,29 @@ class RoundingAdamW(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
-                state, grad = self.state[parameter], parameter.grad.float()
+                state = self.state[parameter]
                 if not state:
                     state["step"] = torch.tensor(0.0)
-                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(grad), torch.zeros_like(grad)
+                    for name in ("exp_avg", "exp_avg_sq"):
+                        state[name] = torch.zeros_like(parameter, dtype=torch.float32)
                 state["step"] += 1
                 step = int(state["step"])
-                state["exp_avg"].lerp_(grad, 1 - beta1)
-                state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-                scale = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt_().add_(group["eps"])
-                weight = parameter.float() * (1 - lr * group["weight_decay"])
-                weight.addcdiv_(state["exp_avg"], scale, value=-lr / (1 - beta1**step))
-                if parameter.dtype == torch.bfloat16:
-                    device = parameter.device
-                    if device not in generators:
-                        generators[device] = torch.Generator(device).manual_seed(step)
-                    weight = rounded_at_random(weight, generators[device])
-                parameter.copy_(weight)
+                whole = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
+                rows = max(1, _SLICE * len(torch.atleast_1d(parameter)) // max(1, parameter.numel()))
+                for part, grad, exp_avg, exp_avg_sq in zip(
+                    *(torch.atleast_1d(t).split(rows) for t in whole), strict=True
+                ):
+                    grad = grad.float()
+                    exp_avg.lerp_(grad, 1 - beta1)
+                    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+                    scale = (exp_avg_sq / (1 - beta2**step)).sqrt_().add_(group["eps"])
+                    weight = part.float() * (1 - lr * group["weight_decay"])
+                    weight.addcdiv_(exp_avg, scale, value=-lr / (1 - beta1**step))
+                    if part.dtype == torch.bfloat16:
+                        if part.device not in generators:
+                            generators[part.device] = torch.Generator(part.device).manual_seed(step)
+                        weight = rounded_at_random(weight, generators[part.device])
+                    part.copy_(weight)
 
     def load_state_dict(self, state_dict: dict) -> None:
         """As PyTorch does, which would round the moments to the type of the weights."""

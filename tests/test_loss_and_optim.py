@@ -130,21 +130,23 @@ def test_an_optimizer_goes_on_from_its_checkpoint_to_the_bit(name, tmp_path):
         assert torch.equal(a, b)
 
 
-def test_weights_in_fp32_are_those_of_pytorch():
+@pytest.mark.parametrize("at_a_time", [1, 50, 1 << 22])
+def test_weights_in_fp32_are_those_of_pytorch(at_a_time, monkeypatch):
+    monkeypatch.setattr(optim, "_SLICE", at_a_time)
     torch.manual_seed(0)
-    ours, theirs = nn.Linear(20, 30), nn.Linear(20, 30)
-    theirs.load_state_dict(ours.state_dict())
+    values = (torch.randn(30, 20), torch.randn(30), torch.tensor(0.5), torch.randn(3, 4, 5).transpose(0, 2))
+    ours, theirs = ([nn.Parameter(value.clone()) for value in values] for _ in range(2))
     how = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8}
     optimizers = [
-        optim.RoundingAdamW([{"params": list(ours.parameters()), "weight_decay": 0.1}], how),
-        torch.optim.AdamW(theirs.parameters(), weight_decay=0.1, **how),
+        optim.RoundingAdamW([{"params": ours, "weight_decay": 0.1}], how),
+        torch.optim.AdamW(theirs, weight_decay=0.1, **how),
     ]
     for _ in range(20):
-        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        for a, b in zip(ours, theirs, strict=True):
             a.grad = b.grad = torch.randn_like(a)
         for optimizer in optimizers:
             optimizer.step()
-    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+    for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
