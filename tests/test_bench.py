@@ -1,5 +1,6 @@
 """The benchmarks: what they leave, and when they refuse to. How long anything takes is not looked at here."""
 
+import functools
 import importlib.util
 import json
 import math
@@ -13,7 +14,7 @@ import torch
 from conftest import ROOT, door
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mori import bench, bench_tokenize, bench_train, compare, runtime
+from mori import bench, bench_tokenize, bench_train, compare, fast, runtime
 from mori.config import (
     DecodeBenchConfig,
     MemoryBenchConfig,
@@ -275,3 +276,12 @@ def test_a_gpu_without_bf16_is_told_so(monkeypatch, tmp_path):
     monkeypatch.setattr(runtime, "start", lambda device, *_: runtime.Runtime(real(device).device, 0, 1, "fp16"))
     with pytest.raises(UserError, match="say --precision fp32"):
         bench_train.train(small(TrainBenchConfig, tmp_path, arms=["mori"]))
+
+
+def test_the_peak_is_taken_anew_for_every_process(monkeypatch):
+    rates = iter([(2.0, 1.0), (1.0, 0.5), (4.0, 3.0), (9.0, 8.0), (4.0, 4.0), (7.0, 5.0)])  # seconds, whole and cut
+    cached = functools.cache(lambda: (*next(rates), 100, True))
+    for room in (bench_train, fast):
+        monkeypatch.setattr(room, "race", cached)
+    where = runtime.Runtime(torch.device("cpu"), 0, 1, "fp32")
+    assert [bench_train._peak(where), bench_train._peak(where)] == [200.0, 25.0]
