@@ -26,6 +26,7 @@ from .foreign import guarded
 KNOWN = 1 << 20  # characters of words whose ids are remembered
 _GROUP = 1 << 13  # characters of new words that are tokenized as one text
 _ALONE = 4  # parts before other processes are worth their start; what is learned from these, they know
+_PROCESSES = 8  # at most: the one that reads and hashes can keep no more of them busy
 _PARALLELISM = "TOKENIZERS_PARALLELISM"  # the switch of the library itself
 
 
@@ -154,9 +155,9 @@ def _grouped(words: list[str]) -> Iterator[list[str]]:
 
 
 def _cores() -> int:
-    """How many processes to tokenize in: the cores that we may use; one where the library's switch is off, or there is no fork."""
+    """How many processes to tokenize in: as many as cores; one where the library's switch is off, or no fork is safe."""
     off = os.environ.get(_PARALLELISM, "true").lower() in ("off", "false", "f", "no", "n", "0", "")
-    return 1 if off or not hasattr(os, "sched_getaffinity") else len(os.sched_getaffinity(0))
+    return 1 if off or not hasattr(os, "sched_getaffinity") else min(len(os.sched_getaffinity(0)), _PROCESSES)
 
 
 # --------------------------------------------------------------------------------------------- what happens in a process
