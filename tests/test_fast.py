@@ -464,7 +464,10 @@ def test_a_run_is_compiled_by_itself_only_where_it_is_long_on_one_gpu(change, ex
     asked |= {"capability": (9, 0), "triton": object(), "mask_free": True, "gradient_checkpointing": False, **change}
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: asked["name"])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: asked["capability"])
-    monkeypatch.setattr(fast.importlib.util, "find_spec", lambda name: asked["triton"])
+    real = fast.importlib.util.find_spec  # other libraries ask it too
+    monkeypatch.setattr(
+        fast.importlib.util, "find_spec", lambda name, *rest: asked["triton"] if name == "triton" else real(name, *rest)
+    )
     module = models.CausalLMLoss(small_model("gpt2", 97), mask_free=asked["mask_free"])
     config = TrainConfig(
         block_size=24, gradient_accumulation_steps=3, gradient_checkpointing=asked["gradient_checkpointing"]
