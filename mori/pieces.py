@@ -137,7 +137,8 @@ class PieceEncoder:
         """The ids of a text, which are those of `encode` on all of it.
 
         Yields, piece after piece, ids `(N,)`, uint32, and the number of the character at which they begin. A text that
-        cannot be cut is one piece. Raises CannotCut where only the ids themselves tell, and UserError as `encode` does.
+        cannot be cut is one piece. Raises CannotCut where only the ids themselves tell, RunFailed where a process that
+        tokenizes is killed, and UserError as `encode` does.
         """
         chunks, beginning, length = iter(chunks), [], 0
         while length < CUT_FROM and (chunk := next(chunks, None)) is not None:

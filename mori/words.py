@@ -1,4 +1,4 @@
-"""The words of a text -> their ids: each different word is tokenized once, in processes on all cores where a text is long.
+"""The words of a text -> their ids: each different word is tokenized once, in processes on all cores (eight at most) where a text is long.
 
 A word is what stands between two borders of pre-tokens that are sure (`pieces` says which are), so it has the same ids wherever
 it stands, for models work on each pre-token alone. That is not taken on trust: the borders are looked for in what the tokenizer
