@@ -46,7 +46,10 @@ def chunked_cross_entropy_sum(hidden: torch.Tensor, head: nn.Linear, labels: tor
         head: the head, whose weight is `(V, D)`; the bias may be None.
         labels: `(B, T)`; -100 is not counted.
     """
-    return _ChunkedCrossEntropy.apply(hidden.flatten(0, 1), head.weight, head.bias, labels.flatten())
+    hidden, weight, bias = hidden.flatten(0, 1), head.weight, head.bias
+    if not torch.is_grad_enabled():  # even then a Function hears that what it is given wants gradients (torch 2.13)
+        hidden, weight, bias = hidden.detach(), weight.detach(), bias if bias is None else bias.detach()
+    return _ChunkedCrossEntropy.apply(hidden, weight, bias, labels.flatten())
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -92,8 +92,9 @@ def test_chunks_without_gradients_and_for_frozen_heads(monkeypatch):
     head, hidden = nn.Linear(6, 11), torch.randn(2, 9, 6, requires_grad=True)
     _, labels = batch(2, 9, 11)
     whole = F.cross_entropy(head(hidden).flatten(0, 1), labels.flatten(), reduction="sum")
-    with torch.no_grad():
+    with torch.no_grad(), FlopCounterMode(display=False) as operations:
         torch.testing.assert_close(chunked_cross_entropy_sum(hidden, head, labels), whole)
+    assert operations.get_total_flops() == 2 * 18 * 6 * 11  # the logits, and nothing for a gradient
     head.requires_grad_(False)
     expected = torch.autograd.grad(whole, hidden)[0]
     chunked_cross_entropy_sum(hidden, head, labels).backward()
