@@ -11,11 +11,11 @@ from torch import nn
 
 from .config import TrainConfig, UserError
 from .loss import IGNORE_INDEX
-from .model import CausalLMLoss, attends_to_all_before, fuse_activations, head_is_plain
+from .model import CausalLMLoss, attends_to_all_before, fuse_activations, head_watched
 from .products import cutting_pays, many_rows, race
 from .runtime import BatchSize, Runtime
 
-_CHECKED_TOKENS = 32
+_CHECKED_TOKENS = 16  # so few that reading the weights is what takes time
 # Compiling takes a minute or two, and is to give a tenth of the run at least. The share of the peak is what is usual, and the
 # peak of a GPU that is not known is taken for the largest: then only a run that is long in any case is compiled.
 _WORTH_COMPILING = 1200  # seconds
@@ -62,17 +62,17 @@ def training_module(
                 f"document_mask: documents cannot be kept apart in {type(model).__name__} with this tokenizer; leave it out"
             )
         chosen.append("documents kept apart")
-    own = _loss(module, input_ids, labels, where)
+    with head_watched(model) as plain:
+        own = _loss(module, input_ids, labels, where)
     if config.fused_activations and fuse_activations(model):
         chosen.append("fused GELU")
     safe = list(chosen)
     if config.mask_free_attention and not config.document_mask and attends_to_all_before(model, config.block_size):
         module.mask_free = True
         chosen.append("causal attention without a mask")
-    with where.autocast():
-        if config.chunked_loss and where.precision != "fp16" and head_is_plain(model):
-            module.chunked_loss = True
-            chosen.append("loss in chunks")
+    if config.chunked_loss and where.precision != "fp16" and all(plain):
+        module.chunked_loss = True
+        chosen.append("loss in chunks")
     if abs(_loss(module, input_ids, labels, where) - own) > _close(where) * abs(own):
         module.mask_free = module.chunked_loss = False
         chosen = [*safe, "nothing more: this model's loss would be another"]

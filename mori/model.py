@@ -48,7 +48,7 @@ class CausalLMLoss(nn.Module):
     Args:
         model: any causal model of transformers.
         chunked_loss: never hold all logits (`loss.chunked_cross_entropy_sum`); for models whose logits are their head's
-            product and no more, see `head_is_plain`.
+            product and no more, see `head_watched`.
         mask_free: causal attention without a mask, see `attends_to_all_before`.
         cut_products: large products on the threads of a CPU, see `products`.
         separator: the token at which a document begins; then no token sees another document, see `within_documents`.
@@ -161,25 +161,35 @@ def attends_to_all_before(model: nn.Module, block_size: int) -> bool:
     )
 
 
-@torch.no_grad()
-def head_is_plain(model: nn.Module) -> bool:
-    """Whether the model's logits are, to the bit, its output embeddings' product with its trunk's output: neither scaled nor capped.
+@contextlib.contextmanager
+def head_watched(model: nn.Module) -> Iterator[list[bool]]:
+    """Note of each forward pass of `model`, called with keywords, whether its head is plain.
 
-    Such a model's loss may be computed in chunks. One that adds a router's loss is left whole as well.
+    It is where the logits are, to the bit, the output embeddings' product with what the trunk gives by itself: neither scaled
+    nor capped. Such a model's loss may be computed in chunks. One that adds a router's loss is left whole as well.
     """
-    head, trunk = model.get_output_embeddings(), model.base_model
+    head, trunk, plain = model.get_output_embeddings(), model.base_model, []
+
+    def note(module, args, kwargs, out) -> None:
+        try:
+            plain.append(torch.equal(head(trunk(**kwargs)[0]), out.logits))
+        except (
+            TypeError,
+            ValueError,
+            RuntimeError,
+            AttributeError,
+            KeyError,
+        ):  # a trunk that cannot be called by itself
+            plain.append(False)
+
     if not isinstance(head, nn.Linear) or trunk is model or getattr(model.config, "output_router_logits", False):
-        return False
-    was_training = model.training
-    model.eval()
+        yield [False]
+        return
+    hook = model.register_forward_hook(note, with_kwargs=True)
     try:
-        input_ids = torch.arange(8, device=head.weight.device)[None] % head.out_features
-        hidden = trunk(input_ids=input_ids, use_cache=False)[0]
-        return torch.equal(head(hidden), model(input_ids=input_ids, use_cache=False).logits)
-    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError):  # a trunk that cannot be called by itself
-        return False
+        yield plain
     finally:
-        model.train(was_training)
+        hook.remove()
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int = MINI_VOCABULARY) -> PreTrainedTokenizerFast:

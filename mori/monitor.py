@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 
@@ -31,27 +30,33 @@ class Monitor:
             return
         self._path = run_dir / "metrics.jsonl"
         self._failed = False
-        self._board = None
-        first_lost = first_step + 1 if resumed else 0
+        self._events = None
+        self._first_lost = first_step + 1 if resumed else 0
         shape = {"total": total_steps, "initial": first_step, "unit": "step", "dynamic_ncols": True}
         try:
             self._bar = tqdm(**shape, file=sys.stderr)
         except OSError:  # standard error may be a file on a full disk
             self._bar = tqdm(**shape, disable=True)
         with self._survive():
-            _cut_from(self._path, first_lost)
-        with self._survive():
-            self._board = SummaryWriter(str(run_dir), purge_step=first_lost)
+            _cut_from(self._path, self._first_lost)
+
+    @property
+    def _board(self):
+        """TensorBoard's writer, imported and begun with the first that is written: a first step need not wait for it."""
+        if not self._events:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(str(self._path.parent), purge_step=self._first_lost)
+        return self._events
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Log `values`, keyed by TensorBoard tag (`train/loss`), at `step`."""
         if not self.enabled:
             return
-        if self._board:
-            with self._survive():
-                for tag, value in values.items():
-                    self._board.add_scalar(tag, value, step)
-                self._board.flush()
+        with self._survive():
+            for tag, value in values.items():
+                self._board.add_scalar(tag, value, step)
+            self._board.flush()
         # Opened anew for each line: a disk that was full, or a folder that was gone, is tried again. What it may have
         # cut short then is ended by a line break of its own.
         with self._survive(), self._path.open("a", encoding="utf-8") as lines:
@@ -59,7 +64,7 @@ class Monitor:
 
     def text(self, step: int, tag: str, text: str) -> None:
         """Show a text in TensorBoard, word for word, its long lines folded (a Markdown code block would not fold them)."""
-        if not self.enabled or not self._board:
+        if not self.enabled:
             return
         with self._survive():
             folded = [part for line in text.splitlines() for part in textwrap.wrap(line, 110) or [""]]
@@ -90,16 +95,17 @@ class Monitor:
         if self.enabled:
             with contextlib.suppress(OSError):
                 self._bar.close()
-            if self._board:
+            if self._events:
                 with self._survive():
-                    self._board.close()
+                    self._events.close()
 
     @contextlib.contextmanager
     def _survive(self):
         """A log that cannot be written is told once, and never stops a training."""
         try:
             yield
-        except (OSError, RuntimeError) as error:  # TensorBoard's writer thread hands its OSError on as a RuntimeError
+        # TensorBoard's writer thread hands its OSError on as a RuntimeError; TensorBoard itself may be missing.
+        except (OSError, RuntimeError, ImportError) as error:
             if not self._failed:
                 self._failed = True
                 self.say(

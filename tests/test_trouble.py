@@ -218,6 +218,14 @@ def test_a_log_that_cannot_be_written_does_not_stop_the_training(run_train, tmp_
     assert steps == [0, 1, *range(5, 13), 12]
 
 
+def test_without_tensorboard_the_training_goes_on_and_says_so(run_train, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # its import fails
+    run_train(max_steps=4)
+    assert capsys.readouterr().out.count("cannot be written") == 1
+    assert [line["step"] for line in read_metrics(tmp_path / "runs" / "run" / "metrics.jsonl")] == [0, 1, 2, 3, 4, 4]
+    assert not list((tmp_path / "runs" / "run").glob("events.*"))
+
+
 def test_a_weight_that_is_not_finite_is_never_published(run_train, tmp_path, capsys, monkeypatch):
     real, calls = optim.set_learning_rate, []
 
