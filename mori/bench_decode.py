@@ -16,6 +16,7 @@ from .config import DECODE_ARMS, DecodeBenchConfig, RunFailed
 from .decode import decode as decode_ids
 from .model import fuse_activations, save, train_tokenizer
 from .sampling import Sampler
+from .startup import keep_freed_memory
 
 PROMPT = 16
 RECIPE = {"top_k": 50, "top_p": 0.95, "temperature": 0.9}
@@ -131,7 +132,8 @@ def _arm(config: DecodeBenchConfig) -> dict:
     device = where.device
     model = _model(config).to(device, getattr(torch, config.dtype))
     if not config.arm.startswith("generate"):
-        runtime.keep_freed_memory(device)
+        if device.type == "cpu":
+            keep_freed_memory()
         fuse_activations(model)
     generator = torch.Generator().manual_seed(1)
     arm = config.arm

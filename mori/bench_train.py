@@ -32,9 +32,10 @@ from .products import race
 # What scripts/train.py does, telling when the first step is done.
 MORI_LINES = """
 import sys, time
-from mori.config import TrainConfig, imports, parse
+from mori.config import TrainConfig, parse
+from mori.startup import imports, training_memory
 config = parse(TrainConfig, "", sys.argv[2:])
-with imports():
+with imports(training_memory(config)):
     from mori.train import train
 train(config, on_step=lambda step, _: print("\\nfirst step", time.time() - float(sys.argv[1]), flush=True))
 """
@@ -133,7 +134,8 @@ def startup(config: StartupBenchConfig) -> None:
             command += [str(place), size, block_size, where.device.type]
         else:
             command = ["-c", MORI_LINES, str(begin), "--model", str(folder / "model")]
-            command += ["--corpus", str(folder / "corpus.txt"), "--max_steps", "1", "--precision", "fp32"]
+            command += ["--corpus", str(folder / "corpus.txt"), "--max_steps", "2", "--precision", "fp32"]
+            command += ["--logging_steps", "2"]  # Trainer's callback too comes before the first step is logged
             command += ["--output_dir", str(place / "brain"), "--logging_dir", str(place), "--device", config.device]
             command += ["--per_device_train_batch_size", size, "--block_size", block_size]
             alike = ["--no-eval_on_start", "--held_out_fraction", "1e-9", "--max_new_tokens", "1"]

@@ -7,15 +7,12 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
-import functools
-import gc
 import importlib.util
 import json
 import math
 import os
 import re
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar
@@ -831,33 +828,6 @@ def run_door(name: str, main) -> None:
     except OSError:  # nobody reads, or a full disk: Python would try again on its way out
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
-
-
-@contextlib.contextmanager
-def imports() -> Iterator[None]:
-    """The context in which a script imports what takes seconds: without garbage collection, they take a quarter less.
-
-    Importing makes objects by the hundred thousand, and hardly one of them is garbage. Those that are there afterwards are
-    not looked at again (gc.freeze), so that a collection within a training step is short.
-
-    transformers reads its models' 1,600 files twice to list what is in them: what it keeps of the first time is 128 of
-    550 folders, the default of `lru_cache`. It keeps all of them here, and half a second.
-    """
-    bounded = functools.lru_cache
-
-    def roomy(maxsize=128, typed=False):
-        if getattr(maxsize, "__name__", "") == "create_import_structure_from_path":
-            return bounded(None)(maxsize)
-        return bounded(maxsize, typed)
-
-    gc.disable()
-    functools.lru_cache = roomy
-    try:
-        yield
-    finally:
-        functools.lru_cache = bounded
-        gc.freeze()
-        gc.enable()
 
 
 def tell(line: str) -> None:

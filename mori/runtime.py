@@ -1,7 +1,6 @@
 """Where we run: device, ranks, random state, autocast and gradient scaling."""
 
 import contextlib
-import ctypes
 import gc
 import os
 import random
@@ -22,7 +21,6 @@ from torch.nn.parallel import DistributedDataParallel
 from .config import RunFailed, UserError
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 
 @dataclass
@@ -218,18 +216,6 @@ def _device(name: str, local_rank: int) -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("device mps does not exist on this machine; use --device cpu or auto")
     return device
-
-
-def keep_freed_memory(device: torch.device) -> None:
-    """Where tensors are in the host's memory, let the C library keep what is freed for the tensors to come (mallopt(3)).
-
-    glibc gives large blocks back to the system, which hands them out again page by page, each filled with zeros: some
-    170,000 pages in every step of 124M parameters at 512 tokens. With other C libraries nothing happens.
-    """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" and device.type == "cpu" else None
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(_M_MMAP_MAX, 0)
-        libc.mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 class StopSignals:

@@ -13,6 +13,7 @@ from . import runtime
 from .config import PRESETS, GenerateConfig, SamplingConfig, UserError, parse
 from .generate import brought_settings, check_prompts, generate, settings_for
 from .model import fuse_activations, load_config, load_model, load_tokenizer
+from .startup import keep_freed_memory
 
 HELP = """Type a text, and the model goes on from it. The up arrow brings earlier lines back.
 /temperature 0.7   set any control (top_k, top_p, min_p, repetition_penalty, max_new_tokens ...); without a value, show it
@@ -31,7 +32,8 @@ def speak(config: GenerateConfig) -> None:
         )
     prompts = _prompts(config)
     place = runtime.start(config.device)
-    runtime.keep_freed_memory(place.device)
+    if place.device.type == "cpu":
+        keep_freed_memory()
     tokenizer = load_tokenizer(config.model, (), config.trust_remote_code)
     model_config = load_config(config.model, tokenizer, trust_remote_code=config.trust_remote_code)
     model = load_model(config.model, model_config, config.trust_remote_code).to(place.device).eval()

@@ -21,6 +21,7 @@ from .diagnose import first_bad_tensor
 from .evaluate import evaluate
 from .generate import check_prompts, generate
 from .monitor import Monitor, Throughput, peak_memory_bytes, say
+from .startup import keep_freed_memory
 
 
 def train(config: TrainConfig, on_step: Callable[[int, float], None] = lambda step, seconds: None) -> dict:
@@ -63,7 +64,8 @@ def _train(
     run_dir, output_dir = Path(config.logging_dir).resolve() / config.run_name, Path(config.output_dir).resolve()
     prepare.check_writable(run_dir, output_dir)
     where = runtime.start(config.device, config.precision, config.ddp_timeout)
-    runtime.keep_freed_memory(where.device)
+    if where.device.type == "cpu":
+        keep_freed_memory()
 
     # What we train, and on what.
     runtime.set_seed(config.seed)

@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """Do the same training run with mori and with transformers.Trainer, and report where they differ and what they cost."""
 
-from mori.config import CompareConfig, imports, parse, run_door
+from mori.config import CompareConfig, parse, run_door
+from mori.startup import imports
 
 
 def main():

@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """Let a model go on from a prompt."""
 
-from mori.config import GenerateConfig, imports, parse, run_door
+from mori.config import GenerateConfig, parse, run_door
+from mori.startup import imports
 
 
 def main():

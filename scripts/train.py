@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """Fine-tune a causal language model on your own text."""
 
-from mori.config import TrainConfig, imports, parse, run_door
+from mori.config import TrainConfig, parse, run_door
+from mori.startup import imports, training_memory
 
 
 def main():
@@ -9,7 +10,7 @@ def main():
     from mori.corpus import find_files
 
     find_files(config.corpus)  # a missing file is told before torch is imported, which takes seconds
-    with imports():
+    with imports(training_memory(config)):
         from mori.train import train
 
     train(config)

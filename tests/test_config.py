@@ -25,19 +25,6 @@ def test_help_imports_no_torch_and_shows_every_flag_with_its_default():
         assert f"\n{group}\n" in done.stdout
 
 
-def test_imports_read_transformers_own_files_once_and_leave_python_as_it_was():
-    code = (
-        "import functools, gc; bounded = functools.lru_cache\n"
-        "from mori.config import imports\n"
-        "with imports(): import transformers.models\n"
-        "assert functools.lru_cache is bounded and gc.isenabled()\n"
-        "scan = transformers.utils.import_utils.create_import_structure_from_path.cache_info()\n"
-        "assert scan.misses == scan.currsize > 300 and scan.hits, scan"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
 def test_dashes_and_underscores_are_the_same():
     words = ["--max-steps", "3", "--per_device-train_batch-size=2", "--prompt", "a-b", "c_d"]
     config = parse(TrainConfig, "", words)
