@@ -172,6 +172,7 @@ class _Reader:
             layers, replay, room, weights = _kept.get(self.model, {}).pop(self.kind, (None, None, 0, None))
             if weights == self._weights():
                 self.layers, self.replay, self.room = layers, replay, room
+                self.slots = torch.arange(room, device=self.pads.device)
             else:
                 self.layers = [_Layer() for _ in self.cache.layers]
             self.cache.layers = self.layers
@@ -324,16 +325,17 @@ def decode(
     try:
         for start in range(longest, longest + max_new_tokens, steps_at_once):
             stop = min(start + steps_at_once, longest + max_new_tokens)
+            drawn = []
             for end in range(start, stop):
                 if context and not reader.padded and end - first > context:
                     reader.close()
                     reader, first = _Reader(model, pads, context), end - max(1, context // 2)
                 logits = reader.read(unread[:, first:end])
                 with torch.inference_mode():
-                    chosen = sampler(logits, seen[:, :end], end - longest)
-                    seen[:, end : end + 1] = chosen
-                    unread[:, end : end + 1] = chosen.clamp(min=0)
-            new_ids = seen[:, start:stop].tolist()
+                    drawn.append(sampler(logits, seen[:, :end], end - longest))
+                    # Where none could be drawn, the steps until that is read go on with a token that there is.
+                    seen[:, end : end + 1] = unread[:, end : end + 1] = drawn[-1].clamp(min=0)
+            new_ids = torch.cat(drawn, 1).tolist()
             if any(token < 0 for row in new_ids for token in row):
                 raise FloatingPointError(
                     "no token can be drawn: the model has diverged (its logits are not finite), a control's value is too "

@@ -203,9 +203,14 @@ class Graph:
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):  # what a library makes ready at its first call is not to be captured
                 replay(*self._inputs)
-            torch.cuda.current_stream().wait_stream(aside)
-            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-                self._result = replay(*self._inputs)
+            before = torch.cuda.current_stream()
+            before.wait_stream(aside)
+            try:
+                with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                    self._result = replay(*self._inputs)
+            except RuntimeError:
+                torch.cuda.set_stream(before)  # which a capture that fails does not do (torch 2.13)
+                raise
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         """What the replay gives for `inputs`."""

@@ -353,6 +353,11 @@ def test_a_model_that_has_diverged_is_named(small_model):
     for temperature in (0.0, 1.0):
         with pytest.raises(FloatingPointError, match="not finite"):
             generate(model, tokenizer, ["Halo"], temperature=temperature)
+    penalties = {"repetition_penalty": 1.2, "frequency_penalty": 0.5, "no_repeat_ngram_size": 2, "dry_multiplier": 1.0}
+    for name, value in penalties.items():  # on a GPU several tokens are drawn before one is looked at
+        sampler = Sampler([0], **{name: value})
+        with pytest.raises(FloatingPointError, match="not finite"):
+            next(decode(model, [[5, 6, 7]], sampler, 16, steps_at_once=8))
 
 
 TEXTS = [

@@ -142,6 +142,16 @@ def test_a_wrong_graph_is_not_used(captured, long_model, monkeypatch):
     assert greedy(long_model, prompts, 40) == expected(long_model, prompts, 40)
 
 
+def test_a_kept_graph_that_became_wrong_is_recorded_anew(captured, long_model, monkeypatch):
+    [prompt] = prompts_of(9)
+    greedy(long_model, [prompt], 20)
+    StandIn.made, first = 0, captured[0]
+    inside = StandIn.__call__
+    monkeypatch.setattr(StandIn, "__call__", lambda self, *given: inside(self, *given) * (1.1 if self is first else 1))
+    assert greedy(long_model, [prompt], 30) == expected(long_model, [prompt], 30)
+    assert StandIn.made == 1
+
+
 @pytest.mark.parametrize("road", ["replay", "graph"])
 def test_a_replay_that_is_not_the_model_is_not_used(road, long_model, request):
     """What a recording cannot see is missing from the replay."""
