@@ -5,7 +5,7 @@ import math
 import statistics
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ CONTEXTS = (100, 1000)
 FIVE_LINES = """
 import sys; from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer, model = AutoTokenizer.from_pretrained(sys.argv[1]), AutoModelForCausalLM.from_pretrained(sys.argv[1])
-inputs = tokenizer(sys.argv[2], return_tensors="pt")
+model, inputs = model.to(sys.argv[4]), tokenizer(sys.argv[2], return_tensors="pt").to(sys.argv[4])
 out = model.generate(**inputs, do_sample=False, max_new_tokens=int(sys.argv[3]), pad_token_id=0)
 print(out[0, inputs["input_ids"].shape[1]:].tolist())
 """
@@ -44,6 +44,7 @@ def decode(config: DecodeBenchConfig) -> None:
         return
     bench.check_writable(config.output_dir)
     device = runtime.start(config.device).device
+    config = replace(config, device=runtime.for_children(device))
     arms = list(DECODE_ARMS[:4])
     arms += ["generate-compiled"] if device.type == "cuda" else []
     arms += ["contexts"] if config.batch_size == 1 else []
@@ -103,9 +104,10 @@ def _run(arm: str, config: DecodeBenchConfig, folder: str) -> dict:
     """One process: the `seconds` it took, the `ids` that it drew, and `at` a context of so many tokens the seconds for one."""
     prompt, count = "Halo semua, selamat datang", str(config.new_tokens)
     if arm == "generate-process":
-        command = ["-c", FIVE_LINES, folder, prompt, count]
+        command = ["-c", FIVE_LINES, folder, prompt, count, config.device]
     elif arm == "mori-process":
         flags = ["--model", folder, "--prompt", prompt, "--max_new_tokens", count, "--temperature", "0", "--json"]
+        flags += ["--device", config.device]
         command = [str(bench.ROOT / "scripts/generate.py"), *flags]
     else:
         flags = [f"--{name}={value}" for name, value in asdict(config).items() if name not in ("arm", "output_dir")]
@@ -154,7 +156,7 @@ def _arm(config: DecodeBenchConfig) -> dict:
 
     def by_mori(count: int, prompts=prompts, times: list | None = None) -> list:
         rows = [[] for _ in prompts]
-        at_once = 8 if device.type == "cuda" else 1
+        at_once = 8 if device.type == "cuda" and times is None else 1
         sampler = Sampler(list(range(len(rows))), device=device, **controls)
         for new_ids in decode_ids(model, prompts.tolist(), sampler, count, steps_at_once=at_once):
             for row, ids in zip(rows, new_ids, strict=True):

@@ -124,6 +124,7 @@ def startup(config: StartupBenchConfig) -> None:
     bench.check_writable(config.output_dir)
     bench.require("accelerate", "trainer")
     where = runtime.start(config.device, "fp32")
+    device = runtime.for_children(where.device)
 
     def run(arm: str) -> dict:
         place = Path(tempfile.mkdtemp(dir=folder))
@@ -131,12 +132,12 @@ def startup(config: StartupBenchConfig) -> None:
         begin = time.time()
         if arm == "trainer":
             command = ["-c", TRAINER_LINES, str(begin), str(folder / "model"), str(folder / "corpus.txt")]
-            command += [str(place), size, block_size, where.device.type]
+            command += [str(place), size, block_size, device]
         else:
             command = ["-c", MORI_LINES, str(begin), "--model", str(folder / "model")]
             command += ["--corpus", str(folder / "corpus.txt"), "--max_steps", "2", "--precision", "fp32"]
             command += ["--logging_steps", "2"]  # Trainer's callback too comes before the first step is logged
-            command += ["--output_dir", str(place / "brain"), "--logging_dir", str(place), "--device", config.device]
+            command += ["--output_dir", str(place / "brain"), "--logging_dir", str(place), "--device", device]
             command += ["--per_device_train_batch_size", size, "--block_size", block_size]
             alike = ["--no-eval_on_start", "--held_out_fraction", "1e-9", "--max_new_tokens", "1"]
             command += [] if arm == "mori-default" else alike
@@ -210,7 +211,7 @@ def _measure(config: TrainBenchConfig) -> tuple[dict[str, list[dict]], runtime.R
             max_steps=config.max_steps,
             lr_scheduler_type="constant",
             precision=where.precision,
-            device=config.device,
+            device=runtime.for_children(where.device),
             logging_steps=config.logging_steps,
             eval_steps=1e9,  # before the first step and after the last
             logging_dir=str(folder),

@@ -53,6 +53,7 @@ def compare(config: CompareConfig) -> dict:
     folder = Path(config.logging_dir).resolve() / f"compare-{config.run_name}"
     prepare.check_writable(folder, folder / "initial")
     where = runtime.start(config.device, config.precision)
+    config = dataclasses.replace(config, device=runtime.for_children(where.device))
     runtime.set_seed(config.seed)
     tokenizer = models.load_tokenizer(config.model, (d.text for d in documents), config.trust_remote_code)
     model_config = models.load_config(
@@ -398,12 +399,15 @@ def _trainer_arm(arm: str, config: TrainConfig, folder: Path, clock: _Clock) -> 
         remove_unused_columns=False,
         report_to="none" if tuned else "tensorboard",
         torch_compile=tuned,
-        tf32=True if tuned and where.device.type == "cuda" else None,
         logging_nan_inf_filter=not tuned,
         dataloader_num_workers=2 if tuned else 0,
         dataloader_pin_memory=where.device.type == "cuda",
     )
 
+    if (
+        tuned
+    ):  # which has turned TF32 on, in the newer of PyTorch's two ways; its compiler (torch 2.10) wants both alike
+        torch.set_float32_matmul_precision("high")
     module = models.CausalLMLoss(model)
     evaluations, logged = [], []
 

@@ -145,6 +145,7 @@ class BatchSize:
     def __enter__(self) -> None:
         if self.halved:
             gc.collect()  # what the failed attempt left in reference cycles
+            torch.cuda.empty_cache()  # libraries take memory that PyTorch does not hold
         self.halved = False
 
     def __exit__(self, kind, error, traceback) -> bool:
@@ -160,11 +161,12 @@ class BatchSize:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether `error` says that memory ran out: the device's, or that of the host (PyTorch has no type for the latter)."""
+    # "out of memory" say CUDA, its driver, Triton, and MPS. A handle of cuBLAS is memory too, beside PyTorch's own.
     said = (
         "can't allocate memory",
-        "CUDA error: out of memory",
+        "out of memory",
         "CUBLAS_STATUS_ALLOC_FAILED",
-        "MPS backend out of memory",
+        "CUBLAS_STATUS_NOT_INITIALIZED",
     )
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in said)
 
@@ -216,6 +218,19 @@ def _device(name: str, local_rank: int) -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("device mps does not exist on this machine; use --device cpu or auto")
     return device
+
+
+def for_children(device: torch.device) -> str:
+    """Let the processes that this one starts see `device` alone, where it is a GPU; returns its name for them.
+
+    Trainer takes all GPUs that it sees, and the first before any other.
+    """
+    if device.type == "cuda":
+        torch.cuda.init()  # for this process the GPUs stay what they are
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else list(map(str, range(torch.cuda.device_count())))
+        os.environ["CUDA_VISIBLE_DEVICES"] = names[device.index or 0]
+    return device.type
 
 
 class StopSignals:

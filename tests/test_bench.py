@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -108,6 +109,16 @@ def test_losses_agree_within_the_precision():
     for theirs, precision in (({2: 4.001}, "fp32"), ({2: 4.05}, "bf16"), ({2: math.nan}, "bf16"), ({3: 4.0}, "fp32")):
         with pytest.raises(RunFailed, match="void"):
             bench_train.check_losses("bare", ours, theirs, precision)
+
+
+@pytest.mark.parametrize("visible, named", [("", "1"), ("3,5", "5"), ("GPU-a,GPU-b,GPU-c", "GPU-b")])
+def test_the_arms_see_the_one_gpu_that_was_asked_for(visible, named, monkeypatch):
+    """Trainer would train on all, and on the first where another is asked for."""
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert runtime.for_children(torch.device("cpu")) == "cpu" and os.environ["CUDA_VISIBLE_DEVICES"] == visible
+    assert runtime.for_children(torch.device("cuda:1")) == "cuda" and os.environ["CUDA_VISIBLE_DEVICES"] == named
 
 
 def test_arms_take_turns_and_turn_round():
