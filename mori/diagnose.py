@@ -33,6 +33,7 @@ def first_bad_tensor(
         return look
 
     # A module ends after those inside it, so the first to be seen is the innermost that went bad.
+    compiled, module._compiled = module._compiled, []  # a compiled model calls no hooks
     hooks = [inner.register_forward_hook(watch(name)) for name, inner in module.model.named_modules() if name]
     try:
         for input_ids, labels in micro_batches:
@@ -46,6 +47,7 @@ def first_bad_tensor(
                 return f"the gradient of {name}"
         return None
     finally:
+        module._compiled = compiled
         for hook in hooks:
             hook.remove()
         module.zero_grad()

@@ -113,7 +113,7 @@ class CausalLMLoss(nn.Module):
 
         One of fewer, at the end of an epoch, is filled up: another shape would be compiled anew.
         Where the compiler cannot, the model runs as it is, with the compiler's warning. It chooses no kernel by a race that
-        another process may decide otherwise, so that a run that is taken up again has the same weights.
+        another process may decide otherwise, such as one that takes up the run again.
         """
         torch._dynamo.config.suppress_errors = torch._inductor.config.deterministic = True
         trunk = self.model.base_model if self.chunked_loss else self.model
@@ -134,13 +134,17 @@ def within_documents(input_ids: torch.Tensor, separator: int) -> dict[str, torch
 
 @contextlib.contextmanager
 def _attention(config, implementation: str) -> Iterator[None]:
-    """Another attention for a while: who generates with the model meanwhile, or saves it, finds its own."""
-    before = config._attn_implementation
-    config._attn_implementation = implementation
+    """Another attention for a while: who generates with the model meanwhile, or saves it, finds its own.
+
+    Without a mask, and where a token for padding is known, transformers asks the device in every pass whether there is any
+    (GPT-2, 5.23); so none is known meanwhile.
+    """
+    before, padding = config._attn_implementation, getattr(config, "pad_token_id", None)
+    config._attn_implementation, config.pad_token_id = implementation, None
     try:
         yield
     finally:
-        config._attn_implementation = before
+        config._attn_implementation, config.pad_token_id = before, padding
 
 
 def attends_to_all_before(model: nn.Module, block_size: int) -> bool:

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mori import fast, loss, products
 from mori import model as models
 from mori.config import TrainConfig, UserError
+from mori.diagnose import first_bad_tensor
 from mori.loss import chunked_cross_entropy_sum
 from mori.runtime import Runtime
 from mori.train import train
@@ -230,8 +231,16 @@ class Questions(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_the_host_asks_nothing_between_two_log_points(settings):
-    asked = {}
+@pytest.mark.parametrize("padding", [None, 5], ids=["no padding", "a token for padding"])
+def test_the_host_asks_nothing_between_two_log_points(settings, padding, monkeypatch):
+    asked, real = {}, models.load_config
+
+    def load_config(*arguments, **changed):
+        config = real(*arguments, **changed)
+        config.pad_token_id = padding
+        return config
+
+    monkeypatch.setattr(models, "load_config", load_config)
     config = TrainConfig(**{**settings, "max_steps": 9, "logging_steps": 4, "eval_steps": 100, "save_steps": 100})
     with Questions() as questions:
 
@@ -242,6 +251,20 @@ def test_the_host_asks_nothing_between_two_log_points(settings):
         train(config, on_step)
     assert asked[4] > 0 and asked[8] > 0
     assert [asked[step] for step in (2, 3, 5, 6, 7)] == [0] * 5
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_what_goes_bad_in_a_pass_is_named(compiled):
+    model, (input_ids, labels) = small_model("gpt2", 97), batch(2, 16)
+    model.transformer.h[1].mlp.c_proj.weight.data.fill_(3e38)  # finite, but its products are not
+    module = models.CausalLMLoss(model, chunked_loss=True, mask_free=True)
+    if compiled:
+        torch._dynamo.reset()
+        module.compile_trunk(2, backend="eager")
+        module(input_ids, labels)
+    found = first_bad_tensor(module, [(input_ids, labels)], torch.tensor(32.0), CPU)
+    assert found.startswith("the output of transformer.h.1.mlp.")
+    assert bool(module._compiled) == compiled
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
