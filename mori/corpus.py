@@ -94,7 +94,7 @@ def find_files(corpus: list[str]) -> list[Path]:
 def _files_of(name: str) -> list[Path]:
     if not name:
         raise UserError("corpus is an empty word; give a text file, a folder of *.txt, or a glob")
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_dir():
         files = sorted(p for p in path.rglob("*.[tT][xX][tT]") if p.is_file() and not _hidden(p.relative_to(path)))
         for file in files:

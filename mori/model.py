@@ -344,7 +344,7 @@ def save(model: nn.Module, tokenizer, folder: Path) -> None:
 
 def check_reachable(name: str) -> None:
     """Raise UserError, at once, where `name` is no preset, no safe folder with a model, and no model on the hub."""
-    folder = Path(name).expanduser()
+    folder = Path(name)
     if name in PRESETS:
         return
     if (folder / "config.json").is_file():
@@ -355,7 +355,8 @@ def check_reachable(name: str) -> None:
             f"model {name} has no config.json; give a folder that holds a model as save_pretrained() writes it"
         )
     if name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise UserError(f"model folder {name} does not exist")
+        tilde = "; write ~ out, which no shell did" if name.startswith("~") else ""
+        raise UserError(f"model folder {name} does not exist{tilde}")
     if isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
         return
     try:

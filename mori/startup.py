@@ -14,11 +14,8 @@ from .config import TrainConfig
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 _TOUCHED_AT_MOST = 2 << 30  # bytes that are touched in less time than the imports take
-_GPUS = (
-    "/dev/nvidiactl",
-    "/dev/kfd",
-    "/dev/dxg",
-)  # of NVIDIA, of AMD, and Windows' for Linux; torch is not here to be asked
+# Of NVIDIA, of AMD, and of Windows for its Linux: PyTorch is not here to be asked.
+_GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 
 
 @contextlib.contextmanager
@@ -54,14 +51,16 @@ def imports(memory: int = 0) -> Iterator[None]:
 
 
 def training_memory(config: TrainConfig) -> int:
-    """Bytes that a training on this CPU is sure to need : for each of the weights itself, its gradient and two moments.
+    """Bytes that a training on this CPU is sure to need: for each weight itself, its gradient and two moments.
 
     0 where the model is not in a folder here, a GPU is there to train on, or the optimizer keeps less.
     """
     on_cpu = config.device == "cpu" or config.device == "auto" and not any(map(os.path.exists, _GPUS))
     if not on_cpu or config.dtype != "float32" or config.optim != "adamw_torch_fused":
         return 0
-    return 4 * sum(path.stat().st_size for path in Path(config.model).expanduser().glob("*.safetensors"))
+    with contextlib.suppress(OSError, ValueError):  # what is wrong with the folder is told later
+        return 4 * sum(path.stat().st_size for path in Path(config.model).glob("*.safetensors"))
+    return 0
 
 
 def keep_freed_memory() -> bool:
@@ -84,11 +83,8 @@ def _touched(memory: int) -> Iterator[None]:
         return
     memory = min(memory, _TOUCHED_AT_MOST, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
     libc = ctypes.CDLL(None)
-    libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = (
-        ctypes.c_void_p,
-        [ctypes.c_size_t],
-        [ctypes.c_void_p],
-    )
+    libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+    libc.free.argtypes = [ctypes.c_void_p]
     block = libc.malloc(memory)
     # In one call, for which the thread lets go of the interpreter: for many it would have to wait each time, and so would we.
     touching = threading.Thread(target=ctypes.memset, args=(block, 0, memory if block else 0), daemon=True)

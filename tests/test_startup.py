@@ -66,6 +66,12 @@ def test_training_takes_memory_for_four_numbers_a_weight(tmp_path):
         assert training_memory(TrainConfig(**{**config, **changed})) == 0
 
 
+def test_what_is_wrong_with_a_model_is_not_told_yet(tmp_path):
+    (tmp_path / "model.safetensors").symlink_to("nowhere")
+    for name in (str(tmp_path), "a\0b", "~nobody-of-that-name/model", str(tmp_path / "none")):
+        assert training_memory(TrainConfig(model=name, device="cpu")) == 0
+
+
 @pytest.mark.parametrize("there", [True, False])
 def test_no_memory_is_made_ready_for_a_model_that_goes_to_a_gpu(tmp_path, monkeypatch, there):
     (tmp_path / "model.safetensors").write_bytes(bytes(1000))

@@ -231,6 +231,8 @@ def test_two_processes_give_the_gradient_of_one(settings, tmp_path):
     "changed, named",
     [
         ({"corpus": ["no/such.txt"]}, "does not exist"),
+        ({"corpus": ["~nobody-of-that-name/a.txt"]}, "does not exist"),
+        ({"model": "~nobody-of-that-name/model"}, "does not exist"),
         ({"model": "./no-such-model"}, "does not exist"),
         ({"model": "no-such-model"}, "no preset"),
         ({"block_size": 65}, "longer than the model's context of 64"),
