@@ -404,9 +404,8 @@ def _trainer_arm(arm: str, config: TrainConfig, folder: Path, clock: _Clock) -> 
         dataloader_pin_memory=where.device.type == "cuda",
     )
 
-    if (
-        tuned
-    ):  # which has turned TF32 on, in the newer of PyTorch's two ways; its compiler (torch 2.10) wants both alike
+    if tuned:
+        # TrainingArguments turned TF32 on in the newer of PyTorch's two ways; its compiler (torch 2.10) wants both alike.
         torch.set_float32_matmul_precision("high")
     module = models.CausalLMLoss(model)
     evaluations, logged = [], []

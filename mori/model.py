@@ -177,14 +177,8 @@ def head_watched(model: nn.Module) -> Iterator[list[bool]]:
     def note(module, args, kwargs, out) -> None:
         try:
             plain.append(torch.equal(head(trunk(**kwargs)[0]), out.logits))
-        except (
-            TypeError,
-            ValueError,
-            RuntimeError,
-            AttributeError,
-            KeyError,
-        ):  # a trunk that cannot be called by itself
-            plain.append(False)
+        except (TypeError, ValueError, RuntimeError, AttributeError, KeyError):
+            plain.append(False)  # a trunk that cannot be called by itself
 
     if not isinstance(head, nn.Linear) or trunk is model or getattr(model.config, "output_router_logits", False):
         yield [False]
