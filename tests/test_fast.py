@@ -463,6 +463,25 @@ def test_the_race_of_products_draws_none_of_the_run_s_random_numbers():
     assert 1e6 < operations / whole < 1e14 and 1e6 < operations / cut < 1e14
 
 
+@pytest.mark.parametrize("slow_rounds, pays", [(0, True), (2, True), (3, False)])
+def test_a_cut_product_that_is_held_up_for_a_moment_runs_again(slow_rounds, pays, monkeypatch):
+    clock, calls = [0.0], []
+
+    def takes(seconds):
+        clock[0] += seconds
+        return torch.ones(1)
+
+    def cut(a, b):
+        calls.append(1)
+        return takes(3 if len(calls) <= 5 * slow_rounds else 1)
+
+    monkeypatch.setattr(torch, "mm", lambda a, b: takes(2))
+    monkeypatch.setattr(products, "product", cut)
+    monkeypatch.setattr(products.time, "perf_counter", lambda: clock[0])
+    whole, seconds, _, _ = products.race.__wrapped__()
+    assert (seconds < whole) == pays and len(calls) == 5 * min(slow_rounds + 1, 3)
+
+
 @pytest.mark.parametrize(
     "change, expected",
     [
