@@ -86,7 +86,7 @@ def training_module(
         and cutting_pays()
     ):
         module.cut_products = True
-        chosen.append("products cut by rows")
+        chosen.append("products cut among threads")
     if config.torch_compile or config.torch_compile is None and _compiling_pays(module, config, where, steps):
         module.compile_trunk(config.per_device_train_batch_size)
         chosen.append("compiled")

@@ -31,7 +31,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from . import foreign
 from .config import PRESETS, UserError
 from .loss import IGNORE_INDEX, chunked_cross_entropy_sum, cross_entropy_sum
-from .products import CutByRows
+from .products import CutAmongThreads
 
 # The base of all errors of the HTTP client, whichever client this release of huggingface_hub brings.
 _HUB_ERRORS = (OSError, *huggingface_hub.errors.HfHubHTTPError.__bases__)
@@ -93,7 +93,7 @@ class CausalLMLoss(nn.Module):
             if self.mask_free:
                 while_it_runs.enter_context(_attention(self.model.config, MASK_FREE))
             if self.cut_products:
-                while_it_runs.enter_context(CutByRows())
+                while_it_runs.enter_context(CutAmongThreads())
             out = trunk(input_ids=input_ids, use_cache=False, **documents)
             if self.chunked_loss:  # out[0] is the head's input, (B, T, D)
                 loss = chunked_cross_entropy_sum(out[0], self.model.get_output_embeddings(), labels)

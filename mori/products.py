@@ -71,8 +71,8 @@ def addmm_in_parts(bias: torch.Tensor, x: torch.Tensor, matrix: torch.Tensor) ->
     return torch.bmm(pieces, matrix.view(parts, inputs // parts, outputs)).sum(0) + bias
 
 
-class CutByRows(TorchFunctionMode):
-    """While it is entered, `linear` and `addmm` of many rows with an fp32 matrix, and their gradients, are cut by rows."""
+class CutAmongThreads(TorchFunctionMode):
+    """While it is entered, `linear` and `addmm` of many rows with an fp32 matrix, and their gradients, are cut."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if not kwargs and len(args) >= 2:
@@ -123,16 +123,26 @@ def product(
 ) -> torch.Tensor:
     """`a @ b + bias`, `(M, N)`, with the rows of `a` `(M, K)` in parts, one for each thread, where that is worth it.
 
+    Each thread makes the whole of `b` `(K, N)` ready for itself: if that is much the larger, its columns are cut instead.
     `bias` is `(N)`; `out`, if given, is contiguous.
     """
     out = a.new_empty(len(a), b.size(1)) if out is None else out
     cut, parts = _cut(a)
+    if cut and 2 * len(a) <= b.size(1) and len(a) < len(b) and b.size(1) % parts == 0:
+        return _by_columns(a, b, bias, out, parts)
     if cut:
         pieces, whole, into = _in_parts(a[:cut], parts), b.expand(parts, *b.shape), _in_parts(out[:cut], parts)
         torch.bmm(pieces, whole, out=into) if bias is None else torch.baddbmm(bias, pieces, whole, out=into)
     if cut < len(a):
         a, into = a[cut:], out[cut:]
         torch.mm(a, b, out=into) if bias is None else torch.addmm(bias, a, b, out=into)
+    return out
+
+
+def _by_columns(a, b, bias, out, parts: int) -> torch.Tensor:
+    whole, pieces = a.expand(parts, *a.shape), b.unflatten(1, (parts, -1)).transpose(0, 1)  # (P, M, K), (P, K, N / P)
+    found = torch.bmm(whole, pieces) if bias is None else torch.baddbmm(bias.view(parts, 1, -1), whole, pieces)
+    out.unflatten(1, (parts, -1)).copy_(found.transpose(0, 1))
     return out
 
 
@@ -159,16 +169,19 @@ def _in_parts(rows: torch.Tensor, parts: int) -> torch.Tensor:
 
 @functools.cache  # once a process: the choice and the peak are of one measurement
 def race() -> tuple[float, float, int, bool]:
-    """Seconds of a product whole and cut, the best of five in turn; its operations; and whether both came to the same bits."""
+    """Seconds of a product whole and cut, the best of five in turn; its operations; and whether all came to the same bits."""
     of_its_own = torch.Generator().manual_seed(0)  # a run's random numbers must not move
-    a, b = torch.rand(2 * many_rows(), 768, generator=of_its_own), torch.rand(768, 768, generator=of_its_own)
+    parts = torch.get_num_threads()
+    a = torch.rand(2 * many_rows(), 768, generator=of_its_own)
+    b = torch.rand(768, -(-768 // parts) * parts, generator=of_its_own)
     ways, best, found = (torch.mm, product), [float("inf")] * 2, [None] * 2
     for _ in range(5):
         for number, way in enumerate(ways):
             began = time.perf_counter()
             found[number] = way(a, b)
             best[number] = min(best[number], time.perf_counter() - began)
-    return *best, 2 * a.numel() * b.size(1), torch.equal(*found)
+    found.append(_by_columns(a, b, None, torch.empty_like(found[0]), parts))
+    return *best, 2 * a.numel() * b.size(1), all(torch.equal(found[0], one) for one in found)
 
 
 def cutting_pays() -> bool:

@@ -401,15 +401,32 @@ def test_a_cut_product_is_the_product(rows, cut_all):
     wide, bias = torch.randn(rows, 9), torch.randn(5)
     for a in (torch.randn(rows, 7), torch.randn(7, rows).t(), wide[:, :7]):
         for b in (torch.randn(7, 5), torch.randn(5, 7).t()):
-            exact = a.double() @ b.double()
-            close = {"rtol": 1e-5, "atol": 1e-5}
-            torch.testing.assert_close(products.product(a, b).double(), exact, **close)
-            torch.testing.assert_close(products.product(a, b, bias).double(), exact + bias, **close)
-            out, total = torch.full((rows, 5), math.nan), torch.ones(rows, 5)
-            assert products.product(a, b, out=out) is out and products.add_product_(total, a, b) is total
-            torch.testing.assert_close(out.double(), exact, **close)
-            torch.testing.assert_close(total.double(), 1 + exact, **close)
+            check_product(a, b, bias)
     assert bool(cut_all) == (rows >= 3)
+
+
+@pytest.mark.parametrize(
+    "rows, inner, columns, by_columns", [(3, 7, 12, True), (3, 7, 11, False), (3, 3, 12, False), (7, 8, 12, False)]
+)
+def test_where_the_second_matrix_is_the_larger_its_columns_are_cut(rows, inner, columns, by_columns, cut_all):
+    torch.manual_seed(0)
+    a, b, bias = torch.randn(rows, inner), torch.randn(inner, columns), torch.randn(columns)
+    products.product(a, b)
+    assert bool(cut_all) != by_columns
+    for left in (a, a.t().contiguous().t()):
+        for right in (b, b.t().contiguous().t()):
+            check_product(left, right, bias)
+
+
+def check_product(a, b, bias):
+    exact = a.double() @ b.double()
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(products.product(a, b).double(), exact, **close)
+    torch.testing.assert_close(products.product(a, b, bias).double(), exact + bias, **close)
+    out, total = torch.full(exact.shape, math.nan), torch.ones(exact.shape)
+    assert products.product(a, b, out=out) is out and products.add_product_(total, a, b) is total
+    torch.testing.assert_close(out.double(), exact, **close)
+    torch.testing.assert_close(total.double(), 1 + exact, **close)
 
 
 @pytest.mark.parametrize("turned", [False, True], ids=["addmm", "linear"])
@@ -453,7 +470,7 @@ def test_products_are_cut_only_where_that_is_safe_and_pays(asked, pays, monkeypa
     monkeypatch.setattr(fast, "cutting_pays", lambda: pays)
     config = TrainConfig(**{"block_size": 24, **asked})
     module, chosen = fast.training_module(small_model("gpt2", 97), config, *batch(), CPU)
-    assert module.cut_products == (not asked and pays) == ("products cut by rows" in chosen)
+    assert module.cut_products == (not asked and pays) == ("products cut among threads" in chosen)
 
 
 def test_the_race_of_products_draws_none_of_the_run_s_random_numbers():
@@ -464,9 +481,16 @@ def test_the_race_of_products_draws_none_of_the_run_s_random_numbers():
 
 
 @pytest.mark.parametrize(
-    "whole, cut, equal, pays", [(2, 1, True, True), (2, 2.8, True, True), (2, 3.2, True, False), (2, 1, False, False)]
+    "cut, equal, equal_by_columns, pays",
+    [
+        (1, True, True, True),
+        (2.8, True, True, True),
+        (3.2, True, True, False),
+        (1, False, True, False),
+        (1, True, False, False),
+    ],
 )
-def test_a_cut_product_need_not_win_its_race_but_be_the_same(whole, cut, equal, pays, monkeypatch):
+def test_a_cut_product_need_not_win_its_race_but_be_the_same(cut, equal, equal_by_columns, pays, monkeypatch):
     clock = [0.0]
 
     def takes(seconds, found):
@@ -475,8 +499,9 @@ def test_a_cut_product_need_not_win_its_race_but_be_the_same(whole, cut, equal, 
 
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    monkeypatch.setattr(torch, "mm", lambda a, b: takes(whole, torch.ones(1)))
-    monkeypatch.setattr(products, "product", lambda a, b: takes(cut, torch.ones(1) * (1 if equal else 1.0000001)))
+    monkeypatch.setattr(torch, "mm", lambda a, b: takes(2, torch.ones(1)))
+    monkeypatch.setattr(products, "product", lambda a, b: takes(cut, torch.full((1,), 1 if equal else 1.0000001)))
+    monkeypatch.setattr(products, "_by_columns", lambda *args: torch.full((1,), 1 if equal_by_columns else 1.0000001))
     monkeypatch.setattr(products.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(products, "race", products.race.__wrapped__)
     assert products.cutting_pays() == pays
