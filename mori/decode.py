@@ -101,7 +101,7 @@ class _Reader:
         self.last_position = (context or 2**62) - 1
         self.takes = set(inspect.signature(model.forward).parameters)
         self.cache, self.cache_name = None, None
-        for name in ("past_key_values", "cache_params"):
+        for name in ("cache", "past_key_values", "cache_params"):  # the first is the name since transformers 5.24
             # Some releases of transformers want positions for a state that generate() alone knows: read anew there.
             if name in self.takes and not (name == "cache_params" and "cache_position" in self.takes):
                 self.cache_name = self.cache_name or name
@@ -138,7 +138,7 @@ class _Reader:
             return self._replayed(input_ids[:, -1:]) if self.checked else self._checked(input_ids[:, -1:])
         if self.may_record:
             return self._recorded(input_ids[:, -1:])
-        if not self.started and self.cache_name == "past_key_values":
+        if not self.started and self.cache_name in ("cache", "past_key_values"):
             self._open_cache()
         if self.cache is not None and self.started:
             return self._forward(input_ids[:, -1:])

@@ -45,6 +45,9 @@ REPLAYED = set("gpt2 gpt_neox phi llama qwen2 qwen3 gemma granite cohere olmo2 s
 
 
 OLD = Version(transformers.__version__) < Version("5.23")
+CACHE = "past_key_values" if Version(transformers.__version__) < Version("5.24") else "cache"
+if CACHE == "cache":
+    REPLAYED.add("gptj")
 
 
 @pytest.fixture
@@ -98,8 +101,8 @@ def test_every_replayed_step_gives_the_logits_of_the_model_to_the_bit(family, mo
     cache, logits = None, []
     with torch.no_grad():
         for unread in ([prompt], *([[token]] for token in new)):
-            out = model(input_ids=torch.tensor(unread), past_key_values=cache, use_cache=True)
-            cache, logits = out.past_key_values, [*logits, out.logits[:, -1]]
+            out = model(input_ids=torch.tensor(unread), use_cache=True, **{CACHE: cache})
+            cache, logits = out[CACHE], [*logits, out.logits[:, -1]]
     assert len(seen) > 15 and all(torch.equal(a, b) for a, b in zip(seen[1:], logits[3:-1], strict=True))
 
 

@@ -15,6 +15,8 @@ needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is
 # Those whose step is the same list of calls everywhere in the text.
 CAPTURED = set("gpt2 gpt_neox opt falcon phi llama qwen2 qwen3 gemma granite cohere olmo2 stablelm smollm3".split())
 OLD = Version(transformers.__version__) < Version("5.23")
+if Version(transformers.__version__) >= Version("5.24"):
+    CAPTURED.add("gptj")
 
 
 class StandIn:
