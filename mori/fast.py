@@ -48,7 +48,8 @@ def training_module(
             raise UserError(
                 f"{type(model).__name__} cannot do gradient checkpointing; leave --gradient_checkpointing out"
             )
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable", None)  # its name since transformers 5.24
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
     chosen = ["activations recomputed in the backward pass"] if config.gradient_checkpointing else []
     if config.tf32 and where.device.type == "cuda" and where.precision == "fp32":
         torch.set_float32_matmul_precision("high")

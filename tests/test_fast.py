@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from conftest import weights
 from families import FAMILIES, small_model
+from packaging.version import Version
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -35,6 +37,8 @@ MASK_FREE = [
     "olmoe",
     "qwen3_moe",
 ]
+if Version(transformers.__version__) >= Version("5.24"):
+    MASK_FREE.append("gptj")
 
 
 def batch(rows: int = 2, length: int = 24, vocabulary: int = 97) -> tuple[torch.Tensor, torch.Tensor]:
