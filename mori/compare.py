@@ -37,7 +37,7 @@ _EXACT = {
     "chunked_loss": False,
     "mask_free_attention": False,
     "fused_activations": False,
-    "cut_products": False,
+    "fast_products": False,
 }
 _WARM_UP_STEPS = 3
 

@@ -280,10 +280,10 @@ class TrainConfig(SamplingConfig):
         "training", True, "causal attention without a mask, where a layer sees all tokens before"
     )
     fused_activations: bool = flag("training", True, "PyTorch's GELU kernel in the place of one written out in Python")
-    cut_products: bool = flag(
+    fast_products: bool = flag(
         "training",
         True,
-        "on a CPU in fp32, large products cut among the threads where that is faster, to the same bits",
+        "on a CPU in fp32, large products cut among the threads, to the same bits, or by oneDNN where that is far faster",
     )
     tf32: bool = flag(
         "training",

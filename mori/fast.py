@@ -3,6 +3,7 @@
 And how near to the machine's limit a step comes.
 """
 
+import contextlib
 import importlib.util
 import inspect
 
@@ -12,7 +13,7 @@ from torch import nn
 from .config import TrainConfig, UserError
 from .loss import IGNORE_INDEX
 from .model import CausalLMLoss, attends_to_all_before, fuse_activations, head_watched
-from .products import cutting_pays, many_rows, race
+from .products import fastest, race
 from .runtime import BatchSize, Runtime
 
 _CHECKED_TOKENS = 16  # so few that reading the weights is what takes time
@@ -35,13 +36,15 @@ def training_module(
     where: Runtime,
     separator: int | None = None,
     steps: int = 0,
+    products: str | None = None,
 ) -> tuple[CausalLMLoss, str]:
     """The model with its loss, in the best form that is safe for this model and device, and what that is in words.
 
     Every choice can be switched off in `config`. The loss of the beginning of the batch `input_ids`, `labels` `(B, T)` must
     be the model's own; where it is not, the model stays as it is. `separator` is the token that ends each document, `steps`
-    the length of the run. Raises UserError for a model without gradient checkpointing where that is asked for, or one that
-    cannot keep documents apart where it should, RunFailed where memory does not hold one window.
+    the length of the run, `products` the name of what `module.products` was in a run that goes on. Raises UserError for a
+    model without gradient checkpointing where that is asked for, or one that cannot keep documents apart where it should,
+    RunFailed where memory does not hold one window.
     """
     if config.gradient_checkpointing:
         if not model.supports_gradient_checkpointing:
@@ -49,7 +52,11 @@ def training_module(
                 f"{type(model).__name__} cannot do gradient checkpointing; leave --gradient_checkpointing out"
             )
         enable = getattr(model, "activation_checkpointing_enable", None)  # its name since transformers 5.24
-        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+        # The second context is that of computing again. PyTorch's compiler knows no such thing (nor do we there).
+        again = (
+            {} if config.torch_compile else {"context_fn": lambda: (contextlib.nullcontext(), module.fast_products())}
+        )
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False, **again})
     chosen = ["activations recomputed in the backward pass"] if config.gradient_checkpointing else []
     if config.tf32 and where.device.type == "cuda" and where.precision == "fp32":
         torch.set_float32_matmul_precision("high")
@@ -74,20 +81,19 @@ def training_module(
     if config.chunked_loss and where.precision != "fp16" and all(plain):
         module.chunked_loss = True
         chosen.append("loss in chunks")
-    if abs(_loss(module, input_ids, labels, where) - own) > _close(where) * abs(own):
-        module.mask_free = module.chunked_loss = False
-        chosen = [*safe, "nothing more: this model's loss would be another"]
+    rows = config.per_device_train_batch_size * config.block_size
     if (
-        config.cut_products
+        config.fast_products
         and where.device.type == "cpu"
         and where.precision == "fp32"
-        and config.per_device_train_batch_size * config.block_size >= many_rows()
-        and not config.gradient_checkpointing  # which computes again outside of our forward pass
         and not config.torch_compile
-        and cutting_pays()
+        and (found := where.on_main(lambda: fastest(rows, products)))
     ):
-        module.cut_products = True
-        chosen.append("products cut among threads")
+        module.products = found
+        chosen.append(found.words)
+    if abs(_loss(module, input_ids, labels, where) - own) > _close(where) * abs(own):
+        module.mask_free, module.chunked_loss, module.products = False, False, None
+        chosen = [*safe, "nothing more: this model's loss would be another"]
     if config.torch_compile or config.torch_compile is None and _compiling_pays(module, config, where, steps):
         module.compile_trunk(config.per_device_train_batch_size)
         chosen.append("compiled")
@@ -162,5 +168,5 @@ def peak_flops(where: Runtime) -> float | None:
         return found[0] * 1e12 if found and where.precision != "fp32" else None
     if where.device.type != "cpu":
         return None
-    whole, cut, operations, _ = race()
-    return operations / min(whole, cut)
+    found = race()
+    return found.operations / found.best

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .products import add_product_, product
+from .products import CUT, Products
 
 IGNORE_INDEX = -100
 # Rows of logits that exist at once. On a CPU by measurement (runs/LOG.md); a GPU, where adding up the head's gradient once for each chunk
@@ -33,7 +33,9 @@ def count_targets(labels: torch.Tensor) -> int:
     return int((labels.numpy() != IGNORE_INDEX).sum())
 
 
-def chunked_cross_entropy_sum(hidden: torch.Tensor, head: nn.Linear, labels: torch.Tensor) -> torch.Tensor:
+def chunked_cross_entropy_sum(
+    hidden: torch.Tensor, head: nn.Linear, labels: torch.Tensor, products: Products = CUT
+) -> torch.Tensor:
     """`cross_entropy_sum(head(hidden), labels)` without ever holding all logits.
 
     They are made for some hundred tokens at a time, and the gradients of `hidden`, weight and bias are computed in the same
@@ -45,16 +47,17 @@ def chunked_cross_entropy_sum(hidden: torch.Tensor, head: nn.Linear, labels: tor
         hidden: `(B, T, D)`, what the model gives to its head.
         head: the head, whose weight is `(V, D)`; the bias may be None.
         labels: `(B, T)`; -100 is not counted.
+        products: how the products are computed on a CPU.
     """
     hidden, weight, bias = hidden.flatten(0, 1), head.weight, head.bias
     if not torch.is_grad_enabled():  # even then a Function hears that what it is given wants gradients (torch 2.13)
         hidden, weight, bias = hidden.detach(), weight.detach(), bias if bias is None else bias.detach()
-    return _ChunkedCrossEntropy.apply(hidden, weight, bias, labels.flatten())
+    return _ChunkedCrossEntropy.apply(hidden, weight, bias, labels.flatten(), products)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels):
+    def forward(ctx, hidden, weight, bias, labels, products):
         kind, device = hidden.device.type, hidden.device
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         wide = torch.promote_types(dtype, torch.float32)  # of the softmax and of all sums
@@ -81,7 +84,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 z, e = (
                     one[: len(weight) * len(x)].view(len(weight), len(x)) for one in (buffer, wide_buffer)
                 )  # (V, C)
-                product(weight, x.t(), out=z)
+                products.product(weight, x.t(), out=z)
                 if bias is not None:
                     z += bias.to(dtype)[:, None]
                 largest, of_label = z.amax(0).to(wide), z.gather(0, label)[0]  # (C)
@@ -99,9 +102,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     grad, scale = torch.div(grad, total_e, out=z), share
                 scale = scale[:, None]
                 if of_hidden:
-                    grad_hidden[part] = product(grad.t(), weight) * scale
+                    grad_hidden[part] = products.product(grad.t(), weight) * scale
                 if of_weight and dtype == wide:
-                    add_product_(grad_weight, grad, x * scale)
+                    products.add_product_(grad_weight, grad, x * scale)
                 elif of_weight:
                     grad_weight += grad @ (x * scale.to(dtype))
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
@@ -114,4 +117,4 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for grad in (grad_hidden, grad_weight, grad_bias):
             if grad is not None:
                 grad.mul_(grad_output)  # in place: it is used once
-        return grad_hidden, grad_weight, grad_bias, None
+        return grad_hidden, grad_weight, grad_bias, None, None

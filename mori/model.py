@@ -31,7 +31,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from . import foreign
 from .config import PRESETS, UserError
 from .loss import IGNORE_INDEX, chunked_cross_entropy_sum, cross_entropy_sum
-from .products import CutAmongThreads
+from .products import CUT, FastProducts, Products
 
 # The base of all errors of the HTTP client, whichever client this release of huggingface_hub brings.
 _HUB_ERRORS = (OSError, *huggingface_hub.errors.HfHubHTTPError.__bases__)
@@ -50,7 +50,7 @@ class CausalLMLoss(nn.Module):
         chunked_loss: never hold all logits (`loss.chunked_cross_entropy_sum`); for models whose logits are their head's
             product and no more, see `head_watched`.
         mask_free: causal attention without a mask, see `attends_to_all_before`.
-        cut_products: large products on the threads of a CPU, see `products`.
+        products: how large products are computed on a CPU, where not as PyTorch does.
         separator: the token at which a document begins; then no token sees another document, see `within_documents`.
 
     Attributes:
@@ -63,12 +63,12 @@ class CausalLMLoss(nn.Module):
         *,
         chunked_loss: bool = False,
         mask_free: bool = False,
-        cut_products: bool = False,
+        products: Products | None = None,
         separator: int | None = None,
     ):
         super().__init__()
         self.model, self.chunked_loss, self.mask_free = model, chunked_loss, mask_free
-        self.cut_products, self.separator = cut_products, separator
+        self.products, self.separator = products, separator
         self._compiled, self.rows = [], 0
         self.router_coefficient = getattr(model, "router_aux_loss_coef", getattr(model, "aux_loss_coef", None))
 
@@ -92,11 +92,11 @@ class CausalLMLoss(nn.Module):
         with contextlib.ExitStack() as while_it_runs:
             if self.mask_free:
                 while_it_runs.enter_context(_attention(self.model.config, MASK_FREE))
-            if self.cut_products:
-                while_it_runs.enter_context(CutAmongThreads())
+            while_it_runs.enter_context(self.fast_products())
             out = trunk(input_ids=input_ids, use_cache=False, **documents)
             if self.chunked_loss:  # out[0] is the head's input, (B, T, D)
-                loss = chunked_cross_entropy_sum(out[0], self.model.get_output_embeddings(), labels)
+                head = self.model.get_output_embeddings()
+                loss = chunked_cross_entropy_sum(out[0], head, labels, self.products or CUT)
             else:
                 loss = cross_entropy_sum(out.logits, labels)  # logits (B, T, V)
         if n_targets is None:
@@ -107,6 +107,10 @@ class CausalLMLoss(nn.Module):
             share = (labels != IGNORE_INDEX).sum() / n_targets
             loss = loss + self.router_coefficient * router_loss * share
         return loss
+
+    def fast_products(self) -> contextlib.AbstractContextManager:
+        """A context in which large products are computed as `products` says."""
+        return FastProducts(self.products) if self.products else contextlib.nullcontext()
 
     def compile_trunk(self, rows: int, backend="inductor") -> None:
         """Compile all of the model but its head (`torch.compile`), for training on batches of `self.rows` windows.

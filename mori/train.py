@@ -113,7 +113,10 @@ def _train(
             raise UserError(f"dtype bfloat16 needs arithmetic in bf16, this is {where.precision}; say --precision bf16")
         models.store_in_bfloat16(model)
     example, separator = text.train.batch([0]), corpus.separator(tokenizer)
-    module, chosen = fast.training_module(model, config, *example, where, separator, total_steps)
+    # The one choice that a measurement decides, and that changes last bits: a run keeps to it.
+    noted = checkpoint.load_state(resumed).get("products", "") if resumed else None
+    module, chosen = fast.training_module(model, config, *example, where, separator, total_steps, noted)
+    noted = module.products.name if module.products else ""
     optimizer = optim.adamw(
         model,
         lr=config.learning_rate,
@@ -273,7 +276,13 @@ def _train(
         ranks = where.gather({"rng": runtime.rng_state(), "unlogged_losses": progress.unlogged_losses})
         failed = False
         if where.is_main:
-            state = {**identity, "progress": asdict(progress), "ranks": ranks, "scaler": scaler.state_dict()}
+            state = {
+                **identity,
+                "products": noted,
+                "progress": asdict(progress),
+                "ranks": ranks,
+                "scaler": scaler.state_dict(),
+            }
             root = run_dir / "checkpoints"
             monitor.sync()
             try:

@@ -25,6 +25,7 @@ from mori.config import (
     UserError,
     checked,
 )
+from mori.products import Race
 
 PROMISED = {"bench", "model", "shape", "arms", "ratios", "versions", "device", "threads", "commit"}
 
@@ -291,7 +292,7 @@ def test_a_gpu_without_bf16_is_told_so(monkeypatch, tmp_path):
 
 def test_the_peak_is_taken_anew_for_every_process(monkeypatch):
     rates = iter([(2.0, 1.0), (1.0, 0.5), (4.0, 3.0), (9.0, 8.0), (4.0, 4.0), (7.0, 5.0)])  # seconds, whole and cut
-    cached = functools.cache(lambda: (*next(rates), 100, True))
+    cached = functools.cache(lambda: Race(*next(rates), None, 100, True))
     for room in (bench_train, fast):
         monkeypatch.setattr(room, "race", cached)
     where = runtime.Runtime(torch.device("cpu"), 0, 1, "fp32")

@@ -341,9 +341,12 @@ def test_weights_in_bf16_give_each_family_nearly_the_same_loss(family):
     assert all(gradient.isfinite().all() for gradient in found.values())
 
 
-def test_gradient_checkpointing_gives_the_same_weights(run_train, tmp_path):
+def test_gradient_checkpointing_gives_the_same_weights(run_train, way, tmp_path, monkeypatch):
+    monkeypatch.setattr(fast, "fastest", lambda *_: way[0])
     run_train(run_name="all", output_dir=str(tmp_path / "all"))
+    times = len(way[1])
     run_train(run_name="again", output_dir=str(tmp_path / "again"), gradient_checkpointing=True)
+    assert times > 0 and len(way[1]) > 1.2 * times  # what is computed again is computed the same way
     one, other = weights(tmp_path / "all"), weights(tmp_path / "again")
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
@@ -368,7 +371,8 @@ def test_a_loss_that_would_be_another_is_left_alone(monkeypatch):
 
 def test_every_choice_can_be_switched_off():
     model, (input_ids, labels) = small_model("gpt2", 97), batch()
-    off = TrainConfig(block_size=24, chunked_loss=False, mask_free_attention=False, fused_activations=False)
+    off = {name: False for name in ("chunked_loss", "mask_free_attention", "fused_activations", "fast_products")}
+    off = TrainConfig(block_size=24, **off)
     module, chosen = fast.training_module(model, off, input_ids, labels, CPU)
     assert chosen == "nothing" and not module.chunked_loss and not module.mask_free
     assert not any(isinstance(inner, nn.GELU) for inner in module.modules())
@@ -399,14 +403,45 @@ def cut_all(monkeypatch):
     return parts
 
 
+@pytest.fixture
+def onednn_all(monkeypatch):
+    """Compute every product of more than a few rows by oneDNN, large results in pieces; returns how often that was done."""
+    done, linear, of_rows = [], products._linear, products._sum_of_rows
+    for name in ("_MULTIPLICATIONS", "_TURNED", "ROWS"):
+        monkeypatch.setattr(products, name, 1)
+    monkeypatch.setattr(products, "_AT_ONCE", 10)
+    monkeypatch.setattr(products, "_linear", lambda *args: done.append("linear") or linear(*args))
+    monkeypatch.setattr(products, "_sum_of_rows", lambda *args: done.append("of rows") or of_rows(*args))
+    return done
+
+
+needs_onednn = pytest.mark.skipif(not products._has_onednn(), reason="this build of PyTorch brings no oneDNN")
+WAYS = ["cut_all", pytest.param("onednn_all", marks=needs_onednn)]
+
+
+@pytest.fixture(params=WAYS)
+def way(request):
+    """Each way to compute products, forced on small ones; with the list in which it leaves a trace."""
+    done = request.getfixturevalue(request.param)
+    return (products.CUT if request.param == "cut_all" else products.ONEDNN), done
+
+
 @pytest.mark.parametrize("rows", [2, 3, 21, 23])
-def test_a_cut_product_is_the_product(rows, cut_all):
+def test_a_product_is_the_product(rows, way):
     torch.manual_seed(0)
     wide, bias = torch.randn(rows, 9), torch.randn(5)
     for a in (torch.randn(rows, 7), torch.randn(7, rows).t(), wide[:, :7]):
         for b in (torch.randn(7, 5), torch.randn(5, 7).t()):
-            check_product(a, b, bias)
-    assert bool(cut_all) == (rows >= 3)
+            check_product(way[0], a, b, bias)
+    assert bool(way[1]) == (rows >= 3 or way[0] is products.ONEDNN)
+
+
+@needs_onednn
+def test_onednn_reads_a_turned_matrix_as_it_lies(onednn_all):
+    a, b = torch.randn(7, 5), torch.randn(7, 3)
+    products.ONEDNN.product(a.t(), b)
+    products.ONEDNN.product(a, b.t().contiguous()[:, :5].t())
+    assert onednn_all == ["of rows", "linear"]
 
 
 @pytest.mark.parametrize(
@@ -415,21 +450,22 @@ def test_a_cut_product_is_the_product(rows, cut_all):
 def test_where_the_second_matrix_is_the_larger_its_columns_are_cut(rows, inner, columns, by_columns, cut_all):
     torch.manual_seed(0)
     a, b, bias = torch.randn(rows, inner), torch.randn(inner, columns), torch.randn(columns)
-    products.product(a, b)
+    products.cut_product(a, b)
     assert bool(cut_all) != by_columns
     for left in (a, a.t().contiguous().t()):
         for right in (b, b.t().contiguous().t()):
-            check_product(left, right, bias)
+            check_product(products.CUT, left, right, bias)
 
 
-def check_product(a, b, bias):
+def check_product(way, a, b, bias):
     exact = a.double() @ b.double()
     close = {"rtol": 1e-5, "atol": 1e-5}
-    torch.testing.assert_close(products.product(a, b).double(), exact, **close)
-    torch.testing.assert_close(products.product(a, b, bias).double(), exact + bias, **close)
+    torch.testing.assert_close(way.product(a, b).double(), exact, **close)
+    torch.testing.assert_close(way.product(a, b, bias).double(), exact + bias, **close)
     out, total = torch.full(exact.shape, math.nan), torch.ones(exact.shape)
-    assert products.product(a, b, out=out) is out and products.add_product_(total, a, b) is total
+    assert way.product(a, b, out=out) is out and way.add_product_(total, a, b) is total
     torch.testing.assert_close(out.double(), exact, **close)
+    torch.testing.assert_close(way.product(a, b, bias, out).double(), exact + bias, **close)
     torch.testing.assert_close(total.double(), 1 + exact, **close)
 
 
@@ -437,78 +473,133 @@ def check_product(a, b, bias):
 def test_the_gradients_of_a_cut_product(turned, cut_all):
     torch.manual_seed(0)
     x, matrix, bias = (torch.randn(size, dtype=torch.float64, requires_grad=True) for size in ((8, 4), (4, 6), (6,)))
-    assert torch.autograd.gradcheck(
-        lambda x, m, b: products._Product.apply(x, m.t() if turned else m, b, turned), (x, matrix, bias)
-    )
-    assert torch.autograd.gradcheck(
-        lambda x, m: products._Product.apply(x, m.t() if turned else m, None, turned), (x, matrix)
-    )
+
+    def product(x, matrix, bias=None):
+        return products._Product.apply(x, matrix.t() if turned else matrix, bias, turned, products.CUT)
+
+    assert torch.autograd.gradcheck(product, (x, matrix, bias))
+    assert torch.autograd.gradcheck(product, (x, matrix))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_cut_products_give_each_family_its_loss_and_gradients(family, cut_all):
-    model, (input_ids, labels) = small_model(family, 97), batch()
+def test_fast_products_give_each_family_its_loss_and_gradients(family, way):
+    (products_by, done), model, (input_ids, labels) = way, small_model(family, 97), batch()
     module = models.CausalLMLoss(model).eval()
     expected_loss = module(input_ids, labels, torch.tensor(42.0))
     expected = gradients(model, expected_loss)
-    assert not cut_all
-    module.cut_products = True
+    assert not done
+    module.products = products_by
     found_loss = module(input_ids, labels, torch.tensor(42.0))
-    times = len(cut_all)
+    times = len(done)
     found = gradients(model, found_loss)
-    assert len(cut_all) > times > 0
+    assert len(done) > times > 0
     torch.testing.assert_close(found_loss, expected_loss)
     assert found.keys() == expected.keys()
     for name in found:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        cut_all.clear()
+        done.clear()
         module(input_ids, labels)
-    assert not cut_all
+    assert not done
 
 
-@pytest.mark.parametrize("pays", [True, False])
-@pytest.mark.parametrize("asked", [{}, {"cut_products": False}, {"gradient_checkpointing": True}, {"block_size": 2}])
-def test_products_are_cut_only_where_that_is_safe_and_pays(asked, pays, monkeypatch):
-    monkeypatch.setattr(fast, "many_rows", lambda: 64)
-    monkeypatch.setattr(fast, "cutting_pays", lambda: pays)
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_head_in_chunks_by_each_way(bias, way, monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK", 8)
+    torch.manual_seed(0)
+    head, hidden, labels = nn.Linear(16, 97, bias), torch.randn(3, 7, 16, requires_grad=True), batch(3, 7)[1]
+    parameters = [hidden, *head.parameters()]
+    exact_head = nn.Linear(16, 97, bias).double()
+    exact_head.load_state_dict(head.state_dict())
+    exact_hidden = hidden.detach().double().requires_grad_()
+    exact = loss.cross_entropy_sum(exact_head(exact_hidden), labels)
+    expected = torch.autograd.grad(exact, [exact_hidden, *exact_head.parameters()])
+    found_loss = chunked_cross_entropy_sum(hidden, head, labels, way[0])
+    torch.testing.assert_close(found_loss.double(), exact)
+    for found, gradient in zip(torch.autograd.grad(found_loss, parameters), expected, strict=True):
+        torch.testing.assert_close(found.double(), gradient, rtol=1e-4, atol=1e-5)
+    assert len(way[1]) > 9 and (way[0] is products.CUT or way[1].count("of rows") == 3)  # 21 tokens, 8 at once
+
+
+@pytest.mark.parametrize("found", [products.CUT, products.ONEDNN, None], ids=["cut", "onednn", "none"])
+@pytest.mark.parametrize("asked", [{}, {"fast_products": False}, {"torch_compile": True}])
+def test_fast_products_are_taken_only_where_that_is_safe(asked, found, monkeypatch):
+    seen = []
+    monkeypatch.setattr(fast, "fastest", lambda *args: seen.append(args) or found)
     config = TrainConfig(**{"block_size": 24, **asked})
-    module, chosen = fast.training_module(small_model("gpt2", 97), config, *batch(), CPU)
-    assert module.cut_products == (not asked and pays) == ("products cut among threads" in chosen)
+    module, chosen = fast.training_module(small_model("gpt2", 97), config, *batch(), CPU, products="noted")
+    assert seen == ([] if asked else [(4 * 24, "noted")])
+    assert module.products == (None if asked else found)
+    assert ("products" in chosen) == (not asked and found is not None)
+
+
+@needs_onednn
+def test_products_that_change_the_loss_are_not_taken(monkeypatch):
+    wrong = products.ONEDNN._replace(worth=lambda *_: True, product=lambda *args, **_: 2 * products.cut_product(*args))
+    monkeypatch.setattr(fast, "fastest", lambda *_: wrong)
+    module, chosen = fast.training_module(small_model("gpt2", 97), TrainConfig(block_size=24), *batch(), CPU)
+    assert module.products is None and "nothing more" in chosen
 
 
 def test_the_race_of_products_draws_none_of_the_run_s_random_numbers():
     before = torch.get_rng_state()
-    whole, cut, operations, equal = products.race.__wrapped__()
+    race = products.race.__wrapped__()
     assert torch.equal(torch.get_rng_state(), before)
-    assert 1e6 < operations / whole < 1e14 and 1e6 < operations / cut < 1e14
+    assert all(1e6 < race.operations / seconds < 1e14 for seconds in (race.whole, race.cut, race.best))
+    assert race.best == min(race.whole, race.cut, *([race.onednn] if race.onednn else []))
 
 
 @pytest.mark.parametrize(
-    "cut, equal, equal_by_columns, pays",
+    "change, expected",
     [
-        (1, True, True, True),
-        (2.8, True, True, True),
-        (3.2, True, True, False),
-        (1, False, True, False),
-        (1, True, False, False),
+        ({}, "cut"),
+        ({"cut": 2.8}, "cut"),
+        ({"cut": 3.2}, None),
+        ({"equal": 1.0000001}, None),
+        ({"equal_by_columns": 1.0000001}, None),
+        ({"rows": 383}, None),
+        ({"threads": 1}, None),
+        ({"onednn": 0.6}, "onednn"),
+        ({"onednn": 0.7}, "cut"),
+        ({"onednn": 0.6, "cut": 0.8}, "cut"),
+        ({"onednn": 0.6, "threads": 1, "rows": 16}, "onednn"),
+        ({"onednn": 0.6, "noted": "onednn"}, "onednn"),
+        ({"onednn": 9, "noted": "onednn"}, "onednn"),
+        ({"onednn": 0.6, "noted": "cut"}, "cut"),
+        ({"onednn": 0.6, "noted": ""}, "cut"),
+        ({"onednn": None}, "cut"),
+        ({"onednn": None, "noted": "onednn"}, "cut"),
     ],
+    ids=str,
 )
-def test_a_cut_product_need_not_win_its_race_but_be_the_same(cut, equal, equal_by_columns, pays, monkeypatch):
+def test_which_products_are_taken(change, expected, monkeypatch):
+    """A cut product need not win its race but be the same; oneDNN must be far faster, and is kept to."""
+    asked = {
+        "cut": 1,
+        "equal": 1,
+        "equal_by_columns": 1,
+        "rows": 384,
+        "threads": 3,
+        "onednn": 2,
+        "noted": None,
+    } | change
     clock = [0.0]
 
     def takes(seconds, found):
         clock[0] += seconds
-        return found
+        return torch.full((1,), float(found))
 
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: asked["threads"])
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    monkeypatch.setattr(torch, "mm", lambda a, b: takes(2, torch.ones(1)))
-    monkeypatch.setattr(products, "product", lambda a, b: takes(cut, torch.full((1,), 1 if equal else 1.0000001)))
-    monkeypatch.setattr(products, "_by_columns", lambda *args: torch.full((1,), 1 if equal_by_columns else 1.0000001))
+    monkeypatch.setattr(torch, "mm", lambda a, b: takes(2 if asked["cut"] > 1 else 1, 1))
+    monkeypatch.setattr(products, "cut_product", lambda a, b: takes(asked["cut"], asked["equal"]))
+    monkeypatch.setattr(products, "_by_columns", lambda *args: takes(0, asked["equal_by_columns"]))
+    monkeypatch.setattr(products, "_onednn_product", lambda a, b: takes(asked["onednn"], 1))
+    monkeypatch.setattr(products, "_has_onednn", lambda: asked["onednn"] is not None)
     monkeypatch.setattr(products.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(products, "race", products.race.__wrapped__)
-    assert products.cutting_pays() == pays
+    found = products.fastest(asked["rows"], asked["noted"])
+    assert (found and found.name) == expected
 
 
 @pytest.mark.parametrize(

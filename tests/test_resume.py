@@ -24,6 +24,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import mori.train
 from mori import model as models
+from mori import products
 from mori.config import RunFailed, UserError
 from mori.monitor import read_metrics
 
@@ -63,6 +64,25 @@ def test_weights_and_moments_of_few_bits_go_on_to_the_same_end(options, run_trai
     if "dtype" in options:
         stored = load_file(tmp_path / "whole" / "model.safetensors")
         assert {t.dtype for t in stored.values()} == {torch.bfloat16, torch.float32}
+
+
+@pytest.mark.parametrize("began_with", ["onednn", ""])
+def test_a_run_goes_on_with_the_products_it_began_with(began_with, run_train, tmp_path, monkeypatch):
+    """Their last bits are of one library or another, and a measurement decides."""
+    if not products._has_onednn():
+        pytest.skip("this build of PyTorch brings no oneDNN")
+    monkeypatch.setattr(products, "_MULTIPLICATIONS", 1)
+    called, linear = [], products._linear
+    monkeypatch.setattr(products, "_linear", lambda *args: called.append(1) or linear(*args))
+    found = {"onednn": products.Race(1, 1, 0.5, 1, True), "": products.Race(1, 1, 1, 1, True)}
+    monkeypatch.setattr(products, "race", lambda: found[began_with])
+    run_train(run_name="whole", output_dir=str(tmp_path / "whole"))
+    stop_after(8, run_train)
+    called.clear()
+    monkeypatch.setattr(products, "race", lambda: found["" if began_with else "onednn"])
+    run_train()
+    assert bool(called) == bool(began_with)
+    assert_equal_weights(tmp_path / "whole", tmp_path / "brain")
 
 
 def test_killed_and_started_again_it_ends_with_the_same_weights(settings, tmp_path):
