@@ -15,8 +15,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch.nn.functional import linear
+from torch.nn.functional import linear, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
+
+from .attention import LONG, causal_attention
 
 ROWS = 8  # of more rows than this a product is no longer bound by memory
 ELEMENTS = 1 << 18  # in a smaller matrix there is nothing to share
@@ -88,6 +90,9 @@ class Products(NamedTuple):
     worth: Callable[[torch.Tensor, int], bool]  # for rows `(N, I)` and the number of columns
     product: Callable[..., torch.Tensor]  # see `cut_product`
     add_product_: Callable[..., torch.Tensor]  # see `cut_add_product_`
+    attention: (
+        bool  # whether causal attention of long windows is made of batched products as well, see `causal_attention`
+    )
 
 
 class FastProducts(TorchFunctionMode):
@@ -107,6 +112,8 @@ class FastProducts(TorchFunctionMode):
                 bias, x, matrix = args
                 if self._many(x, matrix, matrix.size(1)):
                     return _Product.apply(x, matrix, bias, False, self.products)
+        if function is scaled_dot_product_attention and self.products.attention:
+            return _attention(*args, **(kwargs or {}))
         return function(*args, **(kwargs or {}))
 
     def _many(self, x: torch.Tensor, matrix: torch.Tensor, columns: int) -> bool:
@@ -117,6 +124,24 @@ class FastProducts(TorchFunctionMode):
             and self.products.worth(x, columns)
             and not torch.is_autocast_enabled("cpu")
         )
+
+
+def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    """`scaled_dot_product_attention`, by ourselves where it is causal and no more, over a long window."""
+    if (
+        is_causal
+        and attn_mask is None
+        and dropout_p == 0.0
+        and query.device.type == "cpu"
+        and query.dtype == key.dtype == value.dtype == torch.float32
+        and query.dim() == key.dim() == value.dim() == 4
+        and LONG <= query.size(2) == key.size(2) == value.size(2)
+        and (enable_gqa or query.size(1) == key.size(1))
+        and not torch.is_autocast_enabled("cpu")
+    ):
+        return causal_attention(query, key, value, scale)
+    options = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal}
+    return scaled_dot_product_attention(query, key, value, **options, scale=scale, enable_gqa=enable_gqa)
 
 
 def many_rows() -> int:
@@ -236,8 +261,10 @@ def _worth_onednn(x: torch.Tensor, columns: int) -> bool:
     return x.numel() > ROWS * x.size(-1) and x.numel() * columns >= _MULTIPLICATIONS
 
 
-CUT = Products("cut", "products cut among threads", _worth_cutting, cut_product, cut_add_product_)
-ONEDNN = Products("onednn", "products by oneDNN", _worth_onednn, _onednn_product, _onednn_add_product_)
+CUT = Products("cut", "products cut among threads", _worth_cutting, cut_product, cut_add_product_, False)
+ONEDNN = Products(
+    "onednn", "products by oneDNN, long attention in blocks", _worth_onednn, _onednn_product, _onednn_add_product_, True
+)
 
 
 class Race(NamedTuple):

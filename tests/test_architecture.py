@@ -8,7 +8,8 @@ import pytest
 from conftest import ROOT
 
 FLOORS = {
-    "config": 0, "optim": 0, "sampling": 0, "replay": 0, "products": 0, "monitor": 0,
+    "config": 0, "optim": 0, "sampling": 0, "replay": 0, "attention": 0, "monitor": 0,
+    "products": 0.3,  # on a CPU attention is made of products
     "loss": 0.5,  # made of products
     "startup": 0.5,  # for a config, before anything else
     "foreign": 0.5,  # a mezzanine: corpus and model both look at files before they read them
@@ -28,6 +29,7 @@ OUTSIDE = {
     "optim": {"torch", "bitsandbytes"},
     "sampling": {"torch"},
     "replay": {"torch"},
+    "attention": {"torch"},
     "products": {"torch"},
     "monitor": {"torch", "tqdm"},
     "words": {"numpy", "tokenizers"},

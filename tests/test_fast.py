@@ -531,6 +531,7 @@ def test_fast_products_are_taken_only_where_that_is_safe(asked, found, monkeypat
     assert seen == ([] if asked else [(4 * 24, "noted")])
     assert module.products == (None if asked else found)
     assert ("products" in chosen) == (not asked and found is not None)
+    assert ("attention in blocks" in chosen) == (not asked and found is products.ONEDNN)
 
 
 @needs_onednn
