@@ -90,9 +90,7 @@ class Products(NamedTuple):
     worth: Callable[[torch.Tensor, int], bool]  # for rows `(N, I)` and the number of columns
     product: Callable[..., torch.Tensor]  # see `cut_product`
     add_product_: Callable[..., torch.Tensor]  # see `cut_add_product_`
-    attention: (
-        bool  # whether causal attention of long windows is made of batched products as well, see `causal_attention`
-    )
+    attention: bool  # whether that of long windows is made of batched products, see `_attention`
 
 
 class FastProducts(TorchFunctionMode):

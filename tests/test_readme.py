@@ -65,15 +65,22 @@ def test_every_file_that_is_named_is_there():
 @pytest.mark.parametrize(
     "name, pair",
     [
-        ("train-124m-batch4-block128-fp32-cpu", "trainer / mori"),
-        ("train-124m-batch4-block512-fp32-cpu", "trainer / mori"),
-        ("train-124m-batch4-block512-fp32-cpu", "trainer-tuned / mori"),
-        ("train-124m-batch4-block1024-fp32-cpu", "trainer / mori"),
-        ("train-tiny-batch4-block64-fp32-cpu", "trainer / mori"),
-        ("train-tiny-batch4-block64-fp32-cpu", "bare / mori"),
-        ("tokenize", "run_clm / mori"),
-        ("startup-124m-batch4-block128-fp32-cpu", "trainer / mori"),
-        ("startup-124m-batch4-block512-fp32-cpu", "trainer / mori"),
+        *[
+            (where + name, pair)
+            for where in ("", "zen5/")
+            for name, pair in (
+                ("train-124m-batch4-block128-fp32-cpu", "trainer / mori"),
+                ("train-124m-batch4-block512-fp32-cpu", "trainer / mori"),
+                ("train-124m-batch4-block512-fp32-cpu", "trainer-tuned / mori"),
+                ("train-124m-batch4-block1024-fp32-cpu", "trainer / mori"),
+                ("train-tiny-batch4-block64-fp32-cpu", "trainer / mori"),
+                ("train-tiny-batch4-block64-fp32-cpu", "bare / mori"),
+                ("memory-124m-batch4-block1024-fp32-cpu", "mori / trainer"),
+                ("tokenize", "run_clm / mori"),
+                ("startup-124m-batch4-block128-fp32-cpu", "trainer / mori"),
+                ("startup-124m-batch4-block512-fp32-cpu", "trainer / mori"),
+            )
+        ],
         *[
             (f"decode-{model}", f"generate-{how} / mori-{how}")
             for model in ("124m-batch1", "124m-batch8", "small-batch1")
