@@ -86,6 +86,7 @@ def training_module(
         config.fast_products
         and where.device.type == "cpu"
         and where.precision == "fp32"
+        and all(parameter.dtype == torch.float32 for parameter in model.parameters())
         and not config.torch_compile
         and (found := where.on_main(lambda: fastest(rows, products)))
     ):

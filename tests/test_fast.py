@@ -522,16 +522,24 @@ def test_the_head_in_chunks_by_each_way(bias, way, monkeypatch):
 
 
 @pytest.mark.parametrize("found", [products.CUT, products.ONEDNN, None], ids=["cut", "onednn", "none"])
-@pytest.mark.parametrize("asked", [{}, {"fast_products": False}, {"torch_compile": True}])
-def test_fast_products_are_taken_only_where_that_is_safe(asked, found, monkeypatch):
+@pytest.mark.parametrize(
+    "asked, dtype, safe",
+    [
+        ({}, torch.float32, True),
+        ({}, torch.float64, False),
+        ({"fast_products": False}, torch.float32, False),
+        ({"torch_compile": True}, torch.float32, False),
+    ],
+)
+def test_fast_products_are_taken_only_where_that_is_safe(asked, dtype, safe, found, monkeypatch):
     seen = []
     monkeypatch.setattr(fast, "fastest", lambda *args: seen.append(args) or found)
-    config = TrainConfig(**{"block_size": 24, **asked})
-    module, chosen = fast.training_module(small_model("gpt2", 97), config, *batch(), CPU, products="noted")
-    assert seen == ([] if asked else [(4 * 24, "noted")])
-    assert module.products == (None if asked else found)
-    assert ("products" in chosen) == (not asked and found is not None)
-    assert ("attention in blocks" in chosen) == (not asked and found is products.ONEDNN)
+    config, model = TrainConfig(**{"block_size": 24, **asked}), small_model("gpt2", 97).to(dtype)
+    module, chosen = fast.training_module(model, config, *batch(), CPU, products="noted")
+    assert seen == ([(4 * 24, "noted")] if safe else [])
+    assert module.products == (found if safe else None)
+    assert ("products" in chosen) == (safe and found is not None)
+    assert ("attention in blocks" in chosen) == (safe and found is products.ONEDNN)
 
 
 @needs_onednn
