@@ -308,20 +308,42 @@ def _has_onednn() -> bool:
         return False
 
 
+@functools.cache
+def onednn_speed() -> float:
+    """How many times as fast as by PyTorch itself a product is by oneDNN; 0.0 where there is none.
+
+    By the time that one thread computes. By the clock on the wall, what else the machine does would now and then decide, and the same
+    command is to have the same weights.
+    """
+    if not _has_onednn():
+        return 0.0
+    of_its_own, threads = torch.Generator().manual_seed(0), torch.get_num_threads()
+    a, b = torch.rand(256, 768, generator=of_its_own), torch.rand(768, 768, generator=of_its_own)
+    ways, best = (torch.mm, _onednn_product), [float("inf")] * 2
+    torch.set_num_threads(1)
+    try:
+        for _ in range(5):
+            for number, way in enumerate(ways):
+                began = time.thread_time()
+                way(a, b)
+                best[number] = min(best[number], time.thread_time() - began)
+    finally:
+        torch.set_num_threads(threads)
+    return best[0] / best[1]
+
+
 def fastest(rows: int, noted: str | None = None) -> Products | None:
     """How to compute the products of training, of so many rows, on this machine; None as PyTorch does.
 
-    They are cut where that comes to the same bits, so that it does not matter to a result who finds so, in good time. Cut ones are the
-    faster over a run, but not at each moment: one slow core, which a whole product may happen to do without, holds them up for
-    seconds. So they need not win the race. oneDNN's last bits are others: a run that has begun goes on as it began, of which
-    `noted` is the name ("" for None).
+    oneDNN's last bits are its own: a run that has begun goes on as it began, of which `noted` is the name ("" for None). Else they are
+    cut where that comes to the same bits, so that it does not matter to a result who finds so, in good time. Cut ones are the faster
+    over a run, but not at each moment: one slow core, which a whole product may happen to do without, holds them up for seconds. So
+    they need not win the race.
     """
-    found = race()
-    if found.onednn is not None:
-        far_faster = _FAR_FASTER * found.onednn < min(found.whole, found.cut)
-        if noted == ONEDNN.name or noted is None and far_faster:
-            return ONEDNN
-    several = torch.get_num_threads() > 1 and torch.backends.mkl.is_available()
+    speed = onednn_speed()
+    if speed > _FAR_FASTER if noted is None else speed and noted == ONEDNN.name:
+        return ONEDNN
+    found, several = race(), torch.get_num_threads() > 1 and torch.backends.mkl.is_available()
     if several and rows >= many_rows() and found.equal and found.cut < _HELD_UP * found.whole:
         return CUT
     return None

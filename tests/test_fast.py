@@ -552,8 +552,9 @@ def test_products_that_change_the_loss_are_not_taken(monkeypatch):
 
 def test_the_race_of_products_draws_none_of_the_run_s_random_numbers():
     before = torch.get_rng_state()
-    race = products.race.__wrapped__()
+    race, speed = products.race.__wrapped__(), products.onednn_speed.__wrapped__()
     assert torch.equal(torch.get_rng_state(), before)
+    assert (0.1 < speed < 10) == products._has_onednn() == (race.onednn is not None)
     assert all(1e6 < race.operations / seconds < 1e14 for seconds in (race.whole, race.cut, race.best))
     assert race.best == min(race.whole, race.cut, *([race.onednn] if race.onednn else []))
 
@@ -570,7 +571,7 @@ def test_the_race_of_products_draws_none_of_the_run_s_random_numbers():
         ({"threads": 1}, None),
         ({"onednn": 0.6}, "onednn"),
         ({"onednn": 0.7}, "cut"),
-        ({"onednn": 0.6, "cut": 0.8}, "cut"),
+        ({"onednn": 0.6, "cut": 0.1}, "onednn"),
         ({"onednn": 0.6, "threads": 1, "rows": 16}, "onednn"),
         ({"onednn": 0.6, "noted": "onednn"}, "onednn"),
         ({"onednn": 9, "noted": "onednn"}, "onednn"),
@@ -592,21 +593,28 @@ def test_which_products_are_taken(change, expected, monkeypatch):
         "onednn": 2,
         "noted": None,
     } | change
-    clock = [0.0]
+    whole, computed = 2 if asked["cut"] > 1 else 1, [0.0]
 
     def takes(seconds, found):
-        clock[0] += seconds
+        computed[0] += seconds
         return torch.full((1,), float(found))
 
-    monkeypatch.setattr(torch, "get_num_threads", lambda: asked["threads"])
+    threads = [asked["threads"]]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    monkeypatch.setattr(torch, "mm", lambda a, b: takes(2 if asked["cut"] > 1 else 1, 1))
+    monkeypatch.setattr(torch, "mm", lambda a, b: takes(whole, 1))
     monkeypatch.setattr(products, "cut_product", lambda a, b: takes(asked["cut"], asked["equal"]))
     monkeypatch.setattr(products, "_by_columns", lambda *args: takes(0, asked["equal_by_columns"]))
     monkeypatch.setattr(products, "_onednn_product", lambda a, b: takes(asked["onednn"], 1))
     monkeypatch.setattr(products, "_has_onednn", lambda: asked["onednn"] is not None)
-    monkeypatch.setattr(products.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(products, "race", products.race.__wrapped__)
+    monkeypatch.setattr(products.time, "thread_time", lambda: computed[0] if threads[-1] == 1 else 0.0)
+    for name in ("race", "onednn_speed"):
+        monkeypatch.setattr(products, name, getattr(products, name).__wrapped__)
+    speed = products.onednn_speed()
+    assert speed == pytest.approx(whole / asked["onednn"] if asked["onednn"] else 0.0)
+    assert threads[-1] == asked["threads"]
+    monkeypatch.setattr(products.time, "perf_counter", lambda: computed[0])
     found = products.fastest(asked["rows"], asked["noted"])
     assert (found and found.name) == expected
 

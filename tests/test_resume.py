@@ -74,12 +74,11 @@ def test_a_run_goes_on_with_the_products_it_began_with(began_with, run_train, tm
     monkeypatch.setattr(products, "_MULTIPLICATIONS", 1)
     called, linear = [], products._linear
     monkeypatch.setattr(products, "_linear", lambda *args: called.append(1) or linear(*args))
-    found = {"onednn": products.Race(1, 1, 0.5, 1, True), "": products.Race(1, 1, 1, 1, True)}
-    monkeypatch.setattr(products, "race", lambda: found[began_with])
+    monkeypatch.setattr(products, "onednn_speed", lambda: 2.0 if began_with else 1.0)
     run_train(run_name="whole", output_dir=str(tmp_path / "whole"))
     stop_after(8, run_train)
     called.clear()
-    monkeypatch.setattr(products, "race", lambda: found["" if began_with else "onednn"])
+    monkeypatch.setattr(products, "onednn_speed", lambda: 1.0 if began_with else 2.0)
     run_train()
     assert bool(called) == bool(began_with)
     assert_equal_weights(tmp_path / "whole", tmp_path / "brain")
