@@ -155,7 +155,7 @@ def test_sdpa_sees_no_mask_and_is_causal(family, compiled, monkeypatch):
     else:
         monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
     module(input_ids, labels).backward()
-    assert len(calls) >= 2 and set(calls) == {(None, True)}
+    assert len(calls) >= (1 if compiled else 2) and set(calls) == {(None, True)}  # one graph may serve both layers
 
 
 def test_nothing_is_compiled_again_after_the_second_step(monkeypatch):
@@ -260,6 +260,7 @@ def test_the_host_asks_nothing_between_two_log_points(settings, padding, monkeyp
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_what_goes_bad_in_a_pass_is_named(compiled):
     model, (input_ids, labels) = small_model("gpt2", 97), batch(2, 16)
+    model.transformer.h[1].mlp.c_fc.bias.data.fill_(10.0)
     model.transformer.h[1].mlp.c_proj.weight.data.fill_(3e38)  # finite, but its products are not
     module = models.CausalLMLoss(model, chunked_loss=True, mask_free=True)
     if compiled:

@@ -430,6 +430,7 @@ def test_a_single_answer_is_streamed_and_prompts_may_stand_in_a_file(small_model
 def test_a_kept_replay_is_the_model_s_own_step_or_is_given_up():
     """Texts one after the other, two in turn, and then with other weights: the ids are those of `generate()` every time."""
     model, prompt = model_of("gpt2", 97).eval(), [5, 3, 9]
+    model.generation_config.eos_token_id = None
     assert greedy(model, [prompt], 12) == expected(model, [prompt], 12) == greedy(model, [prompt], 12)
     one, other = (decode(model, [prompt], Sampler([0], temperature=0.0), 12) for _ in range(2))
     assert [a == b for a, b in zip(one, other, strict=True)] == [True] * 12
