@@ -47,7 +47,8 @@ class _CausalAttention(torch.autograd.Function):
     def backward(ctx, grad):
         query, key, value = ctx.saved_tensors
         grad_query, grad_key, grad_value = (_empty(one, *one.shape) for one in (query, key, value))
-        grad_key.zero_(), grad_value.zero_()
+        grad_key.zero_()
+        grad_value.zero_()
         blocks = _Blocks(query, key, ctx.scale)
         for row, heads in blocks.rows():
             q, k, v, g, into = query[row, heads], key[row], value[row], grad[row, heads], grad_query[row, heads]

@@ -52,11 +52,10 @@ def training_module(
                 f"{type(model).__name__} cannot do gradient checkpointing; leave --gradient_checkpointing out"
             )
         enable = getattr(model, "activation_checkpointing_enable", None)  # its name since transformers 5.24
-        # The second context is that of computing again. PyTorch's compiler knows no such thing (nor do we there).
-        again = (
-            {} if config.torch_compile else {"context_fn": lambda: (contextlib.nullcontext(), module.fast_products())}
-        )
-        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False, **again})
+        again = {"use_reentrant": False}
+        if not config.torch_compile:  # whose compiler takes no such contexts; the second is that of computing again
+            again["context_fn"] = lambda: (contextlib.nullcontext(), module.fast_products())
+        (enable or model.gradient_checkpointing_enable)(again)
     chosen = ["activations recomputed in the backward pass"] if config.gradient_checkpointing else []
     if config.tf32 and where.device.type == "cuda" and where.precision == "fp32":
         torch.set_float32_matmul_precision("high")

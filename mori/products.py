@@ -283,20 +283,28 @@ class Race(NamedTuple):
 @functools.cache  # once a process: the choice and the peak are of one measurement
 def race() -> Race:
     """Compute a product in each way, the best of five in turn."""
-    of_its_own = torch.Generator().manual_seed(0)  # a run's random numbers must not move
     parts = torch.get_num_threads()
-    a = torch.rand(2 * many_rows(), 768, generator=of_its_own)
-    b = torch.rand(768, -(-768 // parts) * parts, generator=of_its_own)
+    a, b = _random(2 * many_rows(), 768), _random(768, -(-768 // parts) * parts)
     ways = [torch.mm, cut_product] + ([_onednn_product] if _has_onednn() else [])
-    best, found = [float("inf")] * 3, [None] * 3
-    for _ in range(5):
-        for number, way in enumerate(ways):
-            began = time.perf_counter()
-            found[number] = way(a, b)
-            best[number] = min(best[number], time.perf_counter() - began)
+    seconds, found = _best_of_five(ways, a, b, time.perf_counter)
     by_columns = _by_columns(a, b, None, torch.empty_like(found[0]), parts)
     equal = all(torch.equal(found[0], one) for one in (found[1], by_columns))
-    return Race(*best[:2], best[2] if found[2] is not None else None, 2 * a.numel() * b.size(1), equal)
+    return Race(*seconds[:2], seconds[2] if len(ways) > 2 else None, 2 * a.numel() * b.size(1), equal)
+
+
+def _random(*size: int) -> torch.Tensor:
+    return torch.rand(size, generator=torch.Generator().manual_seed(0))  # a run's own random numbers must not move
+
+
+def _best_of_five(ways, a, b, clock: Callable[[], float]) -> tuple[list[float], list[torch.Tensor]]:
+    """Of `a @ b` in each of `ways`, in turn: the seconds by `clock`, and what came out."""
+    best, found = [float("inf")] * len(ways), [a] * len(ways)
+    for _ in range(5):
+        for number, way in enumerate(ways):
+            began = clock()
+            found[number] = way(a, b)
+            best[number] = min(best[number], clock() - began)
+    return best, found
 
 
 def _has_onednn() -> bool:
@@ -317,19 +325,15 @@ def onednn_speed() -> float:
     """
     if not _has_onednn():
         return 0.0
-    of_its_own, threads = torch.Generator().manual_seed(0), torch.get_num_threads()
-    a, b = torch.rand(256, 768, generator=of_its_own), torch.rand(768, 768, generator=of_its_own)
-    ways, best = (torch.mm, _onednn_product), [float("inf")] * 2
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for _ in range(5):
-            for number, way in enumerate(ways):
-                began = time.thread_time()
-                way(a, b)
-                best[number] = min(best[number], time.thread_time() - began)
+        (own, by_onednn), _ = _best_of_five(
+            (torch.mm, _onednn_product), _random(256, 768), _random(768, 768), time.thread_time
+        )
     finally:
         torch.set_num_threads(threads)
-    return best[0] / best[1]
+    return own / by_onednn
 
 
 def fastest(rows: int, noted: str | None = None) -> Products | None:

@@ -116,7 +116,6 @@ def _train(
     # The one choice that a measurement decides, and that changes last bits: a run keeps to it.
     noted = checkpoint.load_state(resumed).get("products", "") if resumed else None
     module, chosen = fast.training_module(model, config, *example, where, separator, total_steps, noted)
-    noted = module.products.name if module.products else ""
     optimizer = optim.adamw(
         model,
         lr=config.learning_rate,
@@ -278,7 +277,7 @@ def _train(
         if where.is_main:
             state = {
                 **identity,
-                "products": noted,
+                "products": module.products.name if module.products else "",
                 "progress": asdict(progress),
                 "ranks": ranks,
                 "scaler": scaler.state_dict(),

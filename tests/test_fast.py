@@ -543,7 +543,6 @@ def test_fast_products_are_taken_only_where_that_is_safe(asked, dtype, safe, fou
     assert ("attention in blocks" in chosen) == (safe and found is products.ONEDNN)
 
 
-@needs_onednn
 def test_products_that_change_the_loss_are_not_taken(monkeypatch):
     wrong = products.ONEDNN._replace(worth=lambda *_: True, product=lambda *args, **_: 2 * products.cut_product(*args))
     monkeypatch.setattr(fast, "fastest", lambda *_: wrong)
@@ -585,15 +584,8 @@ def test_the_race_of_products_draws_none_of_the_run_s_random_numbers():
 )
 def test_which_products_are_taken(change, expected, monkeypatch):
     """A cut product need not win its race but be the same; oneDNN must be far faster, and is kept to."""
-    asked = {
-        "cut": 1,
-        "equal": 1,
-        "equal_by_columns": 1,
-        "rows": 384,
-        "threads": 3,
-        "onednn": 2,
-        "noted": None,
-    } | change
+    asked = {"cut": 1, "equal": 1, "equal_by_columns": 1, "rows": 384, "threads": 3, "onednn": 2, "noted": None}
+    asked |= change
     whole, computed = 2 if asked["cut"] > 1 else 1, [0.0]
 
     def takes(seconds, found):
