@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from .config import RunFailed, UserError
+from mori.config import RunFailed, UserError
 
 ROOT = Path(__file__).parent.parent
 _GPT2 = {"model_type": "gpt2", "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}

@@ -16,10 +16,11 @@ import numpy
 import torch
 from transformers import AutoTokenizer
 
-from . import bench, corpus
-from .config import RunFailed, TokenizeBenchConfig
-from .model import train_tokenizer
-from .monitor import peak_memory_bytes
+from mori import bench
+from mori.config import RunFailed, TokenizeBenchConfig
+from mori.data import corpus
+from mori.model import train_tokenizer
+from mori.monitor import peak_memory_bytes
 
 _BLOCK = 128
 

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from . import bench, corpus, data, fast, prepare, runtime
-from . import model as models
-from .compare import SAME_WORK
-from .config import (
+from mori import bench, fast, prepare, runtime
+from mori import model as models
+from mori.compare import SAME_WORK
+from mori.config import (
     BENCH_CONTEXTS,
     MemoryBenchConfig,
     RunFailed,
@@ -26,8 +26,10 @@ from .config import (
     TrainConfig,
     UserError,
 )
-from .monitor import peak_memory_bytes
-from .products import race
+from mori.data import corpus
+from mori.data import windows as data
+from mori.monitor import peak_memory_bytes
+from mori.products import race
 
 # What scripts/train.py does, telling when the first step is done.
 MORI_LINES = """

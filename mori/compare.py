@@ -21,12 +21,14 @@ import torch
 from safetensors import safe_open
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from . import checkpoint, corpus, data, prepare, report, runtime
-from . import model as models
-from .config import CompareConfig, RunFailed, TrainConfig, UserError, checked, steps_of
-from .evaluate import evaluate
-from .monitor import Monitor, peak_memory_bytes, read_metrics
-from .train import train
+from mori import checkpoint, prepare, report, runtime
+from mori import model as models
+from mori.config import CompareConfig, RunFailed, TrainConfig, UserError, checked, steps_of
+from mori.data import corpus
+from mori.data import windows as data
+from mori.evaluate import evaluate
+from mori.monitor import Monitor, peak_memory_bytes, read_metrics
+from mori.train import train
 
 # Losses that differ by more than this (relative) are not the same work, and its timing says nothing.
 SAME_WORK = {"fp32": 1e-4, "bf16": 1e-2, "fp16": 1e-2}

@@ -2,8 +2,8 @@
 
 import torch
 
-from .model import CausalLMLoss
-from .runtime import Runtime
+from mori.model import CausalLMLoss
+from mori.runtime import Runtime
 
 
 def first_bad_tensor(

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from .data import ShiftedDataset
-from .loss import count_targets
-from .model import CausalLMLoss
-from .runtime import BatchSize, Runtime
+from mori.data.windows import ShiftedDataset
+from mori.loss import count_targets
+from mori.model import CausalLMLoss
+from mori.runtime import BatchSize, Runtime
 
 
 @dataclass

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .config import UserError
+from mori.config import UserError
 
 WEIGHTS = (".safetensors", ".bin")
 # Far above the largest in use (a configuration of 1 MB, a tokenizer of 33 MB); what is parsed takes many times its size.

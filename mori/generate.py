@@ -6,11 +6,11 @@ from dataclasses import dataclass, fields, replace
 
 from torch import nn
 
-from .config import SamplingConfig, UserError, checked
-from .decode import decode
-from .foreign import guarded
-from .model import check_fits, context_length
-from .sampling import Sampler
+from mori.config import SamplingConfig, UserError, checked
+from mori.decode import decode
+from mori.foreign import guarded
+from mori.model import check_fits, context_length
+from mori.sampling import Sampler
 
 # The settings that are about the text, and not about the next token.
 _OF_THE_TEXT = ("max_new_tokens", "max_time", "stop_strings", "num_return_sequences", "dry_sequence_breakers")

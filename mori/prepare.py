@@ -14,10 +14,12 @@ from typing import IO
 import torch
 import transformers
 
-from . import __version__, checkpoint, corpus, data, runtime
-from .config import HORIZON, TrainConfig, UserError, tell
-from .model import check_fits
-from .monitor import say
+from mori import __version__, checkpoint, runtime
+from mori.config import HORIZON, TrainConfig, UserError, tell
+from mori.data import corpus
+from mori.data import windows as data
+from mori.model import check_fits
+from mori.monitor import say
 
 
 @dataclass

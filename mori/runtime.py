@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .config import RunFailed, UserError
+from mori.config import RunFailed, UserError
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from .config import TrainConfig
+from mori.config import TrainConfig
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 _TOUCHED_AT_MOST = 2 << 30  # bytes that are touched in less time than the imports take

@@ -14,14 +14,16 @@ from pathlib import Path
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from . import checkpoint, corpus, data, fast, optim, prepare, runtime
-from . import model as models
-from .config import Interrupted, RunFailed, TrainConfig, UserError, checked, steps_of
-from .diagnose import first_bad_tensor
-from .evaluate import evaluate
-from .generate import check_prompts, generate
-from .monitor import Monitor, Throughput, peak_memory_bytes, say
-from .startup import keep_freed_memory
+from mori import checkpoint, fast, optim, prepare, runtime
+from mori import model as models
+from mori.config import Interrupted, RunFailed, TrainConfig, UserError, checked, steps_of
+from mori.data import corpus
+from mori.data import windows as data
+from mori.diagnose import first_bad_tensor
+from mori.evaluate import evaluate
+from mori.generate import check_prompts, generate
+from mori.monitor import Monitor, Throughput, peak_memory_bytes, say
+from mori.startup import keep_freed_memory
 
 
 def train(config: TrainConfig, on_step: Callable[[int, float], None] = lambda step, seconds: None) -> dict:

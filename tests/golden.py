@@ -41,7 +41,10 @@ RUNS = {
     "bfloat16-weights": [f"{SHORT} --dtype bfloat16 --precision bf16"],
     "8-bit": [f"{SHORT} --optim adamw_bnb_8bit --max_steps 6"],
     "2-ranks": [f"torchrun {STORY} {SHORT} --per_device_train_batch_size 2"],
-    "killed": [f"{STORY} {SHORT} --save_steps 3 --max_steps 8 SIGKILL", f"{STORY} {SHORT} --save_steps 3 --max_steps 8"],
+    "killed": [
+        f"{STORY} {SHORT} --save_steps 3 --max_steps 8 SIGKILL",
+        f"{STORY} {SHORT} --save_steps 3 --max_steps 8",
+    ],
     "extended": [f"{STORY} {SHORT} --max_steps 6", f"{STORY} {SHORT} --max_steps 10 --extend"],
     "exact": [
         f"{STORY} {SHORT} --no-chunked_loss --no-mask_free_attention --no-fused_activations --no-fast_products --no-tf32"
@@ -95,7 +98,9 @@ def run(name: str, folder: Path) -> dict:
             if killed:
                 process.kill()
             if process.wait() != (-9 if killed else 0):
-                raise SystemExit(f"{name}: exit code {process.returncode}\n{(folder / 'output.txt').read_text()[-2000:]}")
+                raise SystemExit(
+                    f"{name}: exit code {process.returncode}\n{(folder / 'output.txt').read_text()[-2000:]}"
+                )
     lines = (folder / "runs/run/metrics.jsonl").read_text(encoding="utf-8").splitlines()
     keys = ("step", "train/loss", "train/grad_norm", "train/learning_rate", "eval/loss")
     metrics = [{key: line[key] for key in keys if key in line} for line in map(json.loads, lines)]
@@ -109,7 +114,9 @@ def generation(name: str, brain: Path) -> list:
     import shlex
 
     model, words = GENERATIONS[name]
-    prompt = [] if "--prompt" in words else ["--prompt", "Once upon a time" if model == "stories" else "Halo semua, selamat"]
+    prompt = (
+        [] if "--prompt" in words else ["--prompt", "Once upon a time" if model == "stories" else "Halo semua, selamat"]
+    )
     command = [sys.executable, ROOT / "scripts/generate.py", "--model", STORIES if model == "stories" else brain]
     command += ["--json", *shlex.split(words), *prompt]
     done = subprocess.run(list(map(str, command)), env=ENVIRONMENT, capture_output=True, text=True)
@@ -123,7 +130,7 @@ def tokenized() -> dict:
     import numpy
     from transformers import AutoTokenizer
 
-    from mori.corpus import SHIPPED, TokenFile, find_files, read_documents
+    from mori.data.corpus import SHIPPED, TokenFile, find_files, read_documents
     from mori.model import train_tokenizer
 
     transcripts = [path.read_text(encoding="utf-8") for path in sorted(SHIPPED.glob("*.txt"))]
@@ -175,9 +182,13 @@ def machine() -> dict:
 
 def give(only: list[str], jobs: int) -> dict:
     """All that the code gives now."""
-    at_hand = [name for name in RUNS if STORIES.is_dir() and REAL_CORPUS.is_file() or str(SHARED) not in "".join(RUNS[name])]
+    at_hand = [
+        name for name in RUNS if STORIES.is_dir() and REAL_CORPUS.is_file() or str(SHARED) not in "".join(RUNS[name])
+    ]
     runs = [name for name in at_hand if not only or name in only]
-    generations = [n for n, (m, _) in GENERATIONS.items() if (not only or n in only) and (m != "stories" or STORIES.is_dir())]
+    generations = [
+        n for n, (m, _) in GENERATIONS.items() if (not only or n in only) and (m != "stories" or STORIES.is_dir())
+    ]
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(jobs) as pool:
         folders = {run: Path(name) / run for run in {*runs, *(["preset"] if generations else [])}}
         for folder in folders.values():
@@ -215,7 +226,9 @@ def main() -> int:
         for name, value in entries.items():
             if json.loads(json.dumps(value)) != record[group].get(name):
                 differing.append(f"{group}/{name}")
-                print(f"{group}/{name} differs\n  recorded {str(record[group].get(name))[:900]}\n  now      {str(value)[:900]}")
+                print(
+                    f"{group}/{name} differs\n  recorded {str(record[group].get(name))[:900]}\n  now      {str(value)[:900]}"
+                )
     print(f"{sum(map(len, found.values())) - len(differing)} of {sum(map(len, found.values()))} entries equal")
     return bool(differing)
 

@@ -10,9 +10,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 
-from mori import corpus, pieces
 from mori.config import UserError
-from mori.corpus import SHIPPED, TokenFile, encode, find_files, read_documents, text_bytes_from
+from mori.data import corpus, pieces
+from mori.data.corpus import SHIPPED, TokenFile, encode, find_files, read_documents, text_bytes_from
 from mori.model import train_tokenizer
 
 

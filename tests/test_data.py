@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from mori.config import UserError
-from mori.data import Batches, ShiftedDataset, load_step, split
+from mori.data.windows import Batches, ShiftedDataset, load_step, split
 
 
 def test_labels_are_the_next_token():

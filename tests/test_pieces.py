@@ -14,12 +14,12 @@ from conftest import ROOT, STORIES, needs_stories
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from mori import pieces, words
 from mori.config import RunFailed, UserError
-from mori.corpus import SHIPPED, TokenFile, read_documents
+from mori.data import pieces, words
+from mori.data.corpus import SHIPPED, TokenFile, read_documents
+from mori.data.pieces import PieceEncoder
+from mori.data.words import CannotCut
 from mori.model import train_tokenizer
-from mori.pieces import PieceEncoder
-from mori.words import CannotCut
 
 LEARNED_FROM = (
     sorted(SHIPPED.glob("*.txt"))[0].read_text(encoding="utf-8")[:6000] + " 今日は、世界 。\n안녕 สวัสดี é 12 345 " * 9
@@ -238,8 +238,8 @@ def test_processes_die_with_a_parent_that_is_killed(tmp_path):
     """The parent is killed while it waits for its processes, which are then asleep, waiting for work."""
     program = """
 import os, sys, time
-from mori import words
-from mori.pieces import PieceEncoder
+from mori.data import words
+from mori.data.pieces import PieceEncoder
 from mori.model import train_tokenizer
 words._cores = lambda: 2
 text = "kata dan kata lain " * 400_000

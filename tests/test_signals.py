@@ -11,8 +11,9 @@ import pytest
 from conftest import ROOT, assert_equal_weights, flags
 
 import mori.train
-from mori import checkpoint, data, optim
+from mori import checkpoint, optim
 from mori.config import Interrupted
+from mori.data import windows as data
 from mori.monitor import read_metrics
 from mori.runtime import StopSignals
 

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 from mori import checkpoint
 from mori.config import TrainConfig, run_door
-from mori.corpus import SHIPPED
+from mori.data.corpus import SHIPPED
 from mori.model import train_tokenizer
 from mori.monitor import read_metrics
 from mori.train import train

@@ -278,7 +278,7 @@ def bad_run_file(place: Place, rng: random.Random):
 
 def bad_cache(place: Place, rng: random.Random):
     """The token file of a run that is resumed, damaged; now and then with a seal that fits."""
-    from mori import corpus
+    from mori.data import corpus
 
     (path,) = (place.runs / ".cache").glob("tokens-*.bin")
     raw = path.read_bytes()
@@ -624,7 +624,7 @@ def _prepare(folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, GPT2Config
 
-    from mori.corpus import SHIPPED
+    from mori.data.corpus import SHIPPED
     from mori.model import train_tokenizer
 
     place = Place(folder)

@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from mori import checkpoint, optim, runtime  # noqa: E402
+from mori import checkpoint, optim, runtime
 from tests.faults.common import patched  # noqa: E402
 
 kind, rank, place = os.environ["FAULT"].split(":")

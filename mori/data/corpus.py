@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy
 from tqdm import tqdm
 
-from .config import UserError
-from .foreign import leads_out, memory_bytes
-from .pieces import CUT_FROM, PieceEncoder, encode, encode_each, whole
-from .words import CannotCut
+from mori.config import UserError
+from mori.data.pieces import CUT_FROM, PieceEncoder, encode, encode_each, whole
+from mori.data.words import CannotCut
+from mori.foreign import leads_out, memory_bytes
 
-SHIPPED = Path(__file__).parent / "transcripts"
+SHIPPED = Path(__file__).parent.parent / "transcripts"
 _MAGIC, _VERSION = b"moritok\0", 3
 _HEADER_BYTES = 64 << 20  # the places of four million documents
 _DATA_ALIGNMENT = 64

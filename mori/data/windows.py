@@ -4,8 +4,8 @@ import numpy
 import torch
 from torch.utils.data import Dataset
 
-from .config import UserError
-from .loss import IGNORE_INDEX, count_targets
+from mori.config import UserError
+from mori.loss import IGNORE_INDEX, count_targets
 
 
 def split(count: int, block_size: int, held_out_fraction: float) -> int:

@@ -32,9 +32,9 @@ import numpy
 from tokenizers import Encoding, Regex
 from tokenizers.pre_tokenizers import Split
 
-from .config import UserError
-from .foreign import guarded, memory_bytes
-from .words import CannotCut, Part, WordEncoder, encode_batch
+from mori.config import UserError
+from mori.data.words import CannotCut, Part, WordEncoder, encode_batch
+from mori.foreign import guarded, memory_bytes
 
 PIECE = 1 << 15  # characters: small beside the memory, large beside the overlap
 OVERLAP = 1 << 10

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import numpy
 from tokenizers import Encoding
 
-from .config import RunFailed
-from .foreign import guarded
+from mori.config import RunFailed
+from mori.foreign import guarded
 
 KNOWN = 1 << 20  # characters of words whose ids are remembered
 _GROUP = 1 << 13  # characters of new words that are tokenized as one text
