@@ -21,8 +21,9 @@ import torch
 from safetensors import safe_open
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from mori import checkpoint, prepare, report, runtime
 from mori import model as models
+from mori import prepare, report, runtime
+from mori.checkpoint import checkpoints as checkpoint
 from mori.config import CompareConfig, RunFailed, TrainConfig, UserError, checked, steps_of
 from mori.data import corpus
 from mori.data import windows as data

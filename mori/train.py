@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from mori import checkpoint, fast, optim, prepare, runtime
+from mori import fast, optim, prepare, runtime
 from mori import model as models
+from mori.checkpoint import checkpoints as checkpoint
 from mori.config import Interrupted, RunFailed, TrainConfig, UserError, checked, steps_of
 from mori.data import corpus
 from mori.data import windows as data

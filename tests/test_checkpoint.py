@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from mori import checkpoint
+from mori.checkpoint import checkpoints as checkpoint
 from mori.config import UserError
 
 

@@ -4,7 +4,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, get_scheduler
 
-from mori import checkpoint, optim
+from mori import optim
+from mori.checkpoint import checkpoints as checkpoint
 from mori.loss import count_targets, cross_entropy_sum
 from mori.model import store_in_bfloat16
 

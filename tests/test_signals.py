@@ -11,7 +11,8 @@ import pytest
 from conftest import ROOT, assert_equal_weights, flags
 
 import mori.train
-from mori import checkpoint, optim
+from mori import optim
+from mori.checkpoint import checkpoints as checkpoint
 from mori.config import Interrupted
 from mori.data import windows as data
 from mori.monitor import read_metrics

@@ -23,7 +23,7 @@ import transformers
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from mori import checkpoint
+from mori.checkpoint import checkpoints as checkpoint
 from mori.config import TrainConfig, run_door
 from mori.data.corpus import SHIPPED
 from mori.model import train_tokenizer

@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from mori import checkpoint, optim
+from mori import optim
+from mori.checkpoint import checkpoints as checkpoint
 
 from .common import STEPS, Case, Ended, Lab, patched, row, run, seeds
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from mori import checkpoint, model, optim
+from mori import model, optim
+from mori.checkpoint import checkpoints as checkpoint
 from mori.monitor import read_metrics
 
 from .common import STEPS, Case, Lab, patched, row, run, seeds, together

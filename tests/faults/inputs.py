@@ -261,7 +261,7 @@ def resealed_checkpoint(place: Place, rng: random.Random):
 
 def reseal(folder: Path) -> None:
     """Write the manifest anew, over whatever the checkpoint's files now hold. The one place that knows how it is sealed."""
-    from mori import checkpoint
+    from mori.checkpoint import checkpoints as checkpoint
 
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     manifest["files"] = {name: checkpoint._described(folder / name) for name in manifest["files"]}

@@ -13,7 +13,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from mori import checkpoint, optim, runtime
+from mori import optim, runtime
+from mori.checkpoint import checkpoints as checkpoint
 from tests.faults.common import patched  # noqa: E402
 
 kind, rank, place = os.environ["FAULT"].split(":")

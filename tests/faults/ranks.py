@@ -5,7 +5,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from mori import checkpoint
+from mori.checkpoint import checkpoints as checkpoint
 
 from .common import Case, Lab, end, row, torchrun, workers
 

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import mori.train
-from mori import checkpoint, model, optim
+from mori import model, optim
+from mori.checkpoint import checkpoints as checkpoint
 from mori.data import windows as data
 from mori.monitor import read_metrics
 
