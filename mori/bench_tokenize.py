@@ -20,7 +20,7 @@ from mori import bench
 from mori.config import RunFailed, TokenizeBenchConfig
 from mori.data import corpus
 from mori.model import train_tokenizer
-from mori.monitor import peak_memory_bytes
+from mori.tracking.monitor import peak_memory_bytes
 
 _BLOCK = 128
 

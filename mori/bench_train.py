@@ -28,8 +28,8 @@ from mori.config import (
 )
 from mori.data import corpus
 from mori.data import windows as data
-from mori.monitor import peak_memory_bytes
 from mori.products import race
+from mori.tracking.monitor import peak_memory_bytes
 
 # What scripts/train.py does, telling when the first step is done.
 MORI_LINES = """

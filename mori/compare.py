@@ -28,7 +28,7 @@ from mori.config import CompareConfig, RunFailed, TrainConfig, UserError, checke
 from mori.data import corpus
 from mori.data import windows as data
 from mori.evaluate import evaluate
-from mori.monitor import Monitor, peak_memory_bytes, read_metrics
+from mori.tracking.monitor import Monitor, peak_memory_bytes, read_metrics
 from mori.train import train
 
 # Losses that differ by more than this (relative) are not the same work, and its timing says nothing.

@@ -20,7 +20,7 @@ from mori.config import HORIZON, TrainConfig, UserError, tell
 from mori.data import corpus
 from mori.data import windows as data
 from mori.model import check_fits
-from mori.monitor import say
+from mori.tracking.monitor import say
 
 
 @dataclass

@@ -23,8 +23,8 @@ from mori.data import windows as data
 from mori.diagnose import first_bad_tensor
 from mori.evaluate import evaluate
 from mori.generate import check_prompts, generate
-from mori.monitor import Monitor, Throughput, peak_memory_bytes, say
 from mori.startup import keep_freed_memory
+from mori.tracking.monitor import Monitor, Throughput, peak_memory_bytes, say
 
 
 def train(config: TrainConfig, on_step: Callable[[int, float], None] = lambda step, seconds: None) -> dict:

@@ -26,7 +26,7 @@ import mori.train
 from mori import model as models
 from mori import products
 from mori.config import RunFailed, UserError
-from mori.monitor import read_metrics
+from mori.tracking.monitor import read_metrics
 
 
 def test_torchrun_trains_resumes_and_speaks_once(settings, tmp_path):

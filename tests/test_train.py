@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from mori import model as models
 from mori import optim
 from mori.config import TrainConfig, UserError
-from mori.monitor import read_metrics
+from mori.tracking.monitor import read_metrics
 from mori.train import train
 
 

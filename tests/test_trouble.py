@@ -17,7 +17,7 @@ import mori.train
 from mori import model as models
 from mori import optim
 from mori.config import RunFailed
-from mori.monitor import Monitor, read_metrics
+from mori.tracking.monitor import Monitor, read_metrics
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

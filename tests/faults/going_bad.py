@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from mori import model, optim
 from mori.checkpoint import checkpoints as checkpoint
-from mori.monitor import read_metrics
+from mori.tracking.monitor import read_metrics
 
 from .common import STEPS, Case, Lab, patched, row, run, seeds, together
 

@@ -13,7 +13,7 @@ import mori.train
 from mori import model, optim
 from mori.checkpoint import checkpoints as checkpoint
 from mori.data import windows as data
-from mori.monitor import read_metrics
+from mori.tracking.monitor import read_metrics
 
 from .common import (
     SAVE_STEPS,
