@@ -16,7 +16,7 @@ from mori.config import DECODE_ARMS, DecodeBenchConfig, RunFailed
 from mori.decode import decode as decode_ids
 from mori.model import fuse_activations, save, train_tokenizer
 from mori.sampling import Sampler
-from mori.startup import keep_freed_memory
+from mori.speed.startup import keep_freed_memory
 
 PROMPT = 16
 RECIPE = {"top_k": 50, "top_p": 0.95, "temperature": 0.9}

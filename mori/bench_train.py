@@ -28,14 +28,14 @@ from mori.config import (
 )
 from mori.data import corpus
 from mori.data import windows as data
-from mori.products import race
+from mori.speed.matmul import race
 from mori.tracking.monitor import peak_memory_bytes
 
 # What scripts/train.py does, telling when the first step is done.
 MORI_LINES = """
 import sys, time
 from mori.config import TrainConfig, parse
-from mori.startup import imports, training_memory
+from mori.speed.startup import imports, training_memory
 config = parse(TrainConfig, "", sys.argv[2:])
 with imports(training_memory(config)):
     from mori.train import train

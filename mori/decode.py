@@ -16,9 +16,9 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from mori.products import OnAllCores
-from mori.replay import Graph, Recording, Replay
 from mori.sampling import Sampler
+from mori.speed.matmul import OnAllCores
+from mori.speed.replay import Graph, Recording, Replay
 
 ROOM = 128  # tokens for which a cache has room at first beyond the prompt; it doubles when it is full
 # model -> kind of step -> what is kept of a reader from one text to the next, see `_Reader.close`.

@@ -13,8 +13,8 @@ from torch import nn
 from mori.config import TrainConfig, UserError
 from mori.loss import IGNORE_INDEX
 from mori.model import CausalLMLoss, attends_to_all_before, fuse_activations, head_watched
-from mori.products import fastest, race
 from mori.runtime import BatchSize, Runtime
+from mori.speed.matmul import fastest, race
 
 _CHECKED_TOKENS = 16  # so few that reading the weights is what takes time
 # Compiling takes a minute or two, and is to give a tenth of the run at least. The share of the peak is what is usual, and the

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mori.products import CUT, Products
+from mori.speed.matmul import CUT, Products
 
 IGNORE_INDEX = -100
 # Rows of logits that exist at once. On a CPU by measurement (runs/LOG.md); a GPU, where adding up the head's gradient once for each chunk

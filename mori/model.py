@@ -31,7 +31,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from mori import foreign
 from mori.config import PRESETS, UserError
 from mori.loss import IGNORE_INDEX, chunked_cross_entropy_sum, cross_entropy_sum
-from mori.products import CUT, FastProducts, Products
+from mori.speed.matmul import CUT, FastProducts, Products
 
 # The base of all errors of the HTTP client, whichever client this release of huggingface_hub brings.
 _HUB_ERRORS = (OSError, *huggingface_hub.errors.HfHubHTTPError.__bases__)

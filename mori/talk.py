@@ -13,7 +13,7 @@ from mori import runtime
 from mori.config import PRESETS, GenerateConfig, SamplingConfig, UserError, parse
 from mori.generate import brought_settings, check_prompts, generate, settings_for
 from mori.model import fuse_activations, load_config, load_model, load_tokenizer
-from mori.startup import keep_freed_memory
+from mori.speed.startup import keep_freed_memory
 
 HELP = """Type a text, and the model goes on from it. The up arrow brings earlier lines back.
 /temperature 0.7   set any control (top_k, top_p, min_p, repetition_penalty, max_new_tokens ...); without a value, show it

@@ -23,7 +23,7 @@ from mori.data import windows as data
 from mori.diagnose import first_bad_tensor
 from mori.evaluate import evaluate
 from mori.generate import check_prompts, generate
-from mori.startup import keep_freed_memory
+from mori.speed.startup import keep_freed_memory
 from mori.tracking.monitor import Monitor, Throughput, peak_memory_bytes, say
 
 

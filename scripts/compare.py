@@ -2,7 +2,7 @@
 """Do the same training run with mori and with transformers.Trainer, and report where they differ and what they cost."""
 
 from mori.config import CompareConfig, parse, run_door
-from mori.startup import imports
+from mori.speed.startup import imports
 
 
 def main():

@@ -2,7 +2,7 @@
 """Let a model go on from a prompt."""
 
 from mori.config import GenerateConfig, parse, run_door
-from mori.startup import imports
+from mori.speed.startup import imports
 
 
 def main():

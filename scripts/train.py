@@ -2,7 +2,7 @@
 """Fine-tune a causal language model on your own text."""
 
 from mori.config import TrainConfig, parse, run_door
-from mori.startup import imports, training_memory
+from mori.speed.startup import imports, training_memory
 
 
 def main():

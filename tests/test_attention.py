@@ -6,9 +6,10 @@ from families import small_model
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mori import attention, products
-from mori.attention import causal_attention
 from mori.model import CausalLMLoss
+from mori.speed import attention
+from mori.speed import matmul as products
+from mori.speed.attention import causal_attention
 
 
 def tensors(heads: int, groups: int, length: int, size: int, of_value: int, dtype=torch.float64) -> list[torch.Tensor]:

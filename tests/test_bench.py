@@ -25,7 +25,7 @@ from mori.config import (
     UserError,
     checked,
 )
-from mori.products import Race
+from mori.speed.matmul import Race
 
 PROMISED = {"bench", "model", "shape", "arms", "ratios", "versions", "device", "threads", "commit"}
 

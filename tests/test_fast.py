@@ -13,12 +13,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from mori import fast, loss, products
+from mori import fast, loss
 from mori import model as models
 from mori.config import TrainConfig, UserError
 from mori.diagnose import first_bad_tensor
 from mori.loss import chunked_cross_entropy_sum
 from mori.runtime import Runtime
+from mori.speed import matmul as products
 from mori.train import train
 
 CPU = Runtime(torch.device("cpu"), 0, 1, "fp32")

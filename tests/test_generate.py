@@ -11,14 +11,14 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.generation.stopping_criteria import StopStringCriteria
 
-from mori import products
 from mori.config import UserError
 from mori.decode import _Reader, decode
 from mori.generate import TextStream, generate
 from mori.model import train_tokenizer
-from mori.products import OnAllCores
-from mori.replay import Recording, Replay
 from mori.sampling import Sampler
+from mori.speed import matmul as products
+from mori.speed.matmul import OnAllCores
+from mori.speed.replay import Recording, Replay
 
 PUBLISHED = """Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw a big, red ball. She wanted to play with it, but it was too high.
 Lily's mom said, "Lily, let's go to the park." Lily was sad and didn't know what to do. She said, "I want to play with your ball, but I can't find it."

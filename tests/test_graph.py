@@ -9,7 +9,7 @@ from packaging.version import Version
 from transformers import AutoModelForCausalLM
 
 from mori import decode
-from mori.replay import Replay
+from mori.speed.replay import Replay
 
 needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 # Those whose step is the same list of calls everywhere in the text.

@@ -24,8 +24,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import mori.train
 from mori import model as models
-from mori import products
 from mori.config import RunFailed, UserError
+from mori.speed import matmul as products
 from mori.tracking.monitor import read_metrics
 
 

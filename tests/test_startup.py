@@ -9,11 +9,11 @@ import pytest
 from conftest import ROOT
 
 from mori.config import TrainConfig
-from mori.startup import training_memory
+from mori.speed.startup import training_memory
 
 HELD = """
 import gc, sys
-from mori import startup
+from mori.speed import startup
 startup._TOUCHED_AT_MOST = 80 << 20
 def resident():
     return int(open("/proc/self/statm").read().split()[1])
@@ -31,7 +31,7 @@ print(resident() - before)
 def test_imports_read_transformers_own_files_once_and_leave_python_as_it_was():
     code = (
         "import functools, gc; bounded = functools.lru_cache\n"
-        "from mori.startup import imports\n"
+        "from mori.speed.startup import imports\n"
         "with imports(): import transformers.models\n"
         "assert functools.lru_cache is bounded and gc.isenabled()\n"
         "scan = transformers.utils.import_utils.create_import_structure_from_path.cache_info()\n"

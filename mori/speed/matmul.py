@@ -18,7 +18,7 @@ import torch
 from torch.nn.functional import linear, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from mori.attention import LONG, causal_attention
+from mori.speed.attention import LONG, causal_attention
 
 ROWS = 8  # of more rows than this a product is no longer bound by memory
 ELEMENTS = 1 << 18  # in a smaller matrix there is nothing to share
