@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from mori import bench
 from mori.config import RunFailed, TokenizeBenchConfig
 from mori.data import corpus
-from mori.model import train_tokenizer
+from mori.model.loading import train_tokenizer
 from mori.tracking.monitor import peak_memory_bytes
 
 _BLOCK = 128

@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mori import bench, fast, prepare, runtime
-from mori import model as models
+from mori import bench, prepare, runtime
 from mori.compare import SAME_WORK
 from mori.config import (
     BENCH_CONTEXTS,
@@ -28,6 +27,8 @@ from mori.config import (
 )
 from mori.data import corpus
 from mori.data import windows as data
+from mori.model import loading as models
+from mori.model import options as fast
 from mori.speed.matmul import race
 from mori.tracking.monitor import peak_memory_bytes
 

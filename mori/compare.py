@@ -21,13 +21,13 @@ import torch
 from safetensors import safe_open
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from mori import model as models
 from mori import prepare, report, runtime
 from mori.checkpoint import checkpoints as checkpoint
 from mori.config import CompareConfig, RunFailed, TrainConfig, UserError, checked, steps_of
 from mori.data import corpus
 from mori.data import windows as data
 from mori.evaluate import evaluate
+from mori.model import loading as models
 from mori.tracking.monitor import Monitor, peak_memory_bytes, read_metrics
 from mori.train import train
 

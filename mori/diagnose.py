@@ -2,7 +2,7 @@
 
 import torch
 
-from mori.model import CausalLMLoss
+from mori.model.loading import CausalLMLoss
 from mori.runtime import Runtime
 
 

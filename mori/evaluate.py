@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from mori.data.windows import ShiftedDataset
-from mori.loss import count_targets
-from mori.model import CausalLMLoss
+from mori.model.loading import CausalLMLoss
+from mori.model.loss import count_targets
 from mori.runtime import BatchSize, Runtime
 
 

@@ -8,8 +8,8 @@ from torch import nn
 
 from mori.config import SamplingConfig, UserError, checked
 from mori.decode import decode
-from mori.foreign import guarded
-from mori.model import check_fits, context_length
+from mori.model.files import guarded
+from mori.model.loading import check_fits, context_length
 from mori.sampling import Sampler
 
 # The settings that are about the text, and not about the next token.

@@ -19,7 +19,7 @@ from mori.checkpoint import checkpoints as checkpoint
 from mori.config import HORIZON, TrainConfig, UserError, tell
 from mori.data import corpus
 from mori.data import windows as data
-from mori.model import check_fits
+from mori.model.loading import check_fits
 from mori.tracking.monitor import say
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from mori import runtime
 from mori.config import PRESETS, GenerateConfig, SamplingConfig, UserError, parse
 from mori.generate import brought_settings, check_prompts, generate, settings_for
-from mori.model import fuse_activations, load_config, load_model, load_tokenizer
+from mori.model.loading import fuse_activations, load_config, load_model, load_tokenizer
 from mori.speed.startup import keep_freed_memory
 
 HELP = """Type a text, and the model goes on from it. The up arrow brings earlier lines back.

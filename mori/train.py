@@ -14,8 +14,7 @@ from pathlib import Path
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from mori import fast, optim, prepare, runtime
-from mori import model as models
+from mori import optim, prepare, runtime
 from mori.checkpoint import checkpoints as checkpoint
 from mori.config import Interrupted, RunFailed, TrainConfig, UserError, checked, steps_of
 from mori.data import corpus
@@ -23,6 +22,8 @@ from mori.data import windows as data
 from mori.diagnose import first_bad_tensor
 from mori.evaluate import evaluate
 from mori.generate import check_prompts, generate
+from mori.model import loading as models
+from mori.model import options as fast
 from mori.speed.startup import keep_freed_memory
 from mori.tracking.monitor import Monitor, Throughput, peak_memory_bytes, say
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from mori import optim
 from mori.config import TrainConfig
 from mori.data.corpus import SHIPPED
-from mori.model import train_tokenizer
+from mori.model.loading import train_tokenizer
 from mori.train import train
 
 ROOT = Path(__file__).parent.parent

@@ -131,7 +131,7 @@ def tokenized() -> dict:
     from transformers import AutoTokenizer
 
     from mori.data.corpus import SHIPPED, TokenFile, find_files, read_documents
-    from mori.model import train_tokenizer
+    from mori.model.loading import train_tokenizer
 
     transcripts = [path.read_text(encoding="utf-8") for path in sorted(SHIPPED.glob("*.txt"))]
     text = "\n".join(transcripts)

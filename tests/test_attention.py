@@ -6,7 +6,7 @@ from families import small_model
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mori.model import CausalLMLoss
+from mori.model.loading import CausalLMLoss
 from mori.speed import attention
 from mori.speed import matmul as products
 from mori.speed.attention import causal_attention

@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT, door
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mori import bench, bench_tokenize, bench_train, compare, fast, runtime
+from mori import bench, bench_tokenize, bench_train, compare, runtime
 from mori.config import (
     DecodeBenchConfig,
     MemoryBenchConfig,
@@ -25,6 +25,7 @@ from mori.config import (
     UserError,
     checked,
 )
+from mori.model import options as fast
 from mori.speed.matmul import Race
 
 PROMISED = {"bench", "model", "shape", "arms", "ratios", "versions", "device", "threads", "commit"}

@@ -14,10 +14,11 @@ from families import FAMILIES, small_model
 from packaging.version import Version
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from mori import compare, loss
-from mori import model as models
+from mori import compare
 from mori.config import CompareConfig, RunFailed, TrainConfig, UserError, checked
 from mori.data import windows as data
+from mori.model import loading as models
+from mori.model import loss
 
 # What is compared against is Trainer as it is today. At the oldest release that is supported, 5.3.0, it differs from that
 # in ways that the report shows: see runs/LOG.md.

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from mori.config import UserError
 from mori.data import corpus, pieces
 from mori.data.corpus import SHIPPED, TokenFile, encode, find_files, read_documents, text_bytes_from
-from mori.model import train_tokenizer
+from mori.model.loading import train_tokenizer
 
 
 def write(path, content):

@@ -13,11 +13,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from mori import fast, loss
-from mori import model as models
 from mori.config import TrainConfig, UserError
 from mori.diagnose import first_bad_tensor
-from mori.loss import chunked_cross_entropy_sum
+from mori.model import loading as models
+from mori.model import loss
+from mori.model import options as fast
+from mori.model.loss import chunked_cross_entropy_sum
 from mori.runtime import Runtime
 from mori.speed import matmul as products
 from mori.train import train

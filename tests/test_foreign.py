@@ -11,9 +11,9 @@ from families import FAMILIES, small_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from mori import foreign
-from mori import model as models
 from mori.config import UserError
+from mori.model import files as foreign
+from mori.model import loading as models
 
 
 def load(folder):

@@ -14,7 +14,7 @@ from transformers.generation.stopping_criteria import StopStringCriteria
 from mori.config import UserError
 from mori.decode import _Reader, decode
 from mori.generate import TextStream, generate
-from mori.model import train_tokenizer
+from mori.model.loading import train_tokenizer
 from mori.sampling import Sampler
 from mori.speed import matmul as products
 from mori.speed.matmul import OnAllCores

@@ -19,7 +19,7 @@ from mori.data import pieces, words
 from mori.data.corpus import SHIPPED, TokenFile, read_documents
 from mori.data.pieces import PieceEncoder
 from mori.data.words import CannotCut
-from mori.model import train_tokenizer
+from mori.model.loading import train_tokenizer
 
 LEARNED_FROM = (
     sorted(SHIPPED.glob("*.txt"))[0].read_text(encoding="utf-8")[:6000] + " 今日は、世界 。\n안녕 สวัสดี é 12 345 " * 9
@@ -240,7 +240,7 @@ def test_processes_die_with_a_parent_that_is_killed(tmp_path):
 import os, sys, time
 from mori.data import words
 from mori.data.pieces import PieceEncoder
-from mori.model import train_tokenizer
+from mori.model.loading import train_tokenizer
 words._cores = lambda: 2
 text = "kata dan kata lain " * 400_000
 def chunks():

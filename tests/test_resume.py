@@ -23,8 +23,8 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import mori.train
-from mori import model as models
 from mori.config import RunFailed, UserError
+from mori.model import loading as models
 from mori.speed import matmul as products
 from mori.tracking.monitor import read_metrics
 

@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from mori import model as models
 from mori import optim
 from mori.config import TrainConfig, UserError
+from mori.model import loading as models
 from mori.tracking.monitor import read_metrics
 from mori.train import train
 

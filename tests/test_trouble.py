@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import mori.train
-from mori import model as models
 from mori import optim
 from mori.config import RunFailed
+from mori.model import loading as models
 from mori.tracking.monitor import Monitor, read_metrics
 
 

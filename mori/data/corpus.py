@@ -16,7 +16,7 @@ from tqdm import tqdm
 from mori.config import UserError
 from mori.data.pieces import CUT_FROM, PieceEncoder, encode, encode_each, whole
 from mori.data.words import CannotCut
-from mori.foreign import leads_out, memory_bytes
+from mori.model.files import leads_out, memory_bytes
 
 SHIPPED = Path(__file__).parent.parent / "transcripts"
 _MAGIC, _VERSION = b"moritok\0", 3

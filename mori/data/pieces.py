@@ -34,7 +34,7 @@ from tokenizers.pre_tokenizers import Split
 
 from mori.config import UserError
 from mori.data.words import CannotCut, Part, WordEncoder, encode_batch
-from mori.foreign import guarded, memory_bytes
+from mori.model.files import guarded, memory_bytes
 
 PIECE = 1 << 15  # characters: small beside the memory, large beside the overlap
 OVERLAP = 1 << 10

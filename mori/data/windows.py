@@ -5,7 +5,7 @@ import torch
 from torch.utils.data import Dataset
 
 from mori.config import UserError
-from mori.loss import IGNORE_INDEX, count_targets
+from mori.model.loss import IGNORE_INDEX, count_targets
 
 
 def split(count: int, block_size: int, held_out_fraction: float) -> int:

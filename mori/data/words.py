@@ -21,7 +21,7 @@ import numpy
 from tokenizers import Encoding
 
 from mori.config import RunFailed
-from mori.foreign import guarded
+from mori.model.files import guarded
 
 KNOWN = 1 << 20  # characters of words whose ids are remembered
 _GROUP = 1 << 13  # characters of new words that are tokenized as one text

@@ -625,7 +625,7 @@ def _prepare(folder: Path) -> None:
     from transformers import AutoModelForCausalLM, GPT2Config
 
     from mori.data.corpus import SHIPPED
-    from mori.model import train_tokenizer
+    from mori.model.loading import train_tokenizer
 
     place = Place(folder)
     text = sorted(SHIPPED.glob("*.txt"))[0].read_text(encoding="utf-8")[:2500]

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import mori.train
-from mori import model, optim
+from mori import optim
 from mori.checkpoint import checkpoints as checkpoint
 from mori.data import windows as data
+from mori.model import loading as model
 from mori.tracking.monitor import read_metrics
 
 from .common import (

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from mori.config import TrainConfig, UserError
-from mori.loss import IGNORE_INDEX
-from mori.model import CausalLMLoss, attends_to_all_before, fuse_activations, head_watched
+from mori.model.loading import CausalLMLoss, attends_to_all_before, fuse_activations, head_watched
+from mori.model.loss import IGNORE_INDEX
 from mori.runtime import BatchSize, Runtime
 from mori.speed.matmul import fastest, race
 

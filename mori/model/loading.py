@@ -28,9 +28,9 @@ from transformers.activations import FastGELUActivation, NewGELUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from mori import foreign
 from mori.config import PRESETS, UserError
-from mori.loss import IGNORE_INDEX, chunked_cross_entropy_sum, cross_entropy_sum
+from mori.model import files as foreign
+from mori.model.loss import IGNORE_INDEX, chunked_cross_entropy_sum, cross_entropy_sum
 from mori.speed.matmul import CUT, FastProducts, Products
 
 # The base of all errors of the HTTP client, whichever client this release of huggingface_hub brings.

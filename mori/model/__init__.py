@@ -1,0 +1,1 @@
+"""Load and save a model; the model with its loss."""
