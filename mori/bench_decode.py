@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mori import bench, runtime
 from mori.config import DECODE_ARMS, DecodeBenchConfig, RunFailed
-from mori.decode import decode as decode_ids
+from mori.generation.decode import decode as decode_ids
+from mori.generation.sampling import Sampler
 from mori.model.loading import fuse_activations, save, train_tokenizer
-from mori.sampling import Sampler
 from mori.speed.startup import keep_freed_memory
 
 PROMPT = 16

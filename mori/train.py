@@ -21,7 +21,7 @@ from mori.data import corpus
 from mori.data import windows as data
 from mori.diagnose import first_bad_tensor
 from mori.evaluate import evaluate
-from mori.generate import check_prompts, generate
+from mori.generation.generate import check_prompts, generate
 from mori.model import loading as models
 from mori.model import options as fast
 from mori.speed.startup import keep_freed_memory

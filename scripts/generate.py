@@ -8,7 +8,7 @@ from mori.speed.startup import imports
 def main():
     config = parse(GenerateConfig, __doc__)
     with imports():
-        from mori.talk import speak
+        from mori.generation.chat import speak
 
     speak(config)
 

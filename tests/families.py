@@ -3,8 +3,8 @@
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mori.decode import decode
-from mori.sampling import Sampler
+from mori.generation.decode import decode
+from mori.generation.sampling import Sampler
 
 # What makes a model small, under all the names that configurations have for it.
 SMALL = {

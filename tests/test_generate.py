@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from transformers.generation.stopping_criteria import StopStringCriteria
 
 from mori.config import UserError
-from mori.decode import _Reader, decode
-from mori.generate import TextStream, generate
+from mori.generation.decode import _Reader, decode
+from mori.generation.generate import TextStream, generate
+from mori.generation.sampling import Sampler
 from mori.model.loading import train_tokenizer
-from mori.sampling import Sampler
 from mori.speed import matmul as products
 from mori.speed.matmul import OnAllCores
 from mori.speed.replay import Recording, Replay

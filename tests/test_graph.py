@@ -8,7 +8,7 @@ from families import small_model as model_of
 from packaging.version import Version
 from transformers import AutoModelForCausalLM
 
-from mori import decode
+from mori.generation import decode
 from mori.speed.replay import Replay
 
 needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

@@ -22,8 +22,8 @@ from transformers import (
 )
 from transformers.generation.logits_process import TopHLogitsWarper
 
-from mori import sampling
-from mori.sampling import Sampler, apply_dry, apply_frequency_and_presence, apply_xtc, draw
+from mori.generation import sampling
+from mori.generation.sampling import Sampler, apply_dry, apply_frequency_and_presence, apply_xtc, draw
 
 PROMPT, NEW = 8, 4
 EOS = [2, 5]

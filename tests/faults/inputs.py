@@ -701,7 +701,7 @@ def _in_child(action: Callable[[], None], log: Path, timeout: float) -> tuple[in
 
     This process has imported all that is slow, and has run no thread.
     """
-    import mori.generate
+    import mori.generation.generate
     import mori.train  # noqa: F401
 
     sys.stdout.flush()

@@ -7,10 +7,10 @@ from dataclasses import dataclass, fields, replace
 from torch import nn
 
 from mori.config import SamplingConfig, UserError, checked
-from mori.decode import decode
+from mori.generation.decode import decode
+from mori.generation.sampling import Sampler
 from mori.model.files import guarded
 from mori.model.loading import check_fits, context_length
-from mori.sampling import Sampler
 
 # The settings that are about the text, and not about the next token.
 _OF_THE_TEXT = ("max_new_tokens", "max_time", "stop_strings", "num_return_sequences", "dry_sequence_breakers")

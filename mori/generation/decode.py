@@ -16,7 +16,7 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from mori.sampling import Sampler
+from mori.generation.sampling import Sampler
 from mori.speed.matmul import OnAllCores
 from mori.speed.replay import Graph, Recording, Replay
 

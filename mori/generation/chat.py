@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mori import runtime
 from mori.config import PRESETS, GenerateConfig, SamplingConfig, UserError, parse
-from mori.generate import brought_settings, check_prompts, generate, settings_for
+from mori.generation.generate import brought_settings, check_prompts, generate, settings_for
 from mori.model.loading import fuse_activations, load_config, load_model, load_tokenizer
 from mori.speed.startup import keep_freed_memory
 
