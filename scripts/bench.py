@@ -25,11 +25,11 @@ def main():
     command, rest = take_command(COMMANDS)
     config = parse(COMMANDS[command], __doc__, rest)
     if command == "decode":
-        from mori import bench_decode as room
+        from mori.bench import decode as room
     elif command == "tokenize":
-        from mori import bench_tokenize as room
+        from mori.bench import tokenize as room
     else:
-        from mori import bench_train as room
+        from mori.bench import train as room
     getattr(room, command)(config)
 
 

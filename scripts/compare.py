@@ -11,7 +11,7 @@ def main():
 
     find_files(config.corpus)  # a missing file is told before torch is imported, which takes seconds
     with imports():
-        from mori.compare import compare
+        from mori.bench.compare import compare
 
     compare(config)
 

@@ -15,7 +15,11 @@ import torch
 from conftest import ROOT, door
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mori import bench, bench_tokenize, bench_train, compare, runtime
+from mori import runtime
+from mori.bench import compare
+from mori.bench import harness as bench
+from mori.bench import tokenize as bench_tokenize
+from mori.bench import train as bench_train
 from mori.config import (
     DecodeBenchConfig,
     MemoryBenchConfig,

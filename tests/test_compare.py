@@ -14,7 +14,7 @@ from families import FAMILIES, small_model
 from packaging.version import Version
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from mori import compare
+from mori.bench import compare
 from mori.config import CompareConfig, RunFailed, TrainConfig, UserError, checked
 from mori.data import windows as data
 from mori.model import loading as models

@@ -16,7 +16,7 @@ import numpy
 import torch
 from transformers import AutoTokenizer
 
-from mori import bench
+from mori.bench import harness as bench
 from mori.config import RunFailed, TokenizeBenchConfig
 from mori.data import corpus
 from mori.model.loading import train_tokenizer

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mori import bench, prepare, runtime
-from mori.compare import SAME_WORK
+from mori import prepare, runtime
+from mori.bench import harness as bench
+from mori.bench.compare import SAME_WORK
 from mori.config import (
     BENCH_CONTEXTS,
     MemoryBenchConfig,

@@ -16,7 +16,7 @@ import torch
 
 from mori.config import RunFailed, UserError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 _GPT2 = {"model_type": "gpt2", "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 SHAPES = {
     "tiny": {**_GPT2, "n_layer": 2, "n_embd": 64, "n_head": 2, "vocab_size": 8192},

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mori import bench, runtime
+from mori import runtime
+from mori.bench import harness as bench
 from mori.config import DECODE_ARMS, DecodeBenchConfig, RunFailed
 from mori.generation.decode import decode as decode_ids
 from mori.generation.sampling import Sampler
@@ -211,7 +212,7 @@ def _model(config: DecodeBenchConfig, **more):
 def _save_model(config: DecodeBenchConfig, folder: Path) -> None:
     """A folder for the whole processes: the shape with a tokenizer of its own, as a run leaves it."""
     tokenizer = train_tokenizer(
-        [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("transcripts/*.txt"))]
+        [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.parent.glob("transcripts/*.txt"))]
     )
     tokenizer.eos_token = None
     save(_model(config, vocab_size=max(len(tokenizer), bench.SHAPES[config.shape]["vocab_size"])), tokenizer, folder)

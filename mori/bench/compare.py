@@ -1,6 +1,6 @@
 """The same run by `mori` and by `transformers.Trainer`, side by side: equal numbers, and what they cost.
 
-`compare` starts every arm in a process of its own; `python -m mori.compare JOB` is that process. This is the only room
+`compare` starts every arm in a process of its own; `python -m mori.bench.compare JOB` is that process. This is the only room
 that knows Trainer.
 """
 
@@ -21,7 +21,8 @@ import torch
 from safetensors import safe_open
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from mori import prepare, report, runtime
+from mori import prepare, runtime
+from mori.bench import report
 from mori.checkpoint import checkpoints as checkpoint
 from mori.config import CompareConfig, RunFailed, TrainConfig, UserError, checked, steps_of
 from mori.data import corpus

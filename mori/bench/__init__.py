@@ -1,0 +1,1 @@
+"""Compare with Trainer; measure speed and memory."""
