@@ -2,8 +2,8 @@
 
 import torch
 
+from mori.distributed import Runtime
 from mori.model.loading import CausalLMLoss
-from mori.runtime import Runtime
 
 
 def first_bad_tensor(

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from mori.data.windows import ShiftedDataset
+from mori.distributed import BatchSize, Runtime
 from mori.model.loading import CausalLMLoss
 from mori.model.loss import count_targets
-from mori.runtime import BatchSize, Runtime
 
 
 @dataclass

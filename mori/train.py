@@ -14,7 +14,9 @@ from pathlib import Path
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from mori import optim, prepare, runtime
+from mori import distributed as runtime
+from mori import optim
+from mori import run as prepare
 from mori.checkpoint import checkpoints as checkpoint
 from mori.config import Interrupted, RunFailed, TrainConfig, UserError, checked, steps_of
 from mori.data import corpus

@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT, door
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mori import runtime
+from mori import distributed as runtime
 from mori.bench import compare
 from mori.bench import harness as bench
 from mori.bench import tokenize as bench_tokenize

@@ -15,11 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mori.config import TrainConfig, UserError
 from mori.diagnose import first_bad_tensor
+from mori.distributed import Runtime
 from mori.model import loading as models
 from mori.model import loss
 from mori.model import options as fast
 from mori.model.loss import chunked_cross_entropy_sum
-from mori.runtime import Runtime
 from mori.speed import matmul as products
 from mori.train import train
 

@@ -237,7 +237,7 @@ def test_a_finished_run_whose_model_was_replaced_puts_its_own_back(run_train, tm
 
 
 def test_two_runs_do_not_share_a_folder(run_train, tmp_path):
-    from mori.prepare import lock
+    from mori.run import lock
 
     run_train(max_steps=2)
     with lock(tmp_path / "runs" / "run"):

@@ -15,7 +15,7 @@ from mori import optim
 from mori.checkpoint import checkpoints as checkpoint
 from mori.config import Interrupted
 from mori.data import windows as data
-from mori.runtime import StopSignals
+from mori.distributed import StopSignals
 from mori.tracking.monitor import read_metrics
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]

@@ -138,7 +138,7 @@ def test_every_precision_trains_and_resumes_on_the_cpu(run_train, tmp_path, prec
 
 def test_fp16_overflow_is_skipped_and_the_scale_is_restored(run_train, settings, tmp_path, monkeypatch):
     """A scale so large that the first steps overflow: they are skipped, and resuming remembers the smaller scale."""
-    from mori.runtime import Runtime
+    from mori.distributed import Runtime
 
     scalers = []
 

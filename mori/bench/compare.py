@@ -21,7 +21,8 @@ import torch
 from safetensors import safe_open
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from mori import prepare, runtime
+from mori import distributed as runtime
+from mori import run as prepare
 from mori.bench import report
 from mori.checkpoint import checkpoints as checkpoint
 from mori.config import CompareConfig, RunFailed, TrainConfig, UserError, checked, steps_of

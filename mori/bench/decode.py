@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mori import runtime
+from mori import distributed as runtime
 from mori.bench import harness as bench
 from mori.config import DECODE_ARMS, DecodeBenchConfig, RunFailed
 from mori.generation.decode import decode as decode_ids

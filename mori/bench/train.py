@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mori import prepare, runtime
+from mori import distributed as runtime
+from mori import run as prepare
 from mori.bench import harness as bench
 from mori.bench.compare import SAME_WORK
 from mori.config import (

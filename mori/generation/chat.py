@@ -9,7 +9,7 @@ import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from mori import runtime
+from mori import distributed as runtime
 from mori.config import PRESETS, GenerateConfig, SamplingConfig, UserError, parse
 from mori.generation.generate import brought_settings, check_prompts, generate, settings_for
 from mori.model.loading import fuse_activations, load_config, load_model, load_tokenizer

@@ -13,7 +13,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from mori import optim, runtime
+from mori import distributed as runtime
+from mori import optim
 from mori.checkpoint import checkpoints as checkpoint
 from tests.faults.common import patched  # noqa: E402
 

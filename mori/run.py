@@ -14,7 +14,8 @@ from typing import IO
 import torch
 import transformers
 
-from mori import __version__, runtime
+from mori import __version__
+from mori import distributed as runtime
 from mori.checkpoint import checkpoints as checkpoint
 from mori.config import HORIZON, TrainConfig, UserError, tell
 from mori.data import corpus
