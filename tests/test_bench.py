@@ -75,7 +75,7 @@ def no_processes(monkeypatch):
     wrong = []
 
     def run(arm, command, threads=0):
-        room = {"mori.compare": compare, "mori.bench_train": bench_train}[command[1]]
+        room = {"mori.bench.compare": compare, "mori.bench.train": bench_train}[command[1]]
         monkeypatch.setenv("OMP_NUM_THREADS", "1")
         room._main(command[2])
         if arm in wrong:

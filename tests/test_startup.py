@@ -75,7 +75,7 @@ def test_what_is_wrong_with_a_model_is_not_told_yet(tmp_path):
 @pytest.mark.parametrize("there", [True, False])
 def test_no_memory_is_made_ready_for_a_model_that_goes_to_a_gpu(tmp_path, monkeypatch, there):
     (tmp_path / "model.safetensors").write_bytes(bytes(1000))
-    monkeypatch.setattr("mori.startup._GPUS", [str(tmp_path) if there else str(tmp_path / "none")])
+    monkeypatch.setattr("mori.speed.startup._GPUS", [str(tmp_path) if there else str(tmp_path / "none")])
     assert training_memory(TrainConfig(model=str(tmp_path))) == (0 if there else 4000)
 
 

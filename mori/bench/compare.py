@@ -121,7 +121,7 @@ def _in_a_process(arm: str, config: CompareConfig, folder: Path, repeat: int, th
     (place / "job.json").write_text(json.dumps(job), encoding="utf-8")
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     with (place / "output.txt").open("w") as output:
-        command = [sys.executable, "-m", "mori.compare", str(place / "job.json")]
+        command = [sys.executable, "-m", "mori.bench.compare", str(place / "job.json")]
         code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=environment, check=False).returncode
     if code == 0:
         found = json.loads((place / "result.json").read_text(encoding="utf-8"))

@@ -47,7 +47,7 @@ def tokenize(config: TokenizeBenchConfig) -> None:
     def run(arm: str) -> dict:
         scratch = tempfile.mkdtemp(dir=folder)
         job = {"arm": arm, "folder": str(folder), "scratch": scratch, "cores": config.threads}
-        answer = bench.in_a_process(arm, ["-m", "mori.bench_tokenize", json.dumps(job)])
+        answer = bench.in_a_process(arm, ["-m", "mori.bench.tokenize", json.dumps(job)])
         shutil.rmtree(scratch)
         found = json.loads(answer.splitlines()[-1])
         expected.setdefault(arm, found["sha256"])

@@ -191,7 +191,7 @@ def _measure(config: TrainBenchConfig) -> tuple[dict[str, list[dict]], runtime.R
         job = {"arm": arm, "config": asdict(run_config), "folder": str(place), "started": time.time()}
         (place / "job.json").write_text(json.dumps({**job, "warm_up_steps": config.uncounted_steps}), encoding="utf-8")
         peak = _peak(where)
-        room = "mori.bench_train" if arm == "bare" else "mori.compare"
+        room = "mori.bench.train" if arm == "bare" else "mori.bench.compare"
         bench.in_a_process(arm, ["-m", room, str(place / "job.json")], config.threads or torch.get_num_threads())
         found = json.loads((place / "result.json").read_text(encoding="utf-8"))
         shutil.rmtree(place)

@@ -13,9 +13,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from mori import distributed as runtime
-from mori import optim
-from mori.checkpoint import checkpoints as checkpoint
+from mori import distributed as runtime  # noqa: E402
+from mori import optim  # noqa: E402
+from mori.checkpoint import checkpoints as checkpoint  # noqa: E402
 from tests.faults.common import patched  # noqa: E402
 
 kind, rank, place = os.environ["FAULT"].split(":")
