@@ -78,7 +78,7 @@ class Config:
     def mistakes(self) -> list[str]:
         """Everything that is wrong with the values, one phrase each."""
         out_of_range = [problem for f in fields(self) for problem in _range_mistakes(f, getattr(self, f.name))]
-        return out_of_range or self.contradictions()
+        return out_of_range + self.contradictions()
 
     def contradictions(self) -> list[str]:
         """What is wrong between fields whose own values are in range, one phrase each."""

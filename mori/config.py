@@ -120,7 +120,6 @@ class SpeedConfig(Config):
         "library for large fp32 matmuls on a CPU; auto takes oneDNN if it is at least 1.5 times as fast here, and a resumed "
         "run keeps its choice",
         choices=("auto", "onednn", "torch"),
-        may_change=True,
     )
     tf32: bool = flag(True, "on a GPU in fp32, TF32 matmuls: a mantissa of 10 bits instead of 23, faster")
     gradient_checkpointing: bool = flag(
@@ -142,10 +141,10 @@ class DeviceConfig(Config):
     device: str = flag("auto", "auto, cpu, cuda, cuda:1 ...", may_change=True)
 
     def contradictions(self) -> list[str]:
-        """The device's name is not one of the known forms."""
-        if re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
-            return super().contradictions()
-        return [f"device {self.device!r} is not auto, cpu, mps, cuda or cuda:N", *super().contradictions()]
+        """The device's name has none of the known forms."""
+        known = re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device)
+        mistakes = [] if known else [f"device {self.device!r} is not auto, cpu, mps, cuda or cuda:N"]
+        return mistakes + super().contradictions()
 
 
 @dataclass
@@ -156,7 +155,6 @@ class TrainDeviceConfig(DeviceConfig):
         "auto",
         "precision of the forward pass; auto is bf16 or fp16 on a GPU and fp32 on a CPU",
         choices=("auto", "fp32", "bf16", "fp16"),
-        may_change=True,  # the precision that auto resolves to is compared instead
     )
     ddp_timeout: int = flag(
         1800, "seconds after which the ranks give up one that does not answer", above=0, may_change=True
@@ -383,12 +381,8 @@ class GenerateConfig(ModelConfig, SamplingConfig, DeviceConfig):
 
     def contradictions(self) -> list[str]:
         """A prompt line takes its prompts from the keyboard and prints text."""
-        mistakes = (
-            ["interactive contradicts json and prompt_file"]
-            if self.interactive and (self.json or self.prompt_file)
-            else []
-        )
-        return mistakes + super().contradictions()
+        contradicts = self.interactive and (self.json or self.prompt_file)
+        return ["interactive contradicts json and prompt_file"] * bool(contradicts) + super().contradictions()
 
 
 def steps_of(value: float, total: int) -> int:
@@ -397,7 +391,7 @@ def steps_of(value: float, total: int) -> int:
 
 
 def _is_ids(value) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(i, int) and i >= 0 for i in value)
+    return isinstance(value, list) and value != [] and all(isinstance(i, int) and i >= 0 for i in value)
 
 
 def _is_bias(value) -> bool:

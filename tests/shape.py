@@ -65,7 +65,9 @@ def functions() -> list[tuple[int, str]]:
     for path in [*modules().values(), *sorted((ROOT / "scripts").glob("*.py"))]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                lengths.append((node.end_lineno - node.lineno + 1, f"{path.relative_to(ROOT)}:{node.lineno} {node.name}"))
+                lengths.append(
+                    (node.end_lineno - node.lineno + 1, f"{path.relative_to(ROOT)}:{node.lineno} {node.name}")
+                )
     return sorted(lengths, reverse=True)
 
 
@@ -87,7 +89,11 @@ def main() -> int:
     """Print the figures; 1 if a limit is broken."""
     lengths = {str(p.relative_to(ROOT)): len(p.read_text(encoding="utf-8").splitlines()) for p in modules().values()}
     print(f"{len(lengths)} modules, {sum(lengths.values())} lines; train.py {lengths['mori/train.py']}")
-    print("longest modules:", *(f"{lengths[p]} {p}" for p in sorted(lengths, key=lengths.get, reverse=True)[:5]), sep="\n  ")
+    print(
+        "longest modules:",
+        *(f"{lengths[p]} {p}" for p in sorted(lengths, key=lengths.get, reverse=True)[:5]),
+        sep="\n  ",
+    )
     print("longest functions:", *(f"{lines} {name}" for lines, name in functions()[:5]), sep="\n  ")
     for folder in sorted({path.parent for path in modules().values()}):
         print(f"{len(list(folder.glob('*.py')))} files in {folder.relative_to(ROOT)}")

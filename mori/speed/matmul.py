@@ -10,10 +10,8 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
-
-from mori.speed.attention import LONG, causal_attention
 
 _FEW_ROWS = 8  # up to here, reading the matrix takes longer than the arithmetic
 _LARGE_MATRIX = 1 << 18  # elements; a smaller one is not worth splitting
@@ -93,10 +91,7 @@ def split_addmm(bias: torch.Tensor, x: torch.Tensor, matrix: torch.Tensor) -> to
 
 
 class OneDNNMatmul(TorchFunctionMode):
-    """Inside this context, oneDNN computes `linear`, `addmm`, and gradient-free `mm` and `addmm_` of many fp32 rows.
-
-    Causal attention over long windows is computed in blocks of batched matmuls too.
-    """
+    """Inside this context, oneDNN computes `linear`, `addmm`, and gradient-free `mm` and `addmm_` of many fp32 rows."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -112,8 +107,6 @@ class OneDNNMatmul(TorchFunctionMode):
                 return onednn_matmul(*args, **kwargs)
             if function is torch.Tensor.addmm_ and not kwargs and _worth_onednn(*args[1:], args[2].size(1)):
                 return _onednn_addmm_(*args)
-        if function is scaled_dot_product_attention:
-            return _attention(*args, **kwargs)
         return function(*args, **kwargs)
 
 
@@ -126,24 +119,6 @@ def _worth_onednn(x: torch.Tensor, matrix: torch.Tensor, columns: int) -> bool:
         and x.numel() * columns >= _MIN_MULTIPLICATIONS
         and not torch.is_autocast_enabled("cpu")
     )
-
-
-def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    """`scaled_dot_product_attention`; in blocks if it is causal, without dropout or mask, over a long window."""
-    if (
-        is_causal
-        and attn_mask is None
-        and dropout_p == 0.0
-        and query.device.type == "cpu"
-        and query.dtype == key.dtype == value.dtype == torch.float32
-        and query.dim() == key.dim() == value.dim() == 4
-        and LONG <= query.size(2) == key.size(2) == value.size(2)
-        and (enable_gqa or query.size(1) == key.size(1))
-        and not torch.is_autocast_enabled("cpu")
-    ):
-        return causal_attention(query, key, value, scale)
-    options = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal}
-    return scaled_dot_product_attention(query, key, value, **options, scale=scale, enable_gqa=enable_gqa)
 
 
 class _Linear(torch.autograd.Function):
