@@ -25,7 +25,10 @@ TRAINING_STEP = re.compile(
     r"(<!-- training step: begin -->\n```python\n)(.*?)(\n```\n<!-- training step: end -->)", re.S
 )
 
-SCRIPTS = {f"scripts/{path.name}": runpy.run_path(str(path)) for path in (ROOT / "scripts").glob("*.py")}
+SCRIPTS = {
+    path: runpy.run_path(str(ROOT / path))
+    for path in map("scripts/{}.py".format, ("train", "generate", "compare", "bench"))
+}
 BENCHMARKS = SCRIPTS["scripts/bench.py"]["COMMANDS"]
 CONFIGS = {
     "scripts/train.py": SCRIPTS["scripts/train.py"]["TrainConfig"],
@@ -83,8 +86,8 @@ def test_readme_has_at_most_200_lines():
     assert len(README.splitlines()) <= 200
 
 
-def test_commands_cover_every_script():
-    assert {script for script in SCRIPTS if any(script in command for command in commands(PAGES))} == set(SCRIPTS)
+def test_pages_name_every_script():
+    assert [path.name for path in (ROOT / "scripts").glob("*.py") if f"python scripts/{path.name}" not in PAGES] == []
 
 
 @pytest.mark.parametrize("command", commands(PAGES))
