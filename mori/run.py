@@ -20,7 +20,7 @@ from mori.checkpoint import checkpoints as checkpoint
 from mori.config import HORIZON, TrainConfig, UserError, tell
 from mori.data import corpus
 from mori.data import windows as data
-from mori.model.loading import check_fits
+from mori.model.loading import check_fits, load_config, load_tokenizer
 from mori.tracking.monitor import say
 
 
@@ -287,3 +287,43 @@ def environment(where: runtime.Runtime) -> dict:
         "world_size": where.world_size,
         "command": sys.argv,
     }
+
+
+@dataclass
+class Prepared:
+    """The tokenizer, the model's config, and the corpus as windows. `held_out_bytes` is the size of the held-out labels' text."""
+
+    documents: list[corpus.Document]
+    tokenizer: object
+    model_config: object
+    train: data.ShiftedDataset
+    held_out: data.ShiftedDataset
+    held_out_bytes: int
+    ledger: corpus.Ledger
+    hashes: dict[str, str]
+    token_file: corpus.TokenFile
+
+
+def prepare(config: TrainConfig, runtime: runtime.Runtime) -> Prepared:
+    """Read the corpus, load the tokenizer and the model's config, tokenize, and cut into windows.
+
+    Raises UserError if the corpus or the model cannot be read, or the corpus is too short.
+    """
+    documents = corpus.read_documents(corpus.find_files(config.corpus))
+    texts = (document.text for document in documents)
+    tokenizer = load_tokenizer(config.model, texts, config.trust_remote_code)
+    model_config = load_config(
+        config.model, tokenizer, dropout=config.dropout, trust_remote_code=config.trust_remote_code
+    )
+    text = prepare_text(config, documents, tokenizer, model_config, runtime)
+    return Prepared(
+        documents=documents,
+        tokenizer=tokenizer,
+        model_config=model_config,
+        train=text.train,
+        held_out=text.held_out,
+        held_out_bytes=text.held_out_bytes,
+        ledger=text.ledger,
+        hashes=text.hashes,
+        token_file=text.tokens,
+    )

@@ -1,7 +1,8 @@
 #!/usr/bin/env python
-"""Do the same training run with mori and with transformers.Trainer, and report where they differ and what they cost."""
+"""Run the same training with mori and with transformers.Trainer; report their differences, speed and memory."""
 
-from mori.config import CompareConfig, parse, run_door
+from mori.bench.options import CompareConfig
+from mori.config import parse, run_door
 from mori.speed.startup import imports
 
 
@@ -9,7 +10,7 @@ def main():
     config = parse(CompareConfig, __doc__)
     from mori.data.corpus import find_files
 
-    find_files(config.corpus)  # a missing file is told before torch is imported, which takes seconds
+    find_files(config.corpus)  # report a missing file before importing torch, which takes seconds
     with imports():
         from mori.bench.compare import compare
 
