@@ -35,33 +35,18 @@ def benchmarks() -> list[str]:
             order, what = list(BENCHMARKS).index(report["bench"]), _description(report)
             for pair, ratio in report["ratios"].items():
                 rows.setdefault((order, what, pair), {})[title] = _spread(ratio)
-            repeats = len(
-                next(iter(report["arms"].values()))[
-                    "seconds" if report["bench"] != "memory" else "training_peak_memory_bytes"
-                ]
-            )
-            versions = report["versions"]
-            measured.append(
-                (
-                    title,
-                    order,
-                    what,
-                    repeats,
-                    report["device"],
-                    report["threads"],
-                    versions["torch"],
-                    versions["transformers"],
-                    (report["commit"] or "–")[:7],
-                )
-            )
+            figures = next(iter(report["arms"].values()))
+            repeats = len(figures.get("seconds") or figures["training_peak_memory_bytes"])
+            versions, commit = report["versions"], (report["commit"] or "–")[:7]
+            software = [versions["torch"], versions["transformers"], commit]
+            measured.append([title, what, repeats, report["device"], report["threads"], *software])
     table = [["benchmark", "ratio of", *titles]]
     for (order, what, pair), cells in sorted(rows.items(), key=lambda row: _natural(row[0])):
         quantity = list(BENCHMARKS.values())[order]
         arms = " / ".join(f"`{arm}`" for arm in pair.split(" / "))
         table.append([what, f"{quantity}, {arms}", *(cells.get(title, "–") for title in titles)])
-    versions = [["machine", "benchmark", "repeats", "device", "threads", "torch", "transformers", "commit"]]
-    versions += [[title, what, *rest] for title, _, what, *rest in measured]
-    return [*_table(table, left=2), "", *_table(versions, left=2)]
+    titles = ["machine", "benchmark", "repeats", "device", "threads", "torch", "transformers", "commit"]
+    return [*_table(table, left=2), "", *_table([titles, *measured], left=2)]
 
 
 def _description(report: dict) -> str:
@@ -130,7 +115,7 @@ def _spread(ratio: dict) -> str:
 
 def _natural(key: tuple) -> list:
     """Sorts numbers within texts by value: 128 before 1024."""
-    return [int(part) if part.isdigit() else part for text in key for part in re.split(r"(\d+)", str(text))]
+    return [[int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(text))] for text in key]
 
 
 def _table(rows: list[list], left: int) -> list[str]:

@@ -8,7 +8,8 @@ import shlex
 import pytest
 from conftest import ROOT
 
-from mori.config import CompareConfig, GenerateConfig, TrainConfig, parse
+from mori.bench.options import CompareConfig
+from mori.config import GenerateConfig, TrainConfig, parse
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines() if line]

@@ -123,7 +123,7 @@ def startup(config: StartupBenchConfig) -> None:
 
     def run(arm: str) -> dict:
         run_dir = Path(tempfile.mkdtemp(dir=folder))
-        command = ["-c", *_startup_command(arm, config, folder, run_dir, device)]
+        command = startup_command(arm, config, folder, run_dir, device)
         lines = harness.run_process(arm, command, config.threads).splitlines()
         shutil.rmtree(run_dir)
         return {"seconds": next(float(line.split()[-1]) for line in lines if line.startswith("first step "))}
@@ -138,19 +138,19 @@ def startup(config: StartupBenchConfig) -> None:
     _write("startup", config, runtime, arms, ratios)
 
 
-def _startup_command(arm: str, config: StartupBenchConfig, folder: Path, run_dir: Path, device: str) -> list[str]:
-    """The program of `arm` and its arguments; the first is the present time."""
+def startup_command(arm: str, config: StartupBenchConfig, folder: Path, run_dir: Path, device: str) -> list[str]:
+    """The arguments of Python for `arm`; `folder` has the model and the corpus, the run writes to `run_dir`."""
     started, model, text = str(time.time()), str(folder / "model"), str(folder / "corpus.txt")
     size, block_size = str(config.per_device_train_batch_size), str(config.block_size)
     if arm == "trainer":
-        return [TRAINER_PROGRAM, started, model, text, str(run_dir), size, block_size, device]
+        return ["-c", TRAINER_PROGRAM, started, model, text, str(run_dir), size, block_size, device]
     # Two steps, the second one logged: Trainer's callback also comes before the first step is logged.
     flags = ["--max_steps", "2", "--logging_steps", "2", "--precision", "fp32", "--device", device]
     flags += ["--model", model, "--corpus", text, "--per_device_train_batch_size", size, "--block_size", block_size]
     flags += ["--output_dir", str(run_dir / "brain"), "--logging_dir", str(run_dir)]
     if arm == "mori":
         flags += ["--no-eval_on_start", "--held_out_fraction", "1e-9", "--max_new_tokens", "1"]
-    return [MORI_PROGRAM, started, *flags]
+    return ["-c", MORI_PROGRAM, started, *flags]
 
 
 def check_losses(arm: str, expected: dict[int, float], losses: dict[int, float], precision: str) -> float:
