@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mori import distributed
 from mori.bench import arms, harness
+from mori.bench import decode as bench_decode
 from mori.bench import tokenize as bench_tokenize
 from mori.bench import train as bench_train
 from mori.bench.options import (
@@ -27,7 +29,7 @@ from mori.bench.options import (
     TokenizeBenchConfig,
     TrainBenchConfig,
 )
-from mori.config import RunFailed, UserError, checked
+from mori.config import RunFailed, UserError, checked, parse
 
 KEYS = {"bench", "model", "shape", "arms", "ratios", "versions", "device", "threads", "commit"}
 
@@ -71,9 +73,11 @@ def small(cls, tmp_path, **changed):
     return checked(cls(**{**values, "threads": 1, "device": "cpu", "output_dir": str(tmp_path), **changed}))
 
 
-def test_train_measures_every_arm(in_this_process, tmp_path):
-    changes = {"max_steps": 6, "logging_steps": 3, "repeats": 1, "arms": ["trainer,bare", "mori"]}
-    bench_train.train(small(TrainBenchConfig, tmp_path, **changes))
+def test_bench_train_measures_every_arm(in_this_process, monkeypatch, tmp_path):
+    words = "train --shape tiny --block_size 16 --max_steps 6 --logging_steps 3 --uncounted_steps 2 --repeats 1"
+    words += f" --threads 1 --arms trainer,bare mori --device cpu --output_dir {tmp_path}"
+    monkeypatch.setattr(sys, "argv", ["bench.py", *words.split()])
+    runpy.run_path(str(ROOT / "scripts/bench.py"))["main"]()
     report = json.loads((tmp_path / "train-tiny-batch4-block16-fp32-cpu.json").read_text())
     figures = ("seconds", "steps_per_second", "tokens_per_second", "training_peak_memory_bytes")
     assert_complete(report, {"mori", "trainer", "bare"}, 1, figures)
@@ -83,14 +87,6 @@ def test_train_measures_every_arm(in_this_process, tmp_path):
         assert arm["losses"].keys() == {"3", "6"} and arm["max_relative_loss_diff"] <= 1e-4
         assert arm["losses"]["3"] == pytest.approx(math.log(8192), rel=0.02)  # the loss of random weights
         assert arm["tokens_per_second"][0] * arm["seconds"][0] == pytest.approx(4 * 4 * 16)
-
-
-def test_bench_runs_an_arm_in_a_new_process(tmp_path):
-    words = "train --shape tiny --block_size 16 --max_steps 4 --logging_steps 2 --uncounted_steps 2 --repeats 1"
-    done = door("bench.py", *words.split(), "--arms=mori", "--threads=1", "--device=cpu", "--output_dir", tmp_path)
-    assert done.returncode == 0, done.stderr
-    report = json.loads((tmp_path / "train-tiny-batch4-block16-fp32-cpu.json").read_text())
-    assert_complete(report, {"mori"}, 1, ("seconds", "training_peak_memory_bytes"))
 
 
 def test_memory_measures_every_repeat(in_this_process, tmp_path):
@@ -177,6 +173,31 @@ def test_tokenize_compares_arms_with_equal_ids(monkeypatch, tmp_path, text_file)
     monkeypatch.setitem(bench_tokenize.ARMS, "one-call", lambda *arguments: (one_call(*arguments)[0][1:], 0))
     with pytest.raises(RunFailed, match="ids of one-call differ.*void"):
         bench_tokenize.tokenize(config)
+    assert not list(tmp_path.iterdir())
+
+
+def test_decode_compares_arms_with_equal_ids(monkeypatch, tmp_path):
+    other_ids = []
+
+    def run(arm, command, threads):
+        result = bench_decode.measure_arm(parse(DecodeBenchConfig, "", command[2:]))
+        if arm in other_ids:
+            result["ids"][0][0] += 1
+        return json.dumps(result)
+
+    monkeypatch.setattr(harness, "run_process", run)
+    values = {"batch_size": 2, "new_tokens": 4, "rounds": 1, "repeats": 1, "threads": 1, "device": "cpu"}
+    config = DecodeBenchConfig(**values, output_dir=str(tmp_path))
+    bench_decode.decode(config)
+    report = json.loads((tmp_path / "decode-small-batch2.json").read_text())
+    assert set(report["ratios"]) == {"generate-greedy / mori-greedy", "generate-sampled / mori-sampled"}
+    assert set(report["arms"]) == {"mori-greedy", "generate-greedy", "mori-sampled", "generate-sampled"}
+    assert report["share_of_copy_bandwidth"][0] > 0
+    (tmp_path / "decode-small-batch2.json").unlink()
+
+    other_ids.append("generate-greedy")
+    with pytest.raises(RunFailed, match="generate-greedy and mori-greedy generated different ids.*void"):
+        bench_decode.decode(config)
     assert not list(tmp_path.iterdir())
 
 
