@@ -137,9 +137,7 @@ class DecodeBenchConfig(BenchConfig):
     new_tokens: int = flag("tokens to generate after a prompt of 16", 100, above=0)
     rounds: int = flag("generations in each process; their median counts", 5, above=0)
     device: str = same_flag(TrainConfig, "device", "auto")
-    arm: str = flag(
-        "run this arm alone, in this process, and print its JSON; the benchmark starts itself so", "", group="output"
-    )
+    arm: str = flag("internal: measure this arm alone, in this process, and print its JSON", "", group="output")
 
 
 @dataclass
