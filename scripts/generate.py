@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """Let a model go on from a prompt."""
 
-from mori.config import GenerateConfig, parse, run_door
+from mori.cli import parse, run_script
+from mori.config import GenerateConfig
 from mori.speed.startup import imports
 
 
@@ -14,4 +15,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_door("generate.py", main)
+    run_script("generate.py", main)

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.generation.stopping_criteria import StopStringCriteria
 
-from mori.config import UserError
+from mori.cli import UserError
 from mori.generation.decode import _Reader, decode
 from mori.generation.generate import TextStream, generate
 from mori.generation.sampling import Sampler

@@ -19,7 +19,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from mori import optim
-from mori.config import TrainConfig, UserError
+from mori.cli import UserError
+from mori.config import TrainConfig
 from mori.model import loading
 from mori.tracking.loggers import read_metrics
 from mori.train import train
