@@ -13,6 +13,7 @@ import math
 import os
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar
@@ -45,6 +46,34 @@ class RunFailed(RuntimeError):
 
 class Interrupted(RuntimeError):
     """A run that was asked to stop, and is saved: one line that says where it stands."""
+
+
+def guarded(what: str, action: Callable):
+    """`action()`, a library's work on files from anywhere; whatever it raises becomes a UserError, `what` and the reason.
+
+    What such a library raises has no common base: tokenizers raises Exception itself, and a panic of its Rust code is none.
+    """
+    try:
+        return action()
+    except UserError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = one_line(error)
+        if "weights_only" in str(error):  # PyTorch's advice is to run what is in the file
+            reason = (
+                "its weights are damaged, or hold more than plain tensors, which is never run; "
+                "download it again, or take one with .safetensors"
+            )
+        elif "trust_remote_code" in str(error):
+            reason = "it brings along Python code, which is not run; if you trust it, say --trust_remote_code"
+        raise UserError(f"{what}: {reason}") from None
+
+
+def one_line(error: BaseException) -> str:
+    """The beginning of what an error says."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def json_list(text: str) -> list:

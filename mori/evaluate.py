@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from mori.data.windows import ShiftedDataset
+from mori.data.windows import ShiftedDataset, count_targets
 from mori.distributed import BatchSize, Runtime
 from mori.model.loading import CausalLMLoss
-from mori.model.loss import count_targets
 
 
 @dataclass

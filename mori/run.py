@@ -18,7 +18,7 @@ from mori import __version__
 from mori import distributed as runtime
 from mori.checkpoint import checkpoints as checkpoint
 from mori.config import HORIZON, TrainConfig, UserError, tell
-from mori.data import corpus
+from mori.data import corpus, token_file
 from mori.data import windows as data
 from mori.model.loading import check_fits
 from mori.tracking.monitor import say
@@ -65,7 +65,7 @@ class Text:
     held_out: data.ShiftedDataset
     held_out_bytes: int
     ledger: corpus.Ledger
-    tokens: corpus.TokenFile
+    tokens: token_file.TokenFile
 
     @property
     def hashes(self) -> dict[str, str]:
@@ -82,7 +82,7 @@ def prepare_text(
     """
     check_fits(model_config, block_size=config.block_size, max_id=0)
     cache_dir = Path(config.logging_dir) / ".cache"
-    tokens = where.main_first(lambda: corpus.TokenFile.make(documents, tokenizer, cache_dir))
+    tokens = where.main_first(lambda: token_file.TokenFile.make(documents, tokenizer, cache_dir))
     check_fits(model_config, block_size=config.block_size, max_id=tokens.header["max_id"])
     boundary = data.split(len(tokens), config.block_size, config.held_out_fraction)
     train = data.ShiftedDataset(tokens.ids[:boundary], config.block_size)
@@ -90,7 +90,7 @@ def prepare_text(
         train=train,
         held_out=data.ShiftedDataset(tokens.ids[boundary:], config.block_size, keep_tail=True),
         # The first held-out token is nobody's label: its bytes are not predicted.
-        held_out_bytes=corpus.text_bytes_from(boundary + 1, tokens, documents, tokenizer),
+        held_out_bytes=token_file.text_bytes_from(boundary + 1, tokens, documents, tokenizer),
         ledger=corpus.Ledger(
             bytes=sum(document.bytes for document in documents),
             documents=len(documents),

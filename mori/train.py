@@ -19,8 +19,9 @@ from mori import optim
 from mori import run as prepare
 from mori.checkpoint import checkpoints as checkpoint
 from mori.config import Interrupted, RunFailed, TrainConfig, UserError, checked, steps_of
-from mori.data import corpus
+from mori.data import corpus, token_file
 from mori.data import windows as data
+from mori.data.files import find_files
 from mori.diagnose import first_bad_tensor
 from mori.evaluate import evaluate
 from mori.generation.generate import check_prompts, generate
@@ -65,7 +66,7 @@ def _train(
     config = checked(config).resolve()
     if runtime.restarted():  # what was asked of the first start is begun already
         config = replace(config, resume_from_checkpoint="auto")
-    files = corpus.find_files(config.corpus)
+    files = find_files(config.corpus)
     documents = corpus.read_documents(files)
     run_dir, output_dir = Path(config.logging_dir).resolve() / config.run_name, Path(config.output_dir).resolve()
     prepare.check_writable(run_dir, output_dir)
@@ -118,7 +119,7 @@ def _train(
         if where.precision != "bf16":
             raise UserError(f"dtype bfloat16 needs arithmetic in bf16, this is {where.precision}; say --precision bf16")
         models.store_in_bfloat16(model)
-    example, separator = text.train.batch([0]), corpus.separator(tokenizer)
+    example, separator = text.train.batch([0]), token_file.separator(tokenizer)
     # The one choice that a measurement decides, and that changes last bits: a run keeps to it.
     noted = checkpoint.load_state(resumed).get("products", "") if resumed else None
     module, chosen = fast.training_module(model, config, *example, where, separator, total_steps, noted)

@@ -7,7 +7,7 @@ from mori.speed.startup import imports, training_memory
 
 def main():
     config = parse(TrainConfig, __doc__)
-    from mori.data.corpus import find_files
+    from mori.data.files import find_files
 
     find_files(config.corpus)  # a missing file is told before torch is imported, which takes seconds
     with imports(training_memory(config)):

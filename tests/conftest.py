@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 from mori import optim
 from mori.config import TrainConfig
-from mori.data.corpus import SHIPPED
+from mori.data.files import SHIPPED
 from mori.model.loading import train_tokenizer
 from mori.train import train
 

@@ -6,8 +6,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, get_schedule
 
 from mori import optim
 from mori.checkpoint import checkpoints as checkpoint
+from mori.data.windows import count_targets
 from mori.model.loading import store_in_bfloat16
-from mori.model.loss import count_targets, cross_entropy_sum
+from mori.model.loss import cross_entropy_sum
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

@@ -26,7 +26,7 @@ from mori import run as prepare
 from mori.bench import report
 from mori.checkpoint import checkpoints as checkpoint
 from mori.config import CompareConfig, RunFailed, TrainConfig, UserError, checked, steps_of
-from mori.data import corpus
+from mori.data import corpus, files, token_file
 from mori.data import windows as data
 from mori.evaluate import evaluate
 from mori.model import loading as models
@@ -54,7 +54,7 @@ def compare(config: CompareConfig) -> dict:
     before any arm starts, RunFailed when all of them fail.
     """
     config = checked(config).resolve()
-    documents = corpus.read_documents(corpus.find_files(config.corpus))
+    documents = corpus.read_documents(files.find_files(config.corpus))
     folder = Path(config.logging_dir).resolve() / f"compare-{config.run_name}"
     prepare.check_writable(folder, folder / "initial")
     where = runtime.start(config.device, config.precision)
@@ -356,7 +356,7 @@ def _trainer_arm(arm: str, config: TrainConfig, folder: Path, clock: _Clock) -> 
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder)
     from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
-    documents = corpus.read_documents(corpus.find_files(config.corpus))
+    documents = corpus.read_documents(files.find_files(config.corpus))
     where = runtime.start(config.device, config.precision)
     tokenizer = models.load_tokenizer(config.model, (), config.trust_remote_code)
     model_config = models.load_config(
@@ -367,7 +367,7 @@ def _trainer_arm(arm: str, config: TrainConfig, folder: Path, clock: _Clock) -> 
 
     tuned, course = arm == "trainer-tuned", arm == "course"
     if course:
-        behind = corpus.text_bytes_from(
+        behind = token_file.text_bytes_from(
             text.ledger.tokens - text.ledger.held_out_tokens, text.tokens, documents, tokenizer
         )
         all_text = "\n".join(document.text for document in documents).encode()

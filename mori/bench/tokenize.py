@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from mori.bench import harness as bench
 from mori.config import RunFailed, TokenizeBenchConfig
-from mori.data import corpus
+from mori.data import corpus, files, token_file
 from mori.model.loading import train_tokenizer
 from mori.tracking.monitor import peak_memory_bytes
 
@@ -38,7 +38,7 @@ def tokenize(config: TokenizeBenchConfig) -> None:
     bench.check_writable(config.output_dir)
     if "run_clm" in config.arms:
         bench.require("datasets", "run_clm")
-    documents = corpus.read_documents(corpus.find_files(config.corpus))
+    documents = corpus.read_documents(files.find_files(config.corpus))
     text = "\n".join(document.text for document in documents)
     tokenizer = train_tokenizer([text])
     copies = math.ceil(config.megabytes * 1e6 / len(text.encode()))
@@ -93,7 +93,7 @@ def _cores() -> int:
 
 
 def _mori(path: Path, tokenizer, scratch: Path) -> tuple[numpy.ndarray, int]:
-    tokens = corpus.TokenFile.make(corpus.read_documents(corpus.find_files([str(path)])), tokenizer, scratch)
+    tokens = token_file.TokenFile.make(corpus.read_documents(files.find_files([str(path)])), tokenizer, scratch)
     return tokens.ids, (len(tokens.ids) - 1) // _BLOCK * _BLOCK
 
 

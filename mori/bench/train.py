@@ -27,8 +27,9 @@ from mori.config import (
     TrainConfig,
     UserError,
 )
-from mori.data import corpus
+from mori.data import corpus, files
 from mori.data import windows as data
+from mori.data.tokenize import encode
 from mori.model import loading as models
 from mori.model import options as fast
 from mori.speed.matmul import race
@@ -239,9 +240,9 @@ def _peak(where: runtime.Runtime) -> float | None:
 
 def _make_start(config: StartupBenchConfig, folder: Path, tokens: int) -> None:
     """Leave what all arms begin with: `model`, of random weights, with a tokenizer, and `corpus.txt`, of `tokens` or more."""
-    text = "\n".join(document.text.strip() for document in corpus.read_documents(corpus.find_files([]))) + "\n"
+    text = "\n".join(document.text.strip() for document in corpus.read_documents(files.find_files([]))) + "\n"
     tokenizer = models.train_tokenizer([text])
-    copies = math.ceil(tokens / len(corpus.encode(tokenizer, text)))
+    copies = math.ceil(tokens / len(encode(tokenizer, text)))
     (folder / "corpus.txt").write_text(text * copies, encoding="utf-8")
     runtime.set_seed(0)
     models.save(AutoModelForCausalLM.from_config(_model_config(config)), tokenizer, folder / "model")
@@ -296,7 +297,7 @@ def _main(job_file: str) -> None:
     config = TrainConfig(**job["config"])
     where = runtime.start(config.device, config.precision)
     tokenizer = models.load_tokenizer(config.model, ())
-    documents = corpus.read_documents(corpus.find_files(config.corpus))
+    documents = corpus.read_documents(files.find_files(config.corpus))
     text = prepare.prepare_text(config, documents, tokenizer, models.load_config(config.model, tokenizer), where)
     batches = data.Batches(
         len(text.train), batch_size=config.per_device_train_batch_size, accumulation=1, seed=config.seed

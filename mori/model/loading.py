@@ -28,9 +28,10 @@ from transformers.activations import FastGELUActivation, NewGELUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from mori.config import PRESETS, UserError
+from mori.config import PRESETS, UserError, guarded, one_line
+from mori.data.windows import IGNORE_INDEX
 from mori.model import files as foreign
-from mori.model.loss import IGNORE_INDEX, chunked_cross_entropy_sum, cross_entropy_sum
+from mori.model.loss import chunked_cross_entropy_sum, cross_entropy_sum
 from mori.speed.matmul import CUT, FastProducts, Products
 
 # The base of all errors of the HTTP client, whichever client this release of huggingface_hub brings.
@@ -337,7 +338,7 @@ def save(model: nn.Module, tokenizer, folder: Path) -> None:
         model.save_pretrained(folder)
     except SafetensorError as error:  # how safetensors tells of a full disk
         raise OSError(str(error)) from None
-    foreign.guarded("the tokenizer cannot be saved", lambda: tokenizer.save_pretrained(folder))
+    guarded("the tokenizer cannot be saved", lambda: tokenizer.save_pretrained(folder))
 
 
 def check_reachable(name: str) -> None:
@@ -361,7 +362,7 @@ def check_reachable(name: str) -> None:
         huggingface_hub.HfApi().model_info(name, timeout=10)
     except _HUB_ERRORS as error:
         raise UserError(
-            f"model {name} is no preset ({', '.join(PRESETS)}), no folder here, and the hub does not give it: {foreign.one_line(error)}"
+            f"model {name} is no preset ({', '.join(PRESETS)}), no folder here, and the hub does not give it: {one_line(error)}"
         ) from None
 
 
@@ -372,7 +373,7 @@ def _stored(name: str) -> foreign.Stored | None:
     try:
         return foreign.check_folder(Path(name))
     except OSError as error:
-        raise UserError(f"cannot load model {name}: {foreign.one_line(error)}") from None
+        raise UserError(f"cannot load model {name}: {one_line(error)}") from None
 
 
 @contextlib.contextmanager
@@ -419,4 +420,4 @@ def _found(name: str, load):
     check_reachable(name)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    return foreign.guarded(f"cannot load model {name}", load)
+    return guarded(f"cannot load model {name}", load)

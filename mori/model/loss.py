@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mori.data.windows import IGNORE_INDEX
 from mori.speed.matmul import CUT, Products
 
-IGNORE_INDEX = -100
 # Rows of logits that exist at once. On a CPU by measurement (runs/LOG.md); a GPU, where adding up the head's gradient once for each chunk
 # weighs more, gets four times as many, by reckoning alone.
 CHUNK = 512
@@ -26,11 +26,6 @@ def cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tenso
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
-
-
-def count_targets(labels: torch.Tensor) -> int:
-    """How many labels, which are on the host, count towards the loss."""
-    return int((labels.numpy() != IGNORE_INDEX).sum())
 
 
 def chunked_cross_entropy_sum(

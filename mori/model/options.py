@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from mori.config import TrainConfig, UserError
+from mori.data.windows import IGNORE_INDEX
 from mori.distributed import BatchSize, Runtime
 from mori.model.loading import CausalLMLoss, attends_to_all_before, fuse_activations, head_watched
-from mori.model.loss import IGNORE_INDEX
 from mori.speed.matmul import fastest, race
 
 _CHECKED_TOKENS = 16  # so few that reading the weights is what takes time

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 from mori.checkpoint import checkpoints as checkpoint
 from mori.config import TrainConfig, run_door
-from mori.data.corpus import SHIPPED
+from mori.data.files import SHIPPED
 from mori.model.loading import train_tokenizer
 from mori.tracking.monitor import read_metrics
 from mori.train import train
