@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 import transformers
-from conftest import STORIES, door, needs_stories
+from conftest import STORIES, run_script, needs_stories
 from families import FAMILIES, expected, greedy, prompts_of
 from families import small_model as model_of
 from packaging.version import Version
@@ -33,7 +33,7 @@ def small(small_model):
 
 @needs_stories
 def test_greedy_decoding_gives_the_published_text():
-    done = door(
+    done = run_script(
         "generate.py", "--model", STORIES, "--prompt", "", "--temperature", "0", "--max_new_tokens", "200", "--json"
     )
     assert done.returncode == 0, done.stderr
@@ -221,12 +221,12 @@ def test_values_that_cannot_be_are_refused(small):
 
 def test_json_is_all_that_standard_output_holds(small_model):
     words = ("--prompt", "Halo", "Apa", "--num_return_sequences", "2", "--max_new_tokens", "3", "--seed", "5", "--json")
-    done = door("generate.py", "--model", small_model, *words)
+    done = run_script("generate.py", "--model", small_model, *words)
     answers = json.loads(done.stdout)
     assert [a["prompt"] for a in answers] == ["Halo", "Halo", "Apa", "Apa"]
     assert all(set(a) == {"prompt", "text", "new_token_ids", "finish_reason"} for a in answers)
-    assert door("generate.py", "--model", small_model, *words).stdout == done.stdout
-    shown = door("generate.py", "--model", small_model, *words[:-1]).stdout
+    assert run_script("generate.py", "--model", small_model, *words).stdout == done.stdout
+    shown = run_script("generate.py", "--model", small_model, *words[:-1]).stdout
     assert answers[0]["prompt"] + answers[0]["text"] in shown
 
 
@@ -234,7 +234,7 @@ def test_json_is_all_that_standard_output_holds(small_model):
     "words, named", [(["--model", "mini"], "to be trained"), (["--model", "./none"], "does not exist")]
 )
 def test_mistakes_are_one_line(words, named):
-    done = door("generate.py", *words)
+    done = run_script("generate.py", *words)
     assert done.returncode == 2 and named in done.stderr and done.stderr.count("\n") == 1 and not done.stdout
 
 
@@ -321,7 +321,7 @@ def test_what_a_model_brings_is_shown(small_model, tmp_path):
     shutil.copytree(small_model, tmp_path / "brain")
     path = tmp_path / "brain" / "generation_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "do_sample": True, "temperature": 0.6, "top_k": 40}))
-    done = door(
+    done = run_script(
         "generate.py", "--model", tmp_path / "brain", "--prompt", "Halo", "--top_k", "3", "--max_new_tokens", "3"
     )
     assert "generation_config.json: temperature 0.6 (flags go before)" in done.stderr
@@ -417,13 +417,13 @@ def test_a_stream_is_the_final_text_character_by_character(kind, text):
 
 def test_a_single_answer_is_streamed_and_prompts_may_stand_in_a_file(small_model, tmp_path):
     words = ["--model", small_model, "--max_new_tokens", "8", "--seed", "3"]
-    [answer] = json.loads(door("generate.py", *words, "--prompt", "Halo", "--json").stdout)
-    assert door("generate.py", *words, "--prompt", "Halo").stdout == "Halo" + answer["text"] + "\n"
+    [answer] = json.loads(run_script("generate.py", *words, "--prompt", "Halo", "--json").stdout)
+    assert run_script("generate.py", *words, "--prompt", "Halo").stdout == "Halo" + answer["text"] + "\n"
     path = tmp_path / "prompts.txt"
     path.write_text("Halo\n\nApa kabar\n", encoding="utf-8")
-    answers = json.loads(door("generate.py", *words, "--prompt_file", path, "--json").stdout)
+    answers = json.loads(run_script("generate.py", *words, "--prompt_file", path, "--json").stdout)
     assert [a["prompt"] for a in answers] == ["Halo", "Apa kabar"] and answers[0] == answer
-    done = door("generate.py", *words, "--prompt_file", tmp_path / "none.txt")
+    done = run_script("generate.py", *words, "--prompt_file", tmp_path / "none.txt")
     assert done.returncode == 2 and "none.txt" in done.stderr and done.stderr.count("\n") == 1
 
 

@@ -10,7 +10,8 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from mori import distributed as runtime
-from mori.config import PRESETS, GenerateConfig, SamplingConfig, UserError, parse
+from mori.cli import UserError, parse
+from mori.config import PRESETS, GenerateConfig, SamplingConfig
 from mori.generation.generate import brought_settings, check_prompts, generate, settings_for
 from mori.model.loading import fuse_activations, load_config, load_model, load_tokenizer
 from mori.speed.startup import keep_freed_memory

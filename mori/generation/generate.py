@@ -6,10 +6,10 @@ from dataclasses import dataclass, fields, replace
 
 from torch import nn
 
-from mori.config import SamplingConfig, UserError, checked
+from mori.cli import UserError, checked, guarded
+from mori.config import SamplingConfig
 from mori.generation.decode import decode
 from mori.generation.sampling import Sampler
-from mori.model.files import guarded
 from mori.model.loading import check_fits, context_length
 
 # The settings that are about the text, and not about the next token.
