@@ -3,25 +3,18 @@
 import contextlib
 import fcntl
 import json
-import platform
-import sys
 import tempfile
 import time
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import IO
 
-import torch
-import transformers
-
-from mori import __version__
 from mori import distributed as runtime
 from mori.checkpoint import checkpoints as checkpoint
 from mori.config import HORIZON, TrainConfig, UserError, tell
 from mori.data import corpus
 from mori.data import windows as data
 from mori.model.loading import check_fits
-from mori.tracking.monitor import say
 
 
 @dataclass
@@ -252,38 +245,3 @@ def restore(folder: Path, model, optimizer, scaler, where: runtime.Runtime) -> P
         raise
     except (OSError, LookupError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise UserError(f"{folder / 'state.json'} is not what mori writes ({error}); take another checkpoint") from None
-
-
-def introduce(config, where, model, ledger, n_files, batches, total_steps, run_dir, resumed, chosen) -> None:
-    """Say what is read, what is trained, and where it goes."""
-    found = environment(where)
-    left_out = f" ({n_files - ledger.documents} blank file(s) left out)" if n_files > ledger.documents else ""
-    size = sum(parameter.numel() for parameter in model.parameters())
-    layout = f"{config.per_device_train_batch_size} windows x {config.gradient_accumulation_steps} x {where.world_size} rank(s)"
-    say(
-        f"mori {found['mori']}, torch {found['torch']}, transformers {found['transformers']}; "
-        f"{where.device}, {where.precision}, {found['threads']} threads\n"
-        f"reads   {ledger}{left_out}\n"
-        f"model   {config.model}, {size / 1e6:.1f} M parameters\n"
-        f"trains  {total_steps} steps ({batches.steps_per_epoch} an epoch) of {layout} x {config.block_size} tokens\n"
-        f"faster  {chosen}\n"
-        f"writes  {run_dir}/ (tensorboard --logdir {config.logging_dir}), the brain to {config.output_dir}/"
-        + (f"\nresumes {resumed}" if resumed else "")
-    )
-
-
-def environment(where: runtime.Runtime) -> dict:
-    """What the run ran on, for `environment.json`."""
-    gpu = where.device.type == "cuda"
-    return {
-        "mori": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(where.device) if gpu else platform.processor() or platform.machine(),
-        "precision": where.precision,
-        "threads": torch.get_num_threads(),
-        "world_size": where.world_size,
-        "command": sys.argv,
-    }

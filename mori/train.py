@@ -27,7 +27,10 @@ from mori.generation.generate import check_prompts, generate
 from mori.model import loading as models
 from mori.model import options as fast
 from mori.speed.startup import keep_freed_memory
-from mori.tracking.monitor import Monitor, Throughput, peak_memory_bytes, say
+from mori.tracking import overview
+from mori.tracking.memory import peak_memory_bytes
+from mori.tracking.monitor import Monitor, say
+from mori.tracking.throughput import Throughput
 
 
 def train(config: TrainConfig, on_step: Callable[[int, float], None] = lambda step, seconds: None) -> dict:
@@ -65,8 +68,8 @@ def _train(
     config = checked(config).resolve()
     if runtime.restarted():  # what was asked of the first start is begun already
         config = replace(config, resume_from_checkpoint="auto")
-    files = corpus.find_files(config.corpus)
-    documents = corpus.read_documents(files)
+    paths = corpus.find_files(config.corpus)
+    documents = corpus.read_documents(paths)
     run_dir, output_dir = Path(config.logging_dir).resolve() / config.run_name, Path(config.output_dir).resolve()
     prepare.check_writable(run_dir, output_dir)
     where = runtime.start(config.device, config.precision, config.ddp_timeout)
@@ -151,9 +154,24 @@ def _train(
             held.close()
             held.enter_context(prepare.lock(run_dir))  # it may be another folder of that name now
             checkpoint.write_json(run_dir / "config.json", asdict(config))
-            checkpoint.write_json(run_dir / "environment.json", prepare.environment(where))
+            environment = overview.environment(where.device, where.precision, where.world_size)
+            checkpoint.write_json(run_dir / "environment.json", environment)
             checkpoint.write_json(run_dir / "ledger.json", asdict(text.ledger))
-        prepare.introduce(config, where, model, text.ledger, len(files), batches, total_steps, run_dir, resumed, chosen)
+        say(
+            overview.introduction(
+                config,
+                environment=environment,
+                device=where.device,
+                text=str(text.ledger),
+                blank_files=len(paths) - text.ledger.documents,
+                parameters=sum(parameter.numel() for parameter in parameters),
+                total_steps=total_steps,
+                steps_per_epoch=batches.steps_per_epoch,
+                faster=chosen,
+                run_dir=run_dir,
+                resumed=resumed,
+            )
+        )
     monitor = Monitor(
         run_dir, first_step=progress.step, total_steps=total_steps, enabled=where.is_main, resumed=resumed is not None
     )

@@ -227,7 +227,7 @@ def test_the_memory_of_whoever_starts_an_arm_is_not_the_arms():
     held = bytearray(1 << 30)
     held[:: 1 << 12] = b"1" * len(held[:: 1 << 12])
     del held
-    code = "import torch; from mori.tracking.monitor import peak_memory_bytes as peak; print(peak(torch.device('cpu')))"
+    code = "import torch; from mori.tracking.memory import peak_memory_bytes as peak; print(peak(torch.device('cpu')))"
     assert 50 << 20 < int(bench.in_a_process("mori", ["-c", code], threads=1)) < 1 << 30
 
 

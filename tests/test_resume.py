@@ -26,7 +26,7 @@ import mori.train
 from mori.config import RunFailed, UserError
 from mori.model import loading as models
 from mori.speed import matmul as products
-from mori.tracking.monitor import read_metrics
+from mori.tracking.loggers import read_metrics
 
 
 def test_torchrun_trains_resumes_and_speaks_once(settings, tmp_path):

@@ -16,7 +16,7 @@ from mori.checkpoint import checkpoints as checkpoint
 from mori.config import Interrupted
 from mori.data import windows as data
 from mori.distributed import StopSignals
-from mori.tracking.monitor import read_metrics
+from mori.tracking.loggers import read_metrics
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from mori import optim
 from mori.config import TrainConfig, UserError
 from mori.model import loading as models
-from mori.tracking.monitor import read_metrics
+from mori.tracking.loggers import read_metrics
 from mori.train import train
 
 

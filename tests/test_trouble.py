@@ -17,7 +17,7 @@ import mori.train
 from mori import optim
 from mori.config import RunFailed
 from mori.model import loading as models
-from mori.tracking.monitor import Monitor, read_metrics
+from mori.tracking.loggers import MetricsFile, read_metrics
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -202,16 +202,15 @@ def test_a_disk_that_fills_up_does_not_stop_the_training(run_train, tmp_path, mo
 
 
 def test_a_log_that_cannot_be_written_does_not_stop_the_training(run_train, tmp_path, capsys, monkeypatch):
-    """For a while the log's folder is gone: each write fails, is told once, and is tried again."""
-    real, calls = Monitor.scalars, []
+    """For a while the log's folder does not exist: each write fails and is tried again, the first error is reported."""
+    real, calls = MetricsFile.scalars, []
 
     def scalars(self, *arguments):
         calls.append(1)
-        here = tmp_path / ("gone" if 3 <= len(calls) < 6 else "runs/run") / "metrics.jsonl"
-        self._path = here
+        self.run_dir = tmp_path / ("missing" if 3 <= len(calls) < 6 else "runs/run")
         real(self, *arguments)
 
-    monkeypatch.setattr(Monitor, "scalars", scalars)
+    monkeypatch.setattr(MetricsFile, "scalars", scalars)
     run_train(eval_steps=100)
     assert capsys.readouterr().out.count("cannot be written") == 1
     steps = [line["step"] for line in read_metrics(tmp_path / "runs" / "run" / "metrics.jsonl")]

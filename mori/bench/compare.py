@@ -30,7 +30,10 @@ from mori.data import corpus
 from mori.data import windows as data
 from mori.evaluate import evaluate
 from mori.model import loading as models
-from mori.tracking.monitor import Monitor, peak_memory_bytes, read_metrics
+from mori.tracking import overview
+from mori.tracking.loggers import read_metrics
+from mori.tracking.memory import peak_memory_bytes
+from mori.tracking.monitor import Monitor
 from mori.train import train
 
 # Losses that differ by more than this (relative) are not the same work, and its timing says nothing.
@@ -89,7 +92,7 @@ def compare(config: CompareConfig) -> dict:
         "model": {"name": config.model, "parameters": parameters},
         "ledger": asdict(text.ledger),
         "config": asdict(config),
-        "environment": prepare.environment(where) | {"threads": threads},
+        "environment": overview.environment(where.device, where.precision, where.world_size) | {"threads": threads},
         "arms": {arm: _arm(runs) for arm, runs in results.items()},
         "pairs": {
             f"{a}|{b}": _pair(results[a], results[b], where.precision)

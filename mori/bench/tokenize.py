@@ -20,7 +20,7 @@ from mori.bench import harness as bench
 from mori.config import RunFailed, TokenizeBenchConfig
 from mori.data import corpus
 from mori.model.loading import train_tokenizer
-from mori.tracking.monitor import peak_memory_bytes
+from mori.tracking.memory import peak_memory_bytes
 
 _BLOCK = 128
 

@@ -32,7 +32,7 @@ from mori.data import windows as data
 from mori.model import loading as models
 from mori.model import options as fast
 from mori.speed.matmul import race
-from mori.tracking.monitor import peak_memory_bytes
+from mori.tracking.memory import peak_memory_bytes
 
 # What scripts/train.py does, telling when the first step is done.
 MORI_LINES = """

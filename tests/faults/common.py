@@ -27,7 +27,7 @@ from mori.checkpoint import checkpoints as checkpoint
 from mori.config import TrainConfig, run_door
 from mori.data.corpus import SHIPPED
 from mori.model.loading import train_tokenizer
-from mori.tracking.monitor import read_metrics
+from mori.tracking.loggers import read_metrics
 from mori.train import train
 
 ROOT = Path(__file__).resolve().parents[2]
