@@ -11,6 +11,7 @@ from typing import IO
 
 from mori import distributed as runtime
 from mori.checkpoint import checkpoints as checkpoint
+from mori.checkpoint import files
 from mori.config import HORIZON, TrainConfig, UserError, tell
 from mori.data import corpus
 from mori.data import windows as data
@@ -147,7 +148,7 @@ def lock(run_dir: Path) -> IO:
 def remember_batch_size(run_dir: Path, rank: int, size: int) -> None:
     """Leave word for the next start that micro-batches of more than `size` windows do not fit in this rank's memory."""
     with contextlib.suppress(OSError):
-        checkpoint.write_json(run_dir / f"batch_size-{rank}.json", size)
+        files.write_json(run_dir / f"batch_size-{rank}.json", size)
 
 
 def remembered_batch_size(run_dir: Path) -> int | None:
@@ -223,7 +224,7 @@ def finished_summary(run_dir: Path, output_dir: Path, resumed: Path | None, tota
         return None
     try:
         summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
-        mine = summary["steps"] == total_steps and summary["output_sha256"] == checkpoint.hashes(output_dir)
+        mine = summary["steps"] == total_steps and summary["output_sha256"] == files.hashes(output_dir)
         return summary if mine else None
     except (OSError, ValueError, KeyError, TypeError):
         return None  # not there, or damaged: it is written again

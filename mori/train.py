@@ -18,6 +18,7 @@ from mori import distributed as runtime
 from mori import optim
 from mori import run as prepare
 from mori.checkpoint import checkpoints as checkpoint
+from mori.checkpoint import files
 from mori.config import Interrupted, RunFailed, TrainConfig, UserError, checked, steps_of
 from mori.data import corpus
 from mori.data import windows as data
@@ -149,14 +150,14 @@ def _train(
     if where.is_main:
         with _writes(run_dir):
             if config.resume_from_checkpoint == "none":
-                checkpoint.set_aside(run_dir)
+                files.set_aside(run_dir)
             run_dir.mkdir(parents=True, exist_ok=True)
             held.close()
             held.enter_context(prepare.lock(run_dir))  # it may be another folder of that name now
-            checkpoint.write_json(run_dir / "config.json", asdict(config))
+            files.write_json(run_dir / "config.json", asdict(config))
             environment = overview.environment(where.device, where.precision, where.world_size)
-            checkpoint.write_json(run_dir / "environment.json", environment)
-            checkpoint.write_json(run_dir / "ledger.json", asdict(text.ledger))
+            files.write_json(run_dir / "environment.json", environment)
+            files.write_json(run_dir / "ledger.json", asdict(text.ledger))
         say(
             overview.introduction(
                 config,
@@ -309,9 +310,7 @@ def _train(
             root = run_dir / "checkpoints"
             monitor.sync()
             try:
-                checkpoint.save(
-                    root, progress.step, model=model.state_dict(), optimizer=optimizer.state_dict(), state=state
-                )
+                checkpoint.save(root, progress.step, model=model, optimizer=optimizer, state=state)
             except (OSError, FloatingPointError, checkpoint.CorruptCheckpoint, torch.OutOfMemoryError) as error:
                 monitor.say(f"WARNING: no checkpoint at step {progress.step}: {error}; training goes on")
                 failed = True
@@ -410,8 +409,8 @@ def _train(
     if where.is_main:
         _publish(model, tokenizer, output_dir)
         with _writes(run_dir):
-            summary["output_sha256"] = checkpoint.hashes(output_dir)
-            checkpoint.write_json(run_dir / "summary.json", summary)
+            summary["output_sha256"] = files.hashes(output_dir)
+            files.write_json(run_dir / "summary.json", summary)
         if progress.skipped_steps:
             say(f"WARNING: {progress.skipped_steps} of {total_steps} steps were skipped, their gradient was not finite")
         began = f"{progress.before['loss']:.4f} -> " if progress.before else ""
@@ -437,7 +436,7 @@ def _publish(model, tokenizer, output_dir: Path) -> None:
     if bad:
         raise RunFailed(f"the model is not written: {len(bad)} of its tensors are not finite, such as {bad[0]}")
     try:
-        checkpoint.publish(output_dir, lambda folder: models.save(model, tokenizer, folder))
+        files.publish(output_dir, lambda folder: models.save(model, tokenizer, folder))
     except (OSError, UserError) as error:
         raise RunFailed(
             f"cannot write the trained model to {output_dir}: {getattr(error, 'strerror', None) or error}; the last "

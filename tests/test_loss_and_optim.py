@@ -122,7 +122,7 @@ def test_an_optimizer_goes_on_from_its_checkpoint_to_the_bit(name, tmp_path):
 
     for number in range(3):
         step(made[0], optimizers[0], number)
-    folder = checkpoint.save(tmp_path, 3, model=made[0].state_dict(), optimizer=optimizers[0].state_dict(), state={})
+    folder = checkpoint.save(tmp_path, 3, model=made[0], optimizer=optimizers[0], state={})
     checkpoint.load_tensors(folder, made[1], optimizers[1])
     for number in range(3, 6):
         for model, optimizer in zip(made, optimizers, strict=True):

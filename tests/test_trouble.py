@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import mori.train
 from mori import optim
+from mori.checkpoint import files
 from mori.config import RunFailed
 from mori.model import loading as models
 from mori.tracking.loggers import MetricsFile, read_metrics
@@ -186,8 +187,8 @@ def test_a_disk_that_fills_up_does_not_stop_the_training(run_train, tmp_path, mo
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(mori.train.checkpoint.os, "write", full)
-    monkeypatch.setattr(mori.train.checkpoint, "write_json", lambda *_: None)
+    monkeypatch.setattr(files.os, "write", full)
+    monkeypatch.setattr(files, "write_json", lambda *_: None)
     with pytest.raises(RunFailed, match="last checkpoint could not be saved"):
         run_train(max_steps=4, save_steps=2)
     said = capsys.readouterr().out

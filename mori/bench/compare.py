@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from mori import distributed as runtime
 from mori import run as prepare
 from mori.bench import report
-from mori.checkpoint import checkpoints as checkpoint
+from mori.checkpoint import files
 from mori.config import CompareConfig, RunFailed, TrainConfig, UserError, checked, steps_of
 from mori.data import corpus
 from mori.data import windows as data
@@ -68,7 +68,7 @@ def compare(config: CompareConfig) -> dict:
         config.model, tokenizer, dropout=config.dropout, trust_remote_code=config.trust_remote_code
     )
     text = prepare.prepare_text(config, documents, tokenizer, model_config, where)
-    checkpoint.set_aside(folder)
+    files.set_aside(folder)
     model = models.load_model(config.model, model_config, config.trust_remote_code)
     models.save(model, tokenizer, folder / "initial")
     parameters = sum(parameter.numel() for parameter in model.parameters())
