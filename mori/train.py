@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -411,16 +410,7 @@ def _train(
         with _writes(run_dir):
             summary["output_sha256"] = files.hashes(output_dir)
             files.write_json(run_dir / "summary.json", summary)
-        if progress.skipped_steps:
-            say(f"WARNING: {progress.skipped_steps} of {total_steps} steps were skipped, their gradient was not finite")
-        began = f"{progress.before['loss']:.4f} -> " if progress.before else ""
-        say(
-            f"{total_steps} steps in {summary['wall_seconds']:.0f} s, {summary['tokens_per_second']:.0f} tokens/s; "
-            f"held-out loss {began}{progress.after['loss']:.4f} "
-            f"(best {progress.best['loss']:.4f} at step {progress.best['step']})\n"
-            f"the brain is in {config.output_dir}/; talk to it: "
-            f"python scripts/generate.py --model {config.output_dir} --prompt {json.dumps(config.prompt[0], ensure_ascii=False)}"
-        )
+        say(overview.results(summary, config.prompt[0]))
     where.barrier()
     where.close()
     if saved_step != total_steps:

@@ -3,11 +3,13 @@
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from tqdm import tqdm
 
+from mori.config import UserError
+from mori.model.files import guarded
 from mori.tracking import loggers
 from mori.tracking.loggers import Logger
 
@@ -38,21 +40,15 @@ class Monitor:
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Log `values`, keyed by tag (`train/loss`), at `step`."""
-        for logger in self._loggers:
-            with self._reporting(logger):
-                logger.scalars(step, values)
+        self._each(lambda logger: logger.scalars(step, values))
 
     def text(self, step: int, tag: str, text: str) -> None:
         """Log a text, such as a sample, at `step`."""
-        for logger in self._loggers:
-            with self._reporting(logger):
-                logger.text(step, tag, text)
+        self._each(lambda logger: logger.text(step, tag, text))
 
     def sync(self) -> None:
         """Wait until everything logged is on disk, because a checkpoint must not outlive the lines before it."""
-        for logger in self._loggers:
-            with self._reporting(logger):
-                logger.sync()
+        self._each(lambda logger: logger.sync())
 
     def progress(self, step: int, **figures) -> None:
         """Move the bar to `step` and show `figures` beside it."""
@@ -71,22 +67,17 @@ class Monitor:
         """Close the bar and every logger."""
         with contextlib.suppress(OSError):
             self._bar.close()
-        for logger in self._loggers:
-            with self._reporting(logger):
-                logger.close()
+        self._each(lambda logger: logger.close())
 
-    @contextlib.contextmanager
-    def _reporting(self, logger: Logger) -> Iterator[None]:
-        """Catch what a logger raises and report its first error."""
-        try:
-            yield
-        except Exception as error:  # loggers call libraries whose errors have no common base
-            if logger.name not in self._reported:
-                self._reported.add(logger.name)
-                reason = " ".join(str(error).split()) or type(error).__name__
-                self.say(
-                    f"WARNING: {logger.name} in {self._run_dir} cannot be written: {reason}; training goes on without it"
-                )
+    def _each(self, action: Callable[[Logger], None]) -> None:
+        """Call `action` with every logger; the first error of each is reported."""
+        for logger in self._loggers:
+            try:
+                guarded(f"{logger.name} in {self._run_dir} cannot be written", lambda logger=logger: action(logger))
+            except UserError as error:
+                if logger.name not in self._reported:
+                    self._reported.add(logger.name)
+                    self.say(f"WARNING: {error}; training goes on without it")
 
 
 def say(message: str) -> None:

@@ -1,5 +1,6 @@
-"""What a run is, before its first step: `environment.json`, and the lines that are printed."""
+"""A run in a few printed lines, before its first step and after its last, and `environment.json`."""
 
+import json
 import platform
 import sys
 from pathlib import Path
@@ -66,3 +67,23 @@ def introduction(
         f"writes  {run_dir}/ (tensorboard --logdir {config.logging_dir}), the brain to {config.output_dir}/",
     ]
     return "\n".join(lines + ([f"resumes {resumed}"] if resumed else []))
+
+
+def results(summary: dict, prompt: str) -> str:
+    """The lines printed after the last step: cost, held-out loss, and the command to generate from `prompt`.
+
+    `summary` is what `summary.json` holds.
+    """
+    evaluation, steps = summary["eval"], summary["steps"]
+    before = f"{evaluation['before']['loss']:.4f} -> " if evaluation["before"] else ""
+    lines = [
+        f"{steps} steps in {summary['wall_seconds']:.0f} s, {summary['tokens_per_second']:.0f} tokens/s; "
+        f"held-out loss {before}{evaluation['after']['loss']:.4f} "
+        f"(best {evaluation['best']['loss']:.4f} at step {evaluation['best']['step']})",
+        f"the brain is in {summary['output_dir']}/; talk to it: python scripts/generate.py "
+        f"--model {summary['output_dir']} --prompt {json.dumps(prompt, ensure_ascii=False)}",
+    ]
+    if summary["skipped_steps"]:
+        warning = f"WARNING: {summary['skipped_steps']} of {steps} steps were skipped, their gradient was not finite"
+        lines.insert(0, warning)
+    return "\n".join(lines)
