@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict

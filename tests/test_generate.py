@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 import transformers
-from conftest import STORIES, run_script, needs_stories
+from conftest import STORIES, needs_stories, run_script
 from families import FAMILIES, expected, greedy, prompts_of
 from families import small_model as model_of
 from packaging.version import Version

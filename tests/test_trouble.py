@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from mori import optim
-from mori.cli import RunFailed
 from mori.checkpoint import checkpoints, files
+from mori.cli import RunFailed
 from mori.model.lm import CausalLMLoss
 from mori.tracking.loggers import read_metrics
 from mori.tracking.monitor import Monitor

@@ -1,1 +1,1 @@
-"""State <-> disk."""
+"""State <-> disk: durable files, checkpoints, the state of any optimizer."""

@@ -1,100 +1,97 @@
-"""State <-> disk. A checkpoint is whole or it is not there: staged, synced, sealed by a manifest, renamed.
+"""Checkpoints: complete and on disk, or not there. Staged, synced, described by a manifest, then renamed into place.
 
     step-00000100/
         model.safetensors      the model's state_dict(), tied tensors once
-        optimizer.safetensors  the optimizer's tensors, "<parameter>.<name>"
+        optimizer.safetensors  the optimizer's tensors, "<parameter index>.<name>"
         state.json             everything that is not a tensor
-        manifest.json          the step, and size and SHA-256 of the files above, written last
+        manifest.json          the step, and size and SHA-256 of the files above; written last
 
-Safetensors and JSON only: reading a checkpoint runs no code. Every change on disk is an `os.*` call of this room, so that
-the tests can stand between any two of them.
+Safetensors and JSON only, so reading a checkpoint runs no code.
 """
 
 import hashlib
-import itertools
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
 
+from mori.checkpoint import optimizer_state
+from mori.checkpoint.files import describe, set_aside, sync, write
+from mori.checkpoint.tensors import check_storable, distinct, serialized
 from mori.cli import UserError
 
 _FORMAT = 1
 _MANIFEST, _LARGEST_MANIFEST = "manifest.json", 1 << 16
 _STEP = re.compile(r"step-\d{8}")
-_OF_BLOCKS = {"qmap1", "qmap2", "absmax1", "absmax2"}  # what moments of 8 bits have besides (bitsandbytes)
 _FILES = {"model.safetensors", "optimizer.safetensors", "state.json"}
-# https://huggingface.co/docs/safetensors, "Format"
-_DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
 
 
 class CorruptCheckpoint(ValueError):
-    """A checkpoint that is not what its manifest says: names the file and the damage."""
+    """A checkpoint that differs from its manifest; the message names the file and the damage."""
 
 
-def save(root: Path, step: int, *, model: dict, optimizer: dict, state: dict) -> Path:
-    """Publish the checkpoint of `step` under `root`; its folder appears by one rename, complete and on disk, or not at all.
+def save(root: Path, step: int, *, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> Path:
+    """Write the checkpoint of `step` under `root` and return its folder, which appears by one rename, complete and synced.
 
-    Args:
-        model, optimizer: their `state_dict()`s.
-        state: whatever else the run needs, as JSON values.
+    `state` is everything else that the run needs, as JSON values; the keys `step` and `optimizer` are set here.
 
-    Raises OSError (no space, no permission), which names the need and the room, and CorruptCheckpoint where the files do
-    not read back as they were written; what was staged is removed. Raises FloatingPointError where a weight or a moment
-    is not finite: such a state is not worth going on from.
+    Raises TypeError, before anything is written, for a part of the optimizer's state that cannot be stored (see
+    `optimizer_state.pack`), and FloatingPointError if a tensor holds NaN or infinity. Raises OSError with the space needed
+    and the space free if the disk refuses, and CorruptCheckpoint if the files do not read back as they were written;
+    what was staged is removed.
     """
     final, staged = root / f"step-{step:08d}", root / f".step-{step:08d}.partial"
-    weights = _distinct(model)
-    moments = {
-        f"{index}.{name}": value for index, values in optimizer["state"].items() for name, value in values.items()
-    }
-    for name, tensor in itertools.chain(weights.items(), moments.items()):
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise FloatingPointError(f"{name} is not finite")
-    need = sum(tensor.nbytes for tensor in itertools.chain(weights.values(), moments.values()))
+    weights = distinct(model.state_dict())
+    moments, plain = optimizer_state.pack(optimizer)
+    check_storable(weights)
+    check_storable(moments)
+    text = json.dumps({**state, "step": step, "optimizer": plain}).encode()
+    needed = sum(tensor.nbytes for tensor in [*weights.values(), *moments.values()]) + len(text)
     try:
         os.makedirs(root, exist_ok=True)
         shutil.rmtree(staged, ignore_errors=True)
         os.mkdir(staged)
-        others = {**state, "step": step}
         files = {
-            "model.safetensors": write(staged / "model.safetensors", _serialized(weights)),
-            "optimizer.safetensors": write(staged / "optimizer.safetensors", _serialized(moments)),
-            "state.json": write(staged / "state.json", [json.dumps(others).encode()]),
+            "model.safetensors": write(staged / "model.safetensors", serialized(weights)),
+            "optimizer.safetensors": write(staged / "optimizer.safetensors", serialized(moments)),
+            "state.json": write(staged / "state.json", [text]),
         }
-        manifest = {"format": _FORMAT, "step": step, "files": files, "seal": _seal(files)}
-        write(staged / _MANIFEST, [json.dumps(manifest).encode()])
-        verify(staged)  # read back: what cannot be read must not take the place of what can
+        write_manifest(staged, step, files)
+        verify(staged)  # an unreadable checkpoint must not replace a readable one
         sync(staged)
         set_aside(final)
         os.rename(staged, final)
         sync(root)
     except OSError as error:
-        room = shutil.disk_usage(next(folder for folder in root.absolute().parents if folder.exists())).free
-        what = error.strerror or error
-        raise OSError(f"{root}: {what} (it needs {need / 2**20:,.1f} MiB, {room / 2**20:,.1f} MiB are free)") from None
+        free = shutil.disk_usage(next(folder for folder in root.absolute().parents if folder.exists())).free
+        reason = f"{error.strerror or error} (it needs {needed / 2**20:,.1f} MiB, {free / 2**20:,.1f} MiB are free)"
+        raise OSError(f"{root}: {reason}") from None
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     return final
 
 
+def write_manifest(folder: Path, step: int, files: dict[str, dict]) -> None:
+    """Write the manifest of the checkpoint in `folder`; `files` are the descriptions of its files, by name."""
+    manifest = {"format": _FORMAT, "step": step, "files": files, "seal": _seal(files)}
+    write(folder / _MANIFEST, [json.dumps(manifest).encode()])
+
+
 def verify(folder: Path) -> None:
     """Compare every file with the manifest. Raises CorruptCheckpoint with the first difference.
 
-    Raises UserError where a file may not be read: that is no damage, and nobody's work should be set aside for it.
+    Raises UserError if this user may not read a file: the checkpoint is not damaged then, and must not be set aside.
     """
     path = folder / _MANIFEST
     try:
-        if _plain(path).stat().st_size > _LARGEST_MANIFEST:
+        if _plain_file(path).stat().st_size > _LARGEST_MANIFEST:
             raise CorruptCheckpoint(f"{path} is too large for a manifest")
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if manifest["format"] != _FORMAT:
@@ -103,14 +100,14 @@ def verify(folder: Path) -> None:
             raise CorruptCheckpoint(f"{path} is not what was written (its seal differs)")
         if _STEP.fullmatch(folder.name) and int(folder.name[5:]) != manifest["step"]:
             raise CorruptCheckpoint(f"{path} belongs to step {manifest['step']}")
-        for name, described in manifest["files"].items():
-            path = _plain(folder / name)
-            if path.stat().st_size != described["bytes"]:
-                raise CorruptCheckpoint(f"{path} has {path.stat().st_size} bytes, not its {described['bytes']}")
-            if _described(path) != described:
+        for name, description in manifest["files"].items():
+            path = _plain_file(folder / name)
+            if path.stat().st_size != description["bytes"]:
+                raise CorruptCheckpoint(f"{path} has {path.stat().st_size} bytes, not its {description['bytes']}")
+            if describe(path) != description:
                 raise CorruptCheckpoint(f"{path} is not what was written (SHA-256 differs)")
     except PermissionError as error:
-        raise UserError(f"{error.filename} may not be read by this user; change its permissions") from None
+        raise UserError(f"{error.filename} cannot be read by this user; change its permissions") from None
     except OSError as error:
         raise CorruptCheckpoint(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -120,29 +117,31 @@ def verify(folder: Path) -> None:
 
 
 def newest(root: Path, say: Callable[[str], None]) -> Path | None:
-    """The newest verified checkpoint under `root`; None where there is none at all.
+    """The newest verified checkpoint under `root`, None if there is no checkpoint at all.
 
-    A damaged one is set aside (renamed to `<name>.corrupt`, never deleted) and `say` is told; the one before is used.
-    Raises UserError when all are damaged: starting over must be asked for.
+    A damaged checkpoint is renamed to `<name>.corrupt`, never deleted, and told to `say`; then the one before it is tried.
+    Raises UserError if all are damaged, because only the user can decide to start over.
     """
-    damaged = []
+    any_damaged = any(root.glob("*.corrupt*"))
     for folder in published(root)[::-1]:
         try:
             verify(folder)
             return folder
         except CorruptCheckpoint as error:
-            damaged.append(str(error))
+            any_damaged = True
             aside = folder.with_name(folder.name + ".corrupt")
-            set_aside(aside)  # an earlier one of that name
+            set_aside(aside)  # an earlier damaged checkpoint of this step
             os.rename(folder, aside)
             say(f"checkpoint set aside as {aside.name}: {error}")
-    if damaged or any(root.glob("*.corrupt*")):
-        raise UserError(f"no whole checkpoint is left under {root}; --resume_from_checkpoint none starts anew")
+    if any_damaged:
+        raise UserError(
+            f"no whole checkpoint is left under {root}; --resume_from_checkpoint none starts the run from the beginning"
+        )
     return None
 
 
 def published(root: Path) -> list[Path]:
-    """The checkpoints under `root`, oldest first. Raises OSError where `root` may not be read."""
+    """The checkpoints under `root`, oldest first. Raises OSError if `root` cannot be read."""
     try:
         names = os.listdir(root)
     except FileNotFoundError:
@@ -151,7 +150,7 @@ def published(root: Path) -> list[Path]:
 
 
 def load_state(folder: Path) -> dict:
-    """What is not a tensor in a verified checkpoint. Raises UserError where it is not what `save` writes."""
+    """The `state` of a verified checkpoint, with its `step`. Raises UserError if it is not what `save` writes."""
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         if isinstance(state, dict) and isinstance(state.get("step"), int):
@@ -162,187 +161,65 @@ def load_state(folder: Path) -> dict:
 
 
 @torch.no_grad()
-def load_tensors(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put a verified checkpoint's tensors into `model` and `optimizer`, which must be of the same make.
+def load_tensors(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Load a verified checkpoint into `model` and `optimizer`, which must be built as those that were saved.
 
-    Raises UserError where names, shapes or types differ: nothing of the state is optional.
+    Raises UserError if the model's tensors have other names, shapes or types, or the optimizer's state does not fit.
     """
     try:
-        saved = load_file(folder / "model.safetensors")
+        weights = load_file(folder / "model.safetensors")
         moments = load_file(folder / "optimizer.safetensors")
     except SafetensorError as error:
         raise UserError(f"{folder} cannot be read: {error}") from None
-    own = _distinct(model.state_dict())
-    if {k: (v.shape, v.dtype) for k, v in own.items()} != {k: (v.shape, v.dtype) for k, v in saved.items()}:
+    own = distinct(model.state_dict())
+    shapes, saved_shapes = ({name: (t.shape, t.dtype) for name, t in group.items()} for group in (own, weights))
+    if shapes != saved_shapes:
         raise UserError(f"{folder} was saved from another model: its tensors have other names, shapes or types")
     for name, tensor in own.items():
-        tensor.copy_(saved[name])
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state: dict[int, dict] = {index: {} for index in range(len(parameters))} if moments else {}
-    for name, value in moments.items():
-        index, _, key = name.partition(".")
-        known = index.isdecimal() and int(index) in state
-        if not known or key not in _OF_BLOCKS and value.shape not in ((), parameters[int(index)].shape):
-            raise UserError(f"{folder} was saved from another optimizer: {name} belongs to no parameter")
-        state[int(index)][key] = value
-    if len({frozenset(values) - _OF_BLOCKS for values in state.values()}) > 1:
-        raise UserError(f"{folder} was saved from another optimizer: not all parameters have the same moments")
-    # How the optimizer is set is the config's to say, and compared there.
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        tensor.copy_(weights[name])
+    try:
+        optimizer_state.unpack(optimizer, moments, load_state(folder).get("optimizer", {}))
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{folder} was saved from another optimizer, or its state is damaged: {error}; take another checkpoint"
+        ) from None
 
 
 def prune(root: Path, keep: int, best_step: int | None) -> None:
-    """Delete all but the `keep` newest checkpoints and the one of `best_step`; call it after a `save`.
+    """Delete all checkpoints but the `keep` newest and the one of `best_step`; call it after a `save`.
 
-    Only what is ours is deleted: a folder that holds the files of its manifest and nothing else. It is hidden first, so
-    that a half-deleted one is never taken for a checkpoint.
+    A folder that holds other files than those of its manifest is left alone. A folder is hidden by a rename before its
+    files are deleted, so a half-deleted one is never taken for a checkpoint.
     """
     for folder in published(root)[:-keep]:
-        if folder.name != f"step-{best_step or 0:08d}" and _is_ours(folder):
+        if folder.name != f"step-{best_step or 0:08d}" and _holds_its_files_only(folder):
             hidden = root / f".{folder.name}.pruned"
             os.rename(folder, hidden)
             shutil.rmtree(hidden)
 
 
 def clean(root: Path) -> None:
-    """Remove what a kill in the middle of `save` or `prune` left under `root`; nobody may be saving there."""
+    """Remove what a process killed in `save` or `prune` left under `root`; no other process may be saving there."""
     for leftover in [*root.glob(".step-????????.partial"), *root.glob(".step-????????.pruned")]:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def publish(final: Path, fill: Callable[[Path], None]) -> None:
-    """Put a folder, filled by `fill(folder)`, in the place of `final` once it is complete and on disk.
-
-    Raises OSError where it cannot be written; what was staged is removed.
-    """
-    staged = final.with_name(f".{final.name}.partial")
-    shutil.rmtree(staged, ignore_errors=True)
-    try:
-        fill(staged)
-        replace_folder(staged, final)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-
-
-def replace_folder(staged: Path, final: Path) -> None:
-    """Put the complete folder `staged` in the place of `final`.
-
-    An old `final` stays as `<name>.previous`, and an older one of that name as `<name>.previous.1` and so on: nothing
-    is deleted.
-    """
-    for path in [*staged.rglob("*"), staged]:
-        if path.is_file():
-            path.chmod(0o666 & ~_umask())  # safetensors' own writer gives 0600
-        sync(path)
-    previous = final.with_name(final.name + ".previous")
-    if final.exists():
-        set_aside(previous)
-        os.rename(final, previous)
-    os.rename(staged, final)
-    sync(final.parent)
-
-
-def set_aside(path: Path) -> None:
-    """Rename `path`, where there is one, to the first of `<name>.1`, `<name>.2` ... that is free."""
-    if os.path.lexists(path):
-        numbered = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
-        os.rename(path, next(free for free in numbered if not os.path.lexists(free)))
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    """The SHA-256 of every file in `folder`."""
-    return {path.name: _described(path)["sha256"] for path in sorted(folder.iterdir()) if path.is_file()}
-
-
-def write(path: Path, blocks: Iterable[bytes | memoryview]) -> dict:
-    """Write `blocks` to a new file and wait until it is on disk; returns its size and SHA-256, found on the way."""
-    digest, size = hashlib.sha256(), 0
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-    try:
-        for block in blocks:
-            digest.update(block)
-            rest = memoryview(block)
-            while rest:
-                written = os.write(handle, rest)
-                size, rest = size + written, rest[written:]
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-    return {"bytes": size, "sha256": digest.hexdigest()}
-
-
-def write_json(path: Path, value) -> None:
-    """Put a JSON file in its place by one rename: whoever reads it finds the old one or the new one, whole."""
-    staged = path.with_name(f".{path.name}.partial")
-    try:
-        write(staged, [json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n"])
-        os.replace(staged, path)
-    finally:
-        staged.unlink(missing_ok=True)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of names, is on disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _serialized(tensors: dict[str, torch.Tensor]) -> Iterator[bytes | memoryview]:
-    """A safetensors file, one tensor in host memory at a time: the header's length, the header, the tensors in order."""
-    header, end = {}, 0
-    for name, tensor in tensors.items():
-        begin, end = end, end + tensor.nbytes
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for tensor in tensors.values():
-        yield memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-
-
-def _distinct(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors that share memory (tied weights) once, under their first name."""
-    first = {}
-    for name, tensor in tensors.items():
-        first.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else name, (name, tensor))
-    return dict(first.values())
-
-
-def _plain(path: Path) -> Path:
+def _plain_file(path: Path) -> Path:
     if not path.is_symlink() and path.is_file():
         return path
     raise CorruptCheckpoint(f"{path} is {'not a plain file' if os.path.lexists(path) else 'missing'}")
 
 
-def _is_ours(folder: Path) -> bool:
+def _holds_its_files_only(folder: Path) -> bool:
     try:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        files = {path.name: path.stat().st_size for path in folder.iterdir() if path.name != _MANIFEST}
-        return files == {name: described["bytes"] for name, described in manifest["files"].items()}
+        sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.name != _MANIFEST}
+        return sizes == {name: description["bytes"] for name, description in manifest["files"].items()}
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
-def _described(path: Path) -> dict:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": _sha256(file)}
-
-
 def _seal(files: dict) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(file) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

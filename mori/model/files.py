@@ -1,12 +1,11 @@
-"""A model folder from elsewhere, looked at before anything in it is loaded: kinds of files, links, sizes, headers, numbers.
+"""A model folder from elsewhere, checked before anything in it is loaded: file types, links, sizes, headers, numbers.
 
-What is loaded afterwards reads plain files of this folder alone, and takes memory in proportion to its weights.
+Afterwards, loading reads plain files of this folder only, and takes memory in proportion to its weights.
 """
 
 import json
 import math
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,34 +14,32 @@ from mori.cli import UserError
 from mori.data.files import leads_out, memory_bytes
 
 WEIGHTS = (".safetensors", ".bin")
-# Far above the largest in use (a configuration of 1 MB, a tokenizer of 33 MB); what is parsed takes many times its size.
+# Far above the largest in use (a configuration of 1 MB, a tokenizer of 33 MB). Parsing takes many times the size.
 _CONFIG_BYTES, _TEXT_BYTES, _HEADER_BYTES = 8 << 20, 64 << 20, 32 << 20
-# Numbers in config.json up to here are harmless whatever they count: a list as long takes 8 MB.
-_SMALL = 1 << 20
-# These count nothing: frequencies, places in a text, ids, and what people note besides.
-_NO_COUNT = re.compile(r"theta|position|length|seq|window|context|ctx|token|param|freq|base|flos", re.IGNORECASE)
+# Integers in config.json: the largest, and the sum of all. The longest context in use is 10,485,760 tokens.
+_LARGEST_INTEGER, _LARGEST_SUM = 1 << 24, 1 << 26
+_LARGEST_NUM_LABELS = 1 << 20  # transformers builds two dicts of that length, which take 150 bytes an entry
 _ITEM_BITS = {"BOOL": 8, "F4": 4, "F6": 6, "F8": 8, "I8": 8, "U8": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16}
 _ITEM_BITS |= {"I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64}
 
 
 @dataclass
 class Stored:
-    """What the weight files of a folder hold at most: `elements` in all, in `tensors`, the longest side being `longest`."""
+    """An upper bound of what the weight files of a folder hold: `elements` in all, in `tensors` tensors."""
 
     elements: int = 0
     tensors: int = 0
-    longest: int = 0
 
 
 def check_folder(folder: Path) -> Stored:
-    """Look at every file of a model folder; returns what its weight files hold.
+    """Check every file of a model folder; returns the size of its weights.
 
-    Raises UserError for a link that leads out of the folder (but that of the hub's cache to its own blobs), for what is no
-    plain file, for a shard or another file that is named outside the folder, and for sizes and counts that cannot be:
-    of a JSON file, of a header, of a tensor, or in config.json.
+    Raises UserError for a link that leaves the folder (except to the blobs of the hub's cache), for anything but plain
+    files and folders, for a shard or another file that is named outside the folder, for a missing shard, for an adapter or
+    a distributed checkpoint, and for impossible sizes: of a JSON file, the weights, a header, a tensor, or in config.json.
     """
     for path in _walk(folder):
-        _check_kind(path, folder)
+        _check_file_type(path, folder)
     for path in sorted(folder.iterdir()):
         if path.is_file() and not path.name.endswith(WEIGHTS):
             limit = _CONFIG_BYTES if "config" in path.name else _TEXT_BYTES
@@ -53,12 +50,12 @@ def check_folder(folder: Path) -> Stored:
             f"{folder} holds an adapter (adapter_config.json); merge it into its model (peft: merge_and_unload) and save that"
         )
     if any(path.name == ".metadata" or path.name.startswith("shard-0") for path in folder.iterdir()):
-        raise UserError(f"{folder} holds a distributed checkpoint; save the model whole, with save_pretrained()")
+        raise UserError(f"{folder} holds a distributed checkpoint; save the whole model with save_pretrained()")
     for path in sorted(folder.glob("*.index.json")):
         _check_index(path)
     for path in sorted(folder.glob("*config.json")):
         _check_named_files(path)
-    # As transformers chooses; a .bin may also be something else that a training has left.
+    # The order of transformers. A .bin file beside safetensors may be something else, such as an optimizer's state.
     weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     size, memory = sum(path.stat().st_size for path in weights), memory_bytes()
     if size > memory:
@@ -69,29 +66,26 @@ def check_folder(folder: Path) -> Stored:
     for path in weights:
         if path.suffix == ".safetensors":
             _add_header(path, stored)
-        else:  # its shapes are known only by unpacking it; an element takes a byte at least
+        else:  # only unpacking would tell the shapes; an element has at least one byte
             size = path.stat().st_size
             stored.elements += size
             stored.tensors += min(size // 64, 10_000)
-            stored.longest = max(stored.longest, size)
-    _check_numbers(folder / "config.json", stored.longest)
+    _check_integers(folder / "config.json")
     return stored
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    for parent, folders, files in os.walk(folder):
-        yield from (Path(parent) / name for name in [*folders, *files])
+    for parent, folders, names in os.walk(folder):
+        yield from (Path(parent) / name for name in [*folders, *names])
 
 
-def _check_kind(path: Path, folder: Path) -> None:
+def _check_file_type(path: Path, folder: Path) -> None:
     roots = [folder]
     snapshots = Path(os.path.realpath(folder)).parent
     if snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--"):
         roots.append(snapshots.parent / "blobs")
     if path.is_symlink() and leads_out(path, *roots):
-        raise UserError(
-            f"{path} is a link that leads out of the model's folder; put the file itself there, or remove it"
-        )
+        raise UserError(f"{path} is a link that leads out of the model's folder; replace it by the file, or remove it")
     if not path.is_file() and not path.is_dir():
         raise UserError(f"{path} is neither a plain file nor a folder (a pipe, a device or a broken link?); remove it")
 
@@ -116,22 +110,24 @@ def _check_index(path: Path) -> None:
 
 
 def _check_named_files(path: Path) -> None:
-    """A path in a setting may be left over from its author's machine; one to a file that is on this machine is refused."""
+    """Refuse a setting that names a file outside the folder, if that file exists on this machine.
+
+    A path left over from the author's machine does no harm.
+    """
     settings = _read_json(path)
     for key, value in settings.items() if isinstance(settings, dict) else ():
         if key.endswith(("_file", "_files")) or key == "transformers_weights":
             for name in value if isinstance(value, list) else [value]:
-                plain = not isinstance(name, str) or "\0" in name or Path(name).name == name
-                if not plain and any(
-                    leads_out(p, path.parent) and p.exists() for p in (Path(name), path.parent / name)
-                ):
+                if not isinstance(name, str) or "\0" in name or Path(name).name == name:
+                    continue
+                if any(leads_out(p, path.parent) and p.exists() for p in (Path(name), path.parent / name)):
                     raise UserError(
                         f"{path} names a file outside its folder: {key} is {name[:100]!r}; remove it from {path.name}"
                     )
 
 
 def _add_header(path: Path, stored: Stored) -> None:
-    """Count the tensors of a safetensors file by its header (https://github.com/huggingface/safetensors#format)."""
+    """Add the tensors in a safetensors header to `stored` (https://huggingface.co/docs/safetensors, "Format")."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -143,27 +139,22 @@ def _add_header(path: Path, stored: Stored) -> None:
             for name, tensor in header.items():
                 shape, (begin, end) = tensor["shape"], tensor["data_offsets"]
                 elements = math.prod(shape)
-                bits = next(bits for kind, bits in _ITEM_BITS.items() if tensor["dtype"].startswith(kind))
-                if (
-                    min([0, *shape]) < 0
-                    or not 0 <= begin <= end <= size - 8 - length
-                    or elements * bits != (end - begin) * 8
-                ):
+                bits = next(bits for dtype, bits in _ITEM_BITS.items() if tensor["dtype"].startswith(dtype))
+                in_file = 0 <= begin <= end <= size - 8 - length
+                if min([0, *shape]) < 0 or not in_file or elements * bits != (end - begin) * 8:
                     raise UserError(
                         f"cannot load model {path.parent}: {path.name} gives {name[:100]} an impossible size"
                     )
                 stored.elements += elements
                 stored.tensors += 1
-                stored.longest = max([stored.longest, *shape])
         except (ValueError, RecursionError, KeyError, TypeError, AttributeError, StopIteration) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"cannot load model {path.parent}: the header of {path.name} is damaged") from None
 
 
-def _check_numbers(path: Path, longest: int) -> None:
-    """Refuse counts that no tensor bears out: a configuration makes lists as long as they say, before any model is there."""
-    limit = max(_SMALL, longest)
+def _check_integers(path: Path) -> None:
+    """Refuse integers that no model needs, because configurations build lists as long as their integers say."""
     total, rest = 0, [("", _read_json(path))]
     while rest:
         key, value = rest.pop()
@@ -171,11 +162,13 @@ def _check_numbers(path: Path, longest: int) -> None:
             rest += value.items()
         elif isinstance(value, list):
             rest += [(key, item) for item in value]
-        elif isinstance(value, int) and not _NO_COUNT.search(key):
+        elif isinstance(value, int):
             total += abs(value)
-            if abs(value) > limit or total > 64 * limit:
+            limit = _LARGEST_NUM_LABELS if key == "num_labels" else _LARGEST_INTEGER
+            if abs(value) > limit or total > _LARGEST_SUM:
                 raise UserError(
-                    f"cannot load model {path.parent}: {key} in config.json is larger than anything in its weights"
+                    f"cannot load model {path.parent}: the integer {key[:100]} in config.json is too large to count "
+                    "anything; if it is no count, write it with a decimal point (1000000.0), or remove it"
                 )
 
 

@@ -1,1 +1,1 @@
-"""What a run shows and keeps: TensorBoard, metrics.jsonl, the progress bar, reports."""
+"""What a run shows and logs: loggers, progress bar, throughput, the overview before the first step."""

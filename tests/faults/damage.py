@@ -16,6 +16,7 @@ from pathlib import Path
 
 from mori import optim
 from mori.checkpoint import checkpoints as checkpoint
+from mori.checkpoint import files
 
 from .common import STEPS, Case, Ended, Lab, patched, row, run, seeds
 
@@ -225,7 +226,7 @@ def no_space(lab: Lab, full: bool, seed: int) -> list[dict]:
                 os.dup2(os.open("/dev/full", os.O_WRONLY), stream)
 
         ended = run(lab.config(name), patched(optim, "set_learning_rate", step, lose_the_logs))
-        weights = checkpoint.hashes(lab.folder / name / "brain")["model.safetensors"] if ended.code == 0 else ""
+        weights = files.hashes(lab.folder / name / "brain")["model.safetensors"] if ended.code == 0 else ""
         logs.append(
             Case(
                 f"logs and output full from step {step}",

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from mori import optim
 from mori.checkpoint import checkpoints as checkpoint
 from mori.model import loading as model
-from mori.tracking.monitor import read_metrics
+from mori.tracking.loggers import read_metrics
 
 from .common import STEPS, Case, Lab, patched, row, run, seeds, together
 

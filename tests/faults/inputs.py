@@ -260,13 +260,12 @@ def resealed_checkpoint(place: Place, rng: random.Random):
 
 
 def reseal(folder: Path) -> None:
-    """Write the manifest anew, over whatever the checkpoint's files now hold. The one place that knows how it is sealed."""
+    """Write a manifest that matches the changed files of a checkpoint."""
     from mori.checkpoint import checkpoints as checkpoint
+    from mori.checkpoint.files import describe
 
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    manifest["files"] = {name: checkpoint._described(folder / name) for name in manifest["files"]}
-    manifest["seal"] = checkpoint._seal(manifest["files"])
-    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    checkpoint.write_manifest(folder, manifest["step"], {name: describe(folder / name) for name in manifest["files"]})
 
 
 def bad_run_file(place: Place, rng: random.Random):

@@ -14,7 +14,7 @@ from mori import optim
 from mori.checkpoint import checkpoints as checkpoint
 from mori.data import windows as data
 from mori.model import loading as model
-from mori.tracking.monitor import read_metrics
+from mori.tracking.loggers import read_metrics
 
 from .common import (
     SAVE_STEPS,

@@ -1,0 +1,46 @@
+"""Tensors as a safetensors file, written with one tensor in host memory at a time."""
+
+import json
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+# https://huggingface.co/docs/safetensors, "Format"
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+def distinct(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Keep tensors that share memory (tied weights) once, under their first name."""
+    first = {}
+    for name, tensor in tensors.items():
+        shared = isinstance(tensor, torch.Tensor) and tensor.numel()
+        first.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride()) if shared else name, (name, tensor))
+    return dict(first.values())
+
+
+def check_storable(tensors: dict[str, torch.Tensor]) -> None:
+    """Raise TypeError for a value that the file format cannot hold, FloatingPointError for NaN or infinity."""
+    for name, tensor in tensors.items():
+        if type(tensor) not in (torch.Tensor, nn.Parameter):
+            raise TypeError(f"{name} cannot be saved: it is a {type(tensor).__name__}, not a plain tensor")
+        if tensor.dtype not in DTYPES or tensor.layout is not torch.strided or tensor.is_meta:
+            raise TypeError(f"{name} cannot be saved: {tensor.dtype}, {tensor.layout}, on {tensor.device}")
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise FloatingPointError(f"{name} is not finite")
+
+
+def serialized(tensors: dict[str, torch.Tensor]) -> Iterator[bytes | memoryview]:
+    """Yield a safetensors file in blocks: the header with its length, then the bytes of each tensor in order."""
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for tensor in tensors.values():
+        yield memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

@@ -1,0 +1,89 @@
+"""A run in a few printed lines, before its first step and after its last, and `environment.json`."""
+
+import json
+import platform
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+
+from mori import __version__
+from mori.config import TrainConfig
+
+
+def environment(device: torch.device, precision: str, world_size: int) -> dict:
+    """Versions, hardware and command of this process, for `environment.json`."""
+    gpu = device.type == "cuda"
+    return {
+        "mori": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if gpu else platform.processor() or platform.machine(),
+        "precision": precision,
+        "threads": torch.get_num_threads(),
+        "world_size": world_size,
+        "command": sys.argv,
+    }
+
+
+def introduction(
+    config: TrainConfig,
+    *,
+    environment: dict,
+    device: torch.device,
+    text: str,
+    blank_files: int,
+    parameters: int,
+    total_steps: int,
+    steps_per_epoch: int,
+    faster: str,
+    run_dir: Path,
+    resumed: Path | None,
+) -> str:
+    """The lines printed before the first step: what is read, what is trained, and what is written.
+
+    Args:
+        environment: of this process, as `environment` returns it.
+        text: the corpus in words (its ledger); `blank_files` of its files were left out.
+        parameters: of the model.
+        faster: what speeds up this run, in words.
+        resumed: the checkpoint that the run resumes from.
+    """
+    left_out = f" ({blank_files} blank file(s) left out)" if blank_files else ""
+    layout = (
+        f"{config.per_device_train_batch_size} windows x {config.gradient_accumulation_steps} x "
+        f"{environment['world_size']} rank(s)"
+    )
+    lines = [
+        f"mori {environment['mori']}, torch {environment['torch']}, transformers {environment['transformers']}; "
+        f"{device}, {environment['precision']}, {environment['threads']} threads",
+        f"reads   {text}{left_out}",
+        f"model   {config.model}, {parameters / 1e6:.1f} M parameters",
+        f"trains  {total_steps} steps ({steps_per_epoch} an epoch) of {layout} x {config.block_size} tokens",
+        f"faster  {faster}",
+        f"writes  {run_dir}/ (tensorboard --logdir {config.logging_dir}), the brain to {config.output_dir}/",
+    ]
+    return "\n".join(lines + ([f"resumes {resumed}"] if resumed else []))
+
+
+def results(summary: dict, prompt: str) -> str:
+    """The lines printed after the last step: cost, held-out loss, and the command to generate from `prompt`.
+
+    `summary` is what `summary.json` holds.
+    """
+    evaluation, steps = summary["eval"], summary["steps"]
+    before = f"{evaluation['before']['loss']:.4f} -> " if evaluation["before"] else ""
+    lines = [
+        f"{steps} steps in {summary['wall_seconds']:.0f} s, {summary['tokens_per_second']:.0f} tokens/s; "
+        f"held-out loss {before}{evaluation['after']['loss']:.4f} "
+        f"(best {evaluation['best']['loss']:.4f} at step {evaluation['best']['step']})",
+        f"the brain is in {summary['output_dir']}/; talk to it: python scripts/generate.py "
+        f"--model {summary['output_dir']} --prompt {json.dumps(prompt, ensure_ascii=False)}",
+    ]
+    if summary["skipped_steps"]:
+        warning = f"WARNING: {summary['skipped_steps']} of {steps} steps were skipped, their gradient was not finite"
+        lines.insert(0, warning)
+    return "\n".join(lines)

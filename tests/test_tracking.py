@@ -1,0 +1,166 @@
+"""Loggers, throughput, the overview of a run."""
+
+import json
+import time
+
+import pytest
+import torch
+from conftest import stop_after
+
+import mori
+from mori.config import TrainConfig
+from mori.tracking import loggers, overview
+from mori.tracking.loggers import Logger, MetricsFile, read_metrics
+from mori.tracking.monitor import Monitor
+from mori.tracking.throughput import Throughput
+
+
+@pytest.fixture
+def notebook(monkeypatch):
+    """Add a made-up logger to `LOGGERS`; the fixture is the list of what it was told."""
+    entries = []
+
+    class Notebook(Logger):
+        name = "the notebook"
+
+        def __init__(self, run_dir, first_lost_step):
+            super().__init__(run_dir, first_lost_step)
+            entries.append(("first lost step", first_lost_step, run_dir.name))
+
+        def scalars(self, step, values):
+            entries.append(("scalars", step, dict(values)))
+
+        def text(self, step, tag, text):
+            entries.append(("text", step, tag, text))
+
+        def sync(self):
+            entries.append(("sync",))
+
+        def close(self):
+            entries.append(("close",))
+
+    monkeypatch.setattr(loggers, "LOGGERS", [*loggers.LOGGERS, Notebook])
+    return entries
+
+
+def test_added_logger_is_told_scalars_and_texts_of_a_run(run_train, notebook, tmp_path):
+    summary = run_train(max_steps=4, eval_steps=2, save_steps=2)
+    assert notebook[0] == ("first lost step", 0, "run")
+    scalars = [{"step": entry[1], **entry[2]} for entry in notebook if entry[0] == "scalars"]
+    assert scalars == read_metrics(tmp_path / "runs/run/metrics.jsonl")
+    assert [line["step"] for line in scalars if "train/loss" in line] == [1, 2, 3, 4]
+    texts = {entry[1:] for entry in notebook if entry[0] == "text"}
+    assert (4, "samples/0", summary["samples"]["after"][0]) in texts and {step for step, *_ in texts} == {0, 2, 4}
+    assert notebook.count(("sync",)) == 2 and notebook.count(("close",)) == 1 and notebook[-1] == ("close",)
+
+
+def test_added_logger_is_told_which_steps_are_lost(run_train, notebook):
+    stop_after(6, run_train)
+    notebook.clear()
+    run_train()
+    assert notebook[0] == ("first lost step", 5, "run")  # the checkpoint is of step 4
+    assert [entry[1] for entry in notebook if entry[0] == "scalars" and "train/loss" in entry[2]] == list(range(5, 13))
+
+
+@pytest.mark.parametrize("method", ["scalars", "text", "sync", "close"])
+def test_logger_that_fails_is_reported_once_and_stops_nothing(run_train, monkeypatch, tmp_path, capsys, method):
+    class OddError(Exception):
+        pass
+
+    def fail(*_):
+        raise OddError("no\nconnection")
+
+    broken = type("Broken", (Logger,), {"name": "the server", "scalars": lambda *_: None, method: fail})
+    monkeypatch.setattr(loggers, "LOGGERS", [broken, *loggers.LOGGERS])
+    run_train(max_steps=4, save_steps=2)
+    output = capsys.readouterr().out
+    assert (
+        output.count("WARNING: the server in ") == 1 and "cannot be written: no connection; training goes on" in output
+    )
+    assert [line["step"] for line in read_metrics(tmp_path / "runs/run/metrics.jsonl")] == [0, 1, 2, 3, 4, 4]
+
+
+def test_monitor_of_another_rank_writes_nothing(tmp_path, notebook):
+    monitor = Monitor(tmp_path, first_step=0, total_steps=3, enabled=False)
+    monitor.scalars(1, {"train/loss": 1.0})
+    monitor.text(1, "samples/0", "a")
+    monitor.progress(1, loss="1.0")
+    monitor.say("a")
+    monitor.sync()
+    monitor.close()
+    assert not notebook and not list(tmp_path.iterdir())
+
+
+def test_metrics_file_drops_lost_lines_before_it_writes(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "a": 1.0}\n{"step": 2, "a": 2.0}\n{"step": 3, "a": 3.0}\n{"step": 3, "b')
+    log = MetricsFile(tmp_path, first_lost_step=3)
+    log.sync()
+    assert read_metrics(path) == [{"step": 1, "a": 1.0}, {"step": 2, "a": 2.0}]
+    log.scalars(3, {"a": 4.0})
+    assert path.read_text() == '{"step": 1, "a": 1.0}\n{"step": 2, "a": 2.0}\n{"step": 3, "a": 4.0}\n'
+
+
+def test_metrics_file_ends_an_incomplete_line_after_a_failed_write(tmp_path):
+    log = MetricsFile(tmp_path, first_lost_step=0)
+    log.scalars(1, {"a": 1.0})
+    path = tmp_path / "metrics.jsonl"
+    path.rename(tmp_path / "hidden")
+    path.mkdir()
+    with pytest.raises(OSError):
+        log.scalars(2, {"a": 2.0})
+    path.rmdir()
+    (tmp_path / "hidden").rename(path)
+    with path.open("a") as lines:
+        lines.write('{"step": 2, "a"')  # what the failed write may have left
+    for step in (3, 4):
+        log.scalars(step, {"a": 3.0})
+    assert [line["step"] for line in read_metrics(path)] == [1, 3, 4]
+    assert len(path.read_text().splitlines()) == 4
+
+
+def test_throughput_counts_training_only(monkeypatch):
+    clock = iter([0.0, 2.0, 3.0, 10.0, 20.0, 24.0, 26.0, 26.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    speed = Throughput(tokens=100, seconds=5.0)
+    speed.start()  # at 0
+    with speed.waiting():  # from 2 to 3
+        pass
+    speed.tokens += 40
+    speed.stop()  # at 10
+    assert speed.seconds == 15.0 and speed.since_last() == (4.0, 0.1)
+    speed.start()  # at 20
+    speed.tokens += 12
+    speed.stop()  # at 24
+    assert speed.since_last() == (3.0, 0.0) and speed.since_last() == (0.0, 0.0)
+
+
+def test_introduction_says_what_is_read_trained_and_written(tmp_path):
+    environment = overview.environment(torch.device("cpu"), "bf16", 2)
+    assert environment["mori"] == mori.__version__ and json.loads(json.dumps(environment)) == environment
+    config = TrainConfig(model="m", block_size=16, per_device_train_batch_size=4, gradient_accumulation_steps=3)
+    values = {
+        "environment": environment, "device": torch.device("cpu"), "text": "the text", "blank_files": 1, "parameters": 2_500_000,
+        "total_steps": 12, "steps_per_epoch": 5, "faster": "nothing", "run_dir": tmp_path,
+    }  # fmt: skip
+    lines = overview.introduction(config, **values, resumed=None).splitlines()
+    assert "cpu, bf16" in lines[0] and lines[1] == "reads   the text (1 blank file(s) left out)"
+    assert lines[2:4] == [
+        "model   m, 2.5 M parameters",
+        "trains  12 steps (5 an epoch) of 4 windows x 3 x 2 rank(s) x 16 tokens",
+    ]
+    assert len(lines) == 6 and str(tmp_path) in lines[5]
+    assert overview.introduction(config, **values, resumed=tmp_path / "c").endswith(f"\nresumes {tmp_path / 'c'}")
+
+
+def test_results_say_loss_and_skipped_steps():
+    evaluations = {"before": None, "best": {"step": 6, "loss": 1.5}, "after": {"step": 12, "loss": 2.0}}
+    summary = {
+        "steps": 12, "eval": evaluations, "wall_seconds": 3.0, "tokens_per_second": 640.0, "skipped_steps": 0, "output_dir": "brain",
+    }  # fmt: skip
+    cost, command = overview.results(summary, 'Halo "semua"').splitlines()
+    assert cost == "12 steps in 3 s, 640 tokens/s; held-out loss 2.0000 (best 1.5000 at step 6)"
+    assert command.endswith('python scripts/generate.py --model brain --prompt "Halo \\"semua\\""')
+    evaluations["before"] = {"step": 0, "loss": 5.0}
+    warning, cost, _ = overview.results(summary | {"skipped_steps": 2}, "Halo").splitlines()
+    assert warning.startswith("WARNING: 2 of 12 steps were skipped") and "held-out loss 5.0000 -> 2.0000" in cost
