@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mori import distributed as runtime
 from mori.bench import harness as bench
-from mori.config import DECODE_ARMS, DecodeBenchConfig, RunFailed
+from mori.config import DECODE_ARMS, DecodeBenchConfig, RunFailed, SamplingConfig
 from mori.generation.decode import decode as decode_ids
-from mori.generation.sampling import Sampler
+from mori.generation.sampler import Sampler
 from mori.model.loading import fuse_activations, save, train_tokenizer
 from mori.speed.startup import keep_freed_memory
 
@@ -158,7 +158,7 @@ def _arm(config: DecodeBenchConfig) -> dict:
     def by_mori(count: int, prompts=prompts, times: list | None = None) -> list:
         rows = [[] for _ in prompts]
         at_once = 8 if device.type == "cuda" and times is None else 1
-        sampler = Sampler(list(range(len(rows))), device=device, **controls)
+        sampler = Sampler(range(len(rows)), SamplingConfig(**controls), device=device)
         for new_ids in decode_ids(model, prompts.tolist(), sampler, count, steps_at_once=at_once):
             for row, ids in zip(rows, new_ids, strict=True):
                 row += ids

@@ -45,7 +45,8 @@ def answer(config: GenerateConfig, device: torch.device) -> None:
     controls = {name: value for name, value in config.sampling().items() if name in config.given}
     defaults = [f"{name} {value}" for name, value in model_settings(model).items() if name not in controls]
     if defaults:
-        print(f"from the model's generation_config.json: {', '.join(defaults)} (flags take precedence)", file=sys.stderr)
+        settings = ", ".join(defaults)
+        print(f"from the model's generation_config.json: {settings} (flags take precedence)", file=sys.stderr)
     options = {name: getattr(config, name) for name in ("seed", "batch_size", "crop_prompt", "on_full_context")}
     if config.interactive:
         return PromptLine(model, tokenizer, controls, options).run()
@@ -94,7 +95,8 @@ class PromptLine:
         """Read lines until the end of input or /quit."""
         if importlib.util.find_spec("readline"):
             import readline  # noqa: F401 (gives input() a history)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a child that a shell script starts with `&`
+        # A shell script's `&` makes its children ignore Ctrl-C.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         print("/help lists the commands; Ctrl-D leaves")
         while True:
             try:

@@ -21,7 +21,7 @@ class BufferedLayer(DynamicLayer):
         super().__init__()
         self.length = 0  # tokens in the buffers
         self.recording: Recording | None = None  # notes an update as one call
-        self.column: torch.Tensor | None = None  # (1,) if set, an update writes its token there and returns whole buffers
+        self.column: torch.Tensor | None = None  # (1,); if set, an update writes there and returns the whole buffers
 
     def lazy_initialization(self, keys: torch.Tensor, values: torch.Tensor | None = None) -> None:
         self.dtype, self.device = keys.dtype, keys.device
@@ -132,9 +132,9 @@ class ReplayingReader(Reader):
             self._set_length(self.length - 1)
         inputs = self.step_inputs(newest)
         recording, logits = Recording(inputs), None
-        with contextlib.suppress(RuntimeError, ValueError, TypeError):  # Unrecordable, or the model rejects the mask
-            with recording:
-                logits = self.recordable_step(inputs, recording)
+        # The calls may depend on values (Unrecordable), or the model may reject the mask.
+        with contextlib.suppress(RuntimeError, ValueError, TypeError), recording:
+            logits = self.recordable_step(inputs, recording)
         for layer in self.layers:
             layer.recording = layer.column = None
         own = logits if own is None else own
