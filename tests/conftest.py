@@ -11,7 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # several test processes on a few
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from mori import optim
 from mori.config import TrainConfig
@@ -44,6 +44,12 @@ def small_model(tmp_path_factory, tokenizer) -> Path:
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def model_and_tokenizer(small_model):
+    """The model of that folder in evaluation mode, and its tokenizer."""
+    return AutoModelForCausalLM.from_pretrained(small_model).eval(), AutoTokenizer.from_pretrained(small_model)
 
 
 @pytest.fixture(scope="session")
