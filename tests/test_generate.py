@@ -1,32 +1,13 @@
-"""Prompts to completions, from Python and by `scripts/generate.py`."""
-
-import json
-import shutil
+"""Prompts to completions."""
 
 import pytest
 import torch
-from conftest import STORIES, door, needs_stories
 from families import greedy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.stopping_criteria import StopStringCriteria
 
 from mori.config import UserError
 from mori.generation.generate import generate
-
-PUBLISHED = """Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw a big, red ball. She wanted to play with it, but it was too high.
-Lily's mom said, "Lily, let's go to the park." Lily was sad and didn't know what to do. She said, "I want to play with your ball, but I can't find it."
-Lily was sad and didn't know what to do. She said, "I'm sorry, Lily. I didn't know what to do."
-Lily didn't want to help her mom, so she"""
-
-
-@needs_stories
-def test_script_greedy_gives_the_published_text():
-    done = door(
-        "generate.py", "--model", STORIES, "--prompt", "", "--temperature", "0", "--max_new_tokens", "200", "--json"
-    )
-    assert done.returncode == 0, done.stderr
-    [answer] = json.loads(done.stdout)
-    assert answer["text"].startswith(PUBLISHED) and answer["prompt"] == ""
 
 
 def test_generate_row_ends_at_its_own_end_of_text(model_and_tokenizer):
@@ -88,25 +69,6 @@ def test_generate_leaves_mode_and_global_rng_unchanged(model_and_tokenizer):
 def test_generate_reports_all_invalid_values(model_and_tokenizer):
     with pytest.raises(UserError, match="top_p.*max_new_tokens"):
         generate(*model_and_tokenizer, ["Halo"], top_p=0.0, max_new_tokens=0)
-
-
-def test_script_json_is_the_whole_standard_output(small_model):
-    words = ("--prompt", "Halo", "Apa", "--num_return_sequences", "2", "--max_new_tokens", "3", "--seed", "5", "--json")
-    done = door("generate.py", "--model", small_model, *words)
-    answers = json.loads(done.stdout)
-    assert [a["prompt"] for a in answers] == ["Halo", "Halo", "Apa", "Apa"]
-    assert all(set(a) == {"prompt", "text", "new_token_ids", "finish_reason"} for a in answers)
-    assert door("generate.py", "--model", small_model, *words).stdout == done.stdout
-    shown = door("generate.py", "--model", small_model, *words[:-1]).stdout
-    assert answers[0]["prompt"] + answers[0]["text"] in shown
-
-
-@pytest.mark.parametrize(
-    "words, message", [(["--model", "mini"], "to be trained"), (["--model", "./none"], "does not exist")]
-)
-def test_script_mistake_is_one_line(words, message):
-    done = door("generate.py", *words)
-    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1 and not done.stdout
 
 
 def test_generate_batches_give_the_texts_of_single_prompts(model_and_tokenizer):
@@ -186,16 +148,6 @@ def test_generate_takes_defaults_from_the_model(model_and_tokenizer):
     assert len(generate(model, tokenizer, ["Halo"], seed=1)[0].new_token_ids) > 7  # no hidden top_k of 50
 
 
-def test_script_shows_the_settings_of_the_model(small_model, tmp_path):
-    shutil.copytree(small_model, tmp_path / "brain")
-    path = tmp_path / "brain" / "generation_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "do_sample": True, "temperature": 0.6, "top_k": 40}))
-    done = door(
-        "generate.py", "--model", tmp_path / "brain", "--prompt", "Halo", "--top_k", "3", "--max_new_tokens", "3"
-    )
-    assert "generation_config.json: temperature 0.6 (flags take precedence)" in done.stderr
-
-
 def test_generate_max_time_ends_the_text(model_and_tokenizer):
     [answer] = generate(*model_and_tokenizer, ["Halo"], max_time=1e-9, max_new_tokens=50)
     assert answer.finish_reason == "time" and len(answer.new_token_ids) == 1
@@ -225,15 +177,3 @@ def test_generate_reports_a_diverged_model(small_model):
     for temperature in (0.0, 1.0):
         with pytest.raises(FloatingPointError, match="not finite"):
             generate(model, tokenizer, ["Halo"], temperature=temperature)
-
-
-def test_script_streams_one_answer_and_reads_prompt_file(small_model, tmp_path):
-    words = ["--model", small_model, "--max_new_tokens", "8", "--seed", "3"]
-    [answer] = json.loads(door("generate.py", *words, "--prompt", "Halo", "--json").stdout)
-    assert door("generate.py", *words, "--prompt", "Halo").stdout == "Halo" + answer["text"] + "\n"
-    path = tmp_path / "prompts.txt"
-    path.write_text("Halo\n\nApa kabar\n", encoding="utf-8")
-    answers = json.loads(door("generate.py", *words, "--prompt_file", path, "--json").stdout)
-    assert [a["prompt"] for a in answers] == ["Halo", "Apa kabar"] and answers[0] == answer
-    done = door("generate.py", *words, "--prompt_file", tmp_path / "none.txt")
-    assert done.returncode == 2 and "none.txt" in done.stderr and done.stderr.count("\n") == 1
