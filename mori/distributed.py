@@ -1,14 +1,15 @@
-"""Where we run: device, ranks, random state, autocast and gradient scaling."""
+"""Device, ranks and precision; random state; signals; what to do when memory runs out."""
 
 import contextlib
 import gc
 import os
 import random
+import re
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -18,61 +19,74 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mori.config import RunFailed, UserError
+from mori.cli import RunFailed, UserError
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# PyTorch has no error types for a host without memory, nor for cuBLAS, whose handles are memory too.
+_OUT_OF_MEMORY = re.compile(
+    "can't allocate memory|out of memory|CUBLAS_STATUS_ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED"
+)
+_GLOO_SOURCE = re.compile(r"\bgloo/[\w/]+\.(?:cc|h):\d+\]")  # gloo raises RuntimeError with its source line
 
 
 @dataclass
 class Runtime:
-    """The device and this process' place among its peers."""
+    """The device and precision of this process, and its place among the ranks."""
 
     device: torch.device
     rank: int
     world_size: int
     precision: str
-    control: dist.ProcessGroup | None = None  # for what the ranks say to each other on the host
+    control: dist.ProcessGroup | None = None  # gloo: messages between hosts that do not wait for the device
 
     @property
     def is_main(self) -> bool:
-        """True on the rank that prints and writes."""
+        """Whether this is the rank that prints and writes."""
         return self.rank == 0
 
     def autocast(self):
-        """The context of every forward pass: mixed precision, or nothing in fp32."""
+        """The context of every forward pass: mixed precision, or no change in fp32."""
         if self.precision == "fp32":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=_DTYPES[self.precision])
 
+    @contextlib.contextmanager
+    def unchanged_random_state(self) -> Iterator[None]:
+        """The context of work whose random numbers must not move those of the training."""
+        before = random_state()
+        try:
+            yield
+        finally:
+            set_random_state(before)
+
     def grad_scaler(self) -> torch.amp.GradScaler:
-        """Scales the loss so that fp16 gradients do not vanish (Micikevicius et al., 2018, arXiv:1710.03740); else does nothing."""
+        """A scaler that keeps fp16 gradients from vanishing (Micikevicius et al., 2018, arXiv:1710.03740); disabled otherwise."""
         return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
     def parallel(self, model: nn.Module, example: Callable[[], tuple]) -> nn.Module:
-        """The model in DistributedDataParallel, when there are several ranks. `example()` are arguments that give a loss of 0.
+        """The model in DistributedDataParallel if there are several ranks; `example()` are arguments that give a loss of 0.
 
-        DDP lays out its buckets anew after the first backward pass, and the place of a gradient in them decides in which
-        order the ranks are summed. That is done here, on the example, so that the first step after a resume sums like
-        every other.
+        DDP rearranges its buckets after the first backward pass, and a gradient's bucket decides the order in which the
+        ranks are summed. Two passes over the example settle the layout, so that the first step after a resume sums in the
+        same order as every other step.
         """
         if self.world_size == 1:
             return model
         wrapped = DistributedDataParallel(model, device_ids=[self.device.index] if self.device.type == "cuda" else None)
-        before = random_state()
-        for _ in range(2):  # the new layout is made before the second
-            with self.autocast():
-                loss = wrapped(*example())
-            loss.backward()
+        with self.unchanged_random_state():
+            for _ in range(2):
+                with self.autocast():
+                    loss = wrapped(*example())
+                loss.backward()
         wrapped.zero_grad()
-        set_random_state(before)
         return wrapped
 
     def no_sync(self, model: nn.Module, skip: bool):
-        """The context of a micro-batch whose gradients (`skip`) are not yet exchanged between ranks."""
+        """The context of a micro-batch; with `skip`, its gradients are not exchanged between ranks yet."""
         return model.no_sync() if skip and self.world_size > 1 else contextlib.nullcontext()
 
     def all_sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over all ranks; where there are several, in place on the device."""
+        """The sum over all ranks; with several ranks, computed in place on the device."""
         if self.world_size > 1:
             tensor = tensor.to(self.device)
             dist.all_reduce(tensor)
@@ -82,12 +96,12 @@ class Runtime:
         """Whether `flag` is true on any rank, without waiting for the device."""
         if self.world_size == 1:
             return bool(flag)
-        found = torch.tensor(int(bool(flag)))
-        dist.all_reduce(found, group=self.control)
-        return bool(found)
+        count = torch.tensor(int(bool(flag)))
+        dist.all_reduce(count, group=self.control)
+        return bool(count)
 
     def gather(self, value) -> list:
-        """What every rank holds, in the order of ranks."""
+        """The value of every rank, in the order of ranks."""
         if self.world_size == 1:
             return [value]
         values = [None] * self.world_size
@@ -95,7 +109,7 @@ class Runtime:
         return values
 
     def on_main(self, action):
-        """Run `action` on the main rank alone; its result, or its UserError, is every rank's."""
+        """Run `action` on the main rank only; every rank returns its result, or raises its UserError."""
         result, mistake = None, None
         if self.is_main:
             try:
@@ -106,15 +120,15 @@ class Runtime:
                 mistake = UserError(f"{raised.filename}: {raised.strerror}")
         result, mistake = self.gather((result, mistake))[0]
         if mistake:
-            mistake.told_by_main = not self.is_main
+            mistake.reported_by_main_rank = not self.is_main
             raise mistake
         return result
 
     def main_first(self, action):
-        """Run `action` on the main rank, then on the others; the main rank's UserError is raised on all."""
-        made = []
-        self.on_main(lambda: made.append(action()))
-        return made[0] if self.is_main else action()
+        """Run `action` on the main rank, then on the others; all ranks raise the main rank's UserError."""
+        results = []
+        self.on_main(lambda: results.append(action()))
+        return results[0] if self.is_main else action()
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -122,7 +136,7 @@ class Runtime:
             dist.barrier()
 
     def synchronize(self) -> None:
-        """Wait until the device has done all that was asked of it."""
+        """Wait until the device has finished all queued work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -133,10 +147,10 @@ class Runtime:
 
 
 class BatchSize:
-    """How many windows are put through the model at once. It is a context for that work: `with batch_size: ...`
+    """The number of windows in one forward pass, and the context of that pass: `with batch_size: ...`
 
-    Where memory runs out inside, the work ends there, `size` is halved, and `halved` is true: the caller does it again.
-    Raises RunFailed where not even one window fits.
+    If memory runs out inside the context, it ends there, `size` is halved and `halved` is true: the caller tries again.
+    Raises RunFailed if not even one window fits.
     """
 
     def __init__(self, size: int):
@@ -144,8 +158,8 @@ class BatchSize:
 
     def __enter__(self) -> None:
         if self.halved:
-            gc.collect()  # what the failed attempt left in reference cycles
-            torch.cuda.empty_cache()  # libraries take memory that PyTorch does not hold
+            gc.collect()  # reference cycles keep tensors of the failed attempt
+            torch.cuda.empty_cache()  # libraries allocate outside PyTorch's cache
         self.halved = False
 
     def __exit__(self, kind, error, traceback) -> bool:
@@ -160,49 +174,43 @@ class BatchSize:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that memory ran out: the device's, or that of the host (PyTorch has no type for the latter)."""
-    # "out of memory" say CUDA, its driver, Triton, and MPS. A handle of cuBLAS is memory too, beside PyTorch's own.
-    said = (
-        "can't allocate memory",
-        "out of memory",
-        "CUBLAS_STATUS_ALLOC_FAILED",
-        "CUBLAS_STATUS_NOT_INITIALIZED",
-    )
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in said)
+    """Whether `error` reports that the device or the host ran out of memory."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
 
 
 def lost_a_rank(error: BaseException) -> bool:
-    """Whether `error` says that another rank is gone, or did not answer in time (gloo has no type for it)."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
+    """Whether `error` reports that another rank is gone, or did not answer in time."""
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and bool(_GLOO_SOURCE.search(str(error)))
 
 
 def start(device: str = "auto", precision: str = "fp32", timeout: int = 1800) -> Runtime:
-    """Find the device, join the other ranks (those of `torchrun`, by its environment variables), and settle the precision.
+    """Find the device, join the ranks that `torchrun` started (environment variables), and resolve the precision.
 
-    A rank that does not answer for `timeout` seconds is given up by the others.
-
-    `auto` precision is bf16 on a GPU that computes in it, fp16 on an older one, fp32 on a CPU.
-    Raises UserError where the device does not exist.
+    `auto` precision is bf16 on a GPU with bf16 units, fp16 on an older one, fp32 on a CPU. The ranks give up one that does
+    not answer for `timeout` seconds. Raises UserError if the device does not exist.
     """
     world_size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     chosen = _device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    patience = timedelta(seconds=timeout)
+    limit = timedelta(seconds=timeout)
     if world_size > 1 and not dist.is_initialized():
-        # torchrun keeps one store for all restarts (torch 2.13): what the ranks of an earlier start left there, such as
-        # their addresses, must not be found by those of this one.
-        store, rank, size = next(dist.rendezvous("env://", timeout=patience))
+        # torchrun keeps one store for all restarts (torch 2.13): a prefix hides the addresses of an earlier start.
+        store, rank, size = next(dist.rendezvous("env://", timeout=limit))
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend = "nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     if precision == "auto":
         precision = "fp32"
         if chosen.type == "cuda":
             precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if world_size == 1:
         return Runtime(chosen, 0, 1, precision)
-    control = dist.new_group(backend="gloo", timeout=patience)
+    control = dist.new_group(backend="gloo", timeout=limit)
     return Runtime(chosen, dist.get_rank(), world_size, precision, control)
 
 
@@ -221,12 +229,9 @@ def _device(name: str, local_rank: int) -> torch.device:
 
 
 def for_children(device: torch.device) -> str:
-    """Let the processes that this one starts see `device` alone, where it is a GPU; returns its name for them.
-
-    Trainer takes all GPUs that it sees, and the first before any other.
-    """
+    """Make `device` the only GPU that child processes see; returns its name for them. Trainer takes every GPU it sees."""
     if device.type == "cuda":
-        torch.cuda.init()  # for this process the GPUs stay what they are
+        torch.cuda.init()  # this process keeps its view of the GPUs
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         names = visible.split(",") if visible else list(map(str, range(torch.cuda.device_count())))
         os.environ["CUDA_VISIBLE_DEVICES"] = names[device.index or 0]
@@ -234,11 +239,10 @@ def for_children(device: torch.device) -> str:
 
 
 class StopSignals:
-    """Notices SIGINT (Ctrl-C), SIGTERM and SIGUSR1 instead of dying of them; `received` is the name of the first.
+    """Records SIGINT (Ctrl-C), SIGTERM and SIGUSR1 instead of dying of them; `received` is the name of the first.
 
-    A second Ctrl-C leaves at once. `torchrun` passes a signal on to workers that the terminal has told already, so one
-    that comes within a second is taken for the same. Outside the main thread, where Python allows no handlers, nothing
-    is noticed.
+    A second Ctrl-C exits at once. `torchrun` forwards a signal to workers that have it from the terminal already, so a second
+    one within a second counts as the same. Outside the main thread Python allows no handlers, and none are installed.
     """
 
     def __init__(self):
@@ -247,25 +251,25 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-                self._before[number] = signal.signal(number, self._notice)
+                self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _notice(self, number: int, frame) -> None:
+    def _handle(self, number: int, frame) -> None:
         if not self.received:
             self.received, self._at = signal.Signals(number).name, time.monotonic()
-            text = f"\n{self.received}: this step is finished and saved first (Ctrl-C again leaves at once)\n"
+            text = f"\n{self.received}: finishing and saving this step first (Ctrl-C again exits at once)\n"
             with contextlib.suppress(OSError, ValueError):  # `| tee` may have died of the same Ctrl-C
-                os.write(sys.stderr.fileno(), text.encode())  # print() may be interrupted in the middle of a print()
+                os.write(sys.stderr.fileno(), text.encode())  # print() is not reentrant
         elif number == signal.SIGINT and time.monotonic() - self._at > 1:
             raise KeyboardInterrupt
 
 
 def restarted() -> bool:
-    """Whether torchrun has started this process again (`--max-restarts`) after another one of the same command failed."""
+    """Whether torchrun has restarted this process (`--max-restarts`) after a failure."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
@@ -278,13 +282,13 @@ def set_seed(seed: int) -> None:
 
 
 def random_state() -> tuple:
-    """The state of every random generator that a model may draw from; cheap enough for every step."""
+    """The state of every random generator that a model may use; cheap enough for every step."""
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
     return random.getstate(), numpy.random.get_state(), torch.get_rng_state(), cuda
 
 
 def set_random_state(state: tuple) -> None:
-    """Put back what `random_state` gave."""
+    """Restore the result of `random_state`."""
     python, legacy, cpu, cuda = state
     random.setstate(python)
     numpy.random.set_state(legacy)
@@ -294,7 +298,7 @@ def set_random_state(state: tuple) -> None:
 
 
 def rng_state() -> dict:
-    """The same as plain JSON values."""
+    """The result of `random_state` as JSON values."""
     (version, python, gauss), (_, keys, position, has_gauss, cached), cpu, cuda = random_state()
     state = {
         "python": [version, list(python), gauss],
@@ -305,7 +309,7 @@ def rng_state() -> dict:
 
 
 def set_rng_state(state: dict) -> None:
-    """Put back what `rng_state` gave."""
+    """Restore the result of `rng_state`."""
     version, python, gauss = state["python"]
     keys, position, has_gauss, cached = state["numpy"]
     legacy = ("MT19937", keys, position, has_gauss, cached)

@@ -1,4 +1,4 @@
-"""How well a model predicts the held-out text: loss, perplexity, and bits per byte of the original text."""
+"""How well a model predicts the held-out text, and where a number first stopped being finite."""
 
 import math
 from collections.abc import Callable
@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from mori.data.windows import ShiftedDataset
+from mori.data.windows import ShiftedDataset, count_targets
 from mori.distributed import BatchSize, Runtime
-from mori.model.loading import CausalLMLoss
-from mori.model.loss import count_targets
+from mori.model.lm import CausalLMLoss
 
 
 @dataclass
@@ -31,29 +30,77 @@ def evaluate(
     runtime: Runtime,
     give_up: Callable[[], object] = lambda: False,
 ) -> Evaluation | None:
-    """Score every target of `dataset` once; ranks share the work.
+    """Score every target of `dataset` once; the ranks share the work.
 
-    Only the summed loss and the count are kept, in float64. Bits per byte does not depend on the tokenizer, so models
-    with different vocabularies can be compared by it: (nats / ln 2) / `text_bytes`. A batch that does not fit in memory
-    is done again in halves. `give_up` is asked before every batch; once it is true, the result is None.
+    Losses are summed in float64. Bits per byte, (nats / ln 2) / `text_bytes`, does not depend on the tokenizer, so it compares
+    models with different vocabularies. A batch that does not fit in memory is split in halves. `give_up` is called before
+    every batch; the result is None once it returns true.
     """
     was_training = module.training
     module.eval()
     totals = torch.zeros(2, dtype=torch.float64)
     share = range(runtime.rank, len(dataset), runtime.world_size)
-    at = 0
-    while at < len(share):
+    position = 0
+    while position < len(share):
         if give_up():
             module.train(was_training)
             return None
-        input_ids, labels = dataset.batch(share[at : at + batch_size.size])
+        input_ids, labels = dataset.batch(share[position : position + batch_size.size])
         with batch_size, runtime.autocast():
             loss_sum = module(input_ids.to(runtime.device), labels.to(runtime.device)).item()
         if not batch_size.halved:
             totals += torch.tensor([loss_sum, count_targets(labels)], dtype=torch.float64)
-            at += len(labels)
+            position += len(labels)
     nats, targets = runtime.all_sum(totals).tolist()
     module.train(was_training)
     loss = nats / targets
     perplexity = math.exp(loss) if loss < 700 else math.inf
     return Evaluation(loss, perplexity, nats / math.log(2) / max(1, text_bytes))
+
+
+def first_nonfinite_tensor(
+    module: CausalLMLoss,
+    micro_batches: list[tuple[torch.Tensor, torch.Tensor]],
+    n_targets: torch.Tensor,
+    runtime: Runtime,
+) -> str | None:
+    """The first tensor that is not finite when `micro_batches`, each `input_ids` and `labels` `(B, T)`, are trained on.
+
+    Weights come first, then the outputs of the modules in the order of their computation, then the loss, then the gradients from
+    the loss backwards. None if all are finite: a loss scale may overflow them. The gradients are zeroed afterwards.
+    """
+    for name, parameter in module.model.named_parameters():
+        if _nonfinite(parameter):
+            return f"the weight {name}"
+    names: list[str] = []  # of the first output that is not finite
+
+    def watch(name: str):
+        def hook(_module, _inputs, output) -> None:
+            tensors = output if isinstance(output, (tuple, list)) else [output]
+            if not names and any(isinstance(tensor, torch.Tensor) and _nonfinite(tensor) for tensor in tensors):
+                names.append(f"the output of {name}")
+
+        return hook
+
+    # A module's hook runs after those of its children, so the first name is the innermost module's.
+    hooks = [child.register_forward_hook(watch(name)) for name, child in module.model.named_modules() if name]
+    try:
+        with module.not_compiled():
+            for input_ids, labels in micro_batches:
+                with runtime.autocast():
+                    loss = module(input_ids.to(runtime.device), labels.to(runtime.device), n_targets.to(runtime.device))
+                if names or _nonfinite(loss):
+                    return names[0] if names else "the loss"
+                loss.backward()
+        for name, parameter in reversed(list(module.model.named_parameters())):
+            if parameter.grad is not None and _nonfinite(parameter.grad):
+                return f"the gradient of {name}"
+        return None
+    finally:
+        for hook in hooks:
+            hook.remove()
+        module.zero_grad()
+
+
+def _nonfinite(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() and not bool(tensor.isfinite().all())

@@ -1,18 +1,30 @@
-"""The optimizers and their parameter groups, and the learning rate as a pure function of the step."""
+"""Optimizers by name, and the learning rate as a pure function of the step.
+
+A new optimizer is a function in `OPTIMIZERS` and its name among the choices of `config.optim`; a new schedule is a function in
+`SCHEDULES` and its name among those of `config.lr_scheduler_type`. Checkpoints hold the `state_dict()` of any optimizer.
+"""
 
 import math
 import re
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
-# The names that `transformers.Trainer.get_decay_parameter_names` keeps from decaying, so that the same weights decay.
+from mori.config import TrainConfig
+
+# As in `transformers.Trainer.get_decay_parameter_names`, so that the same weights decay.
 _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
-_SLICE = 1 << 22  # weights of which `RoundingAdamW` makes its intermediate values at a time
+_SLICE = 1 << 22  # weights that `RoundingAdamW` updates at once: bounds its fp32 temporaries
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimizer `config.optim` for the trainable parameters of `model`."""
+    return OPTIMIZERS[config.optim](model, config)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups: weights that decay, and those that do not (biases, norms), the latter with weight decay 0."""
+    """Two groups: weights that decay, and biases and norms, which do not."""
     in_layer_norm = {
         id(parameter)
         for module in model.modules()
@@ -27,43 +39,106 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
 
 
-def adamw(
-    model: nn.Module,
-    *,
-    lr: float,
-    weight_decay: float,
-    betas: tuple[float, float],
-    eps: float,
-    name: str = "adamw_torch_fused",
-) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter, 2019, arXiv:1711.05101) in PyTorch's fused kernel.
-
-    The fused kernel also skips its update where `optimizer.found_inf` is 1, without asking the host. Where weights are in
-    bf16 it is `RoundingAdamW`; as "adamw_bnb_8bit" it is bitsandbytes' (see `eight_bit_adamw`). These two ask the host.
-    """
-    groups, how = parameter_groups(model, weight_decay), {"lr": lr, "betas": betas, "eps": eps}
-    if name == "adamw_bnb_8bit":
-        return eight_bit_adamw(model, groups, **how)
+def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter, 2019, arXiv:1711.05101) in PyTorch's fused kernel; `RoundingAdamW` for bf16 weights."""
+    groups, options = parameter_groups(model, config.weight_decay), _adam_options(config)
     if any(parameter.dtype == torch.bfloat16 for parameter in model.parameters()):
-        return RoundingAdamW(groups, how)
-    return torch.optim.AdamW(groups, **how, fused=True)
+        return RoundingAdamW(groups, options)
+    return torch.optim.AdamW(groups, **options, fused=True)
 
 
-class RoundingAdamW(torch.optim.Optimizer):
-    """AdamW for weights in bf16: moments and arithmetic are in fp32, and the new weight is rounded up or down at random.
+def adamw_8bit(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW with 8-bit moments by bitsandbytes (Dettmers et al., 2022, arXiv:2110.02861); those of embeddings have 32 bits.
 
-    An update that is smaller than a weight's last bit is so done now and then, and is not lost each time (Zamirai et al.,
-    2020, arXiv:2010.06192). The random numbers come from the number of the step alone: the same on every rank, and after
-    a resume. A parameter in fp32 is not rounded.
+    Trainer sets up `optim="adamw_bnb_8bit"` in the same way.
     """
+    from bitsandbytes.optim import AdamW8bit, GlobalOptimManager
 
-    found_inf: torch.Tensor | float = 0.0
+    class EightBitAdamW(AdamW8bit):
+        def state_dict(self) -> dict:
+            """As every optimizer of PyTorch; bitsandbytes wraps some tensors for FSDP."""
+            return torch.optim.Optimizer.state_dict(self)
+
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            GlobalOptimManager.get_instance().register_module_override(module, "weight", {"optim_bits": 32})
+    return EightBitAdamW(parameter_groups(model, config.weight_decay), **_adam_options(config))
+
+
+def adafactor(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """Adafactor (Shazeer and Stern, 2018, arXiv:1804.04235) with a fixed learning rate, as Trainer's `optim="adafactor"`."""
+    from transformers.optimization import Adafactor
+
+    groups = parameter_groups(model, config.weight_decay)
+    return Adafactor(groups, lr=config.learning_rate, scale_parameter=False, relative_step=False)
+
+
+def muon(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """Muon (Jordan et al., 2024) for the hidden matrices, AdamW for embeddings, head, biases and norms.
+
+    Muon's update is scaled to the RMS of AdamW's (Liu et al., 2025, arXiv:2502.16982), so both share one learning rate.
+    """
+    head = model.get_output_embeddings()
+    looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    looked_up |= set() if head is None else {id(head.weight)}
+    hidden, others = [], []
+    for group in parameter_groups(model, config.weight_decay):
+        matrices = [p for p in group["params"] if p.dim() == 2 and id(p) not in looked_up]
+        matrix_ids = {id(p) for p in matrices}
+        rest = [p for p in group["params"] if id(p) not in matrix_ids]
+        hidden += [{**group, "params": matrices}] if matrices else []
+        others += [{**group, "params": rest}] if rest else []
+    parts: list[torch.optim.Optimizer] = []
+    if hidden:
+        options = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+        parts.append(torch.optim.Muon(hidden, **options))
+    if others:
+        parts.append(torch.optim.AdamW(others, **_adam_options(config), fused=True))
+    return CombinedOptimizer(parts)
+
+
+def _adam_options(config: TrainConfig) -> dict:
+    return {"lr": config.learning_rate, "betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
+
+
+class CombinedOptimizer(torch.optim.Optimizer):
+    """Several optimizers, each for its own parameters, with one `param_groups` and one `state`."""
+
+    def __init__(self, parts: list[torch.optim.Optimizer]):
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self.parts = parts
+        self._share()
+
+    def _share(self) -> None:
+        """Let every part work on its slice of the common groups and on the common state."""
+        start = 0
+        for part in self.parts:
+            end = start + len(part.param_groups)
+            part.param_groups, part.state, start = self.param_groups[start:end], self.state, end
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
-        """One step, or nothing where `found_inf` is 1."""
-        if self.found_inf:
-            return
+        """One step of every part."""
+        for part in self.parts:
+            part.step()
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Load state and groups, and share them with the parts again."""
+        super().load_state_dict(state_dict)
+        self._share()
+
+
+class RoundingAdamW(torch.optim.Optimizer):
+    """AdamW for bf16 weights: fp32 moments and arithmetic, and stochastic rounding of the new weight.
+
+    An update smaller than a weight's last bit is applied now and then instead of being lost each time (Zamirai et al., 2020,
+    arXiv:2010.06192). The random numbers depend on the step's number only: they are the same on every rank and after a
+    resume. Parameters in fp32 are not rounded.
+    """
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        """One AdamW step, a slice of each parameter at a time."""
         generators: dict[torch.device, torch.Generator] = {}
         for group in self.param_groups:
             lr, (beta1, beta2) = group["lr"], group["betas"]
@@ -77,10 +152,10 @@ class RoundingAdamW(torch.optim.Optimizer):
                         state[name] = torch.zeros_like(parameter, dtype=torch.float32)
                 state["step"] += 1
                 step = int(state["step"])
-                whole = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
+                tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
                 rows = max(1, _SLICE * len(torch.atleast_1d(parameter)) // max(1, parameter.numel()))
                 for part, grad, exp_avg, exp_avg_sq in zip(
-                    *(torch.atleast_1d(t).split(rows) for t in whole), strict=True
+                    *(torch.atleast_1d(t).split(rows) for t in tensors), strict=True
                 ):
                     grad = grad.float()
                     exp_avg.lerp_(grad, 1 - beta1)
@@ -91,11 +166,11 @@ class RoundingAdamW(torch.optim.Optimizer):
                     if part.dtype == torch.bfloat16:
                         if part.device not in generators:
                             generators[part.device] = torch.Generator(part.device).manual_seed(step)
-                        weight = rounded_at_random(weight, generators[part.device])
+                        weight = round_stochastically(weight, generators[part.device])
                     part.copy_(weight)
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """As PyTorch does, which would round the moments to the type of the weights."""
+        """Load the state and keep the moments in fp32; PyTorch casts them to the type of the weights."""
         super().load_state_dict(state_dict)
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for index, values in state_dict["state"].items():
@@ -104,79 +179,67 @@ class RoundingAdamW(torch.optim.Optimizer):
                 self.state[parameters[index]][name] = value.clone() if name == "step" else value.to(device, copy=True)
 
 
-def rounded_at_random(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """fp32 `values` in bf16, each one of its two neighbours, the nearer the likelier, so that the mean is kept.
+def round_stochastically(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Round fp32 `values` to one of the two neighbours in bf16, the nearer with the higher probability: the mean is kept.
 
-    The 16 bits that bf16 leaves off are carried into it by a random number of as many (Zamirai et al., 2020,
-    arXiv:2010.06192, section 3).
+    A random 16-bit number is added to the 16 bits that bf16 drops (Zamirai et al., 2020, arXiv:2010.06192, section 3).
     """
     noise = torch.randint(0, 1 << 16, values.shape, generator=generator, dtype=torch.int32, device=values.device)
     return (values.view(torch.int32) + noise).bitwise_and_(-(1 << 16)).view(torch.float32).bfloat16()
 
 
-def eight_bit_adamw(model: nn.Module, groups: list[dict], **how) -> torch.optim.Optimizer:
-    """bitsandbytes' AdamW with moments of 8 bits (Dettmers et al., 2022, arXiv:2110.02861), those of embeddings of 32.
+OPTIMIZERS: dict[str, Callable[[nn.Module, TrainConfig], torch.optim.Optimizer]] = {
+    "adamw_torch_fused": adamw,
+    "adamw_bnb_8bit": adamw_8bit,
+    "muon": muon,
+    "adafactor": adafactor,
+}
 
-    As Trainer sets it up for `optim="adamw_bnb_8bit"`.
-    """
-    from bitsandbytes.optim import AdamW8bit, GlobalOptimManager
 
-    class EightBitAdamW(AdamW8bit):
-        found_inf: torch.Tensor | float = 0.0
+def _linear(step: int, warmup_steps: int, total_steps: int) -> float:
+    return max(0.0, (total_steps - step) / max(1, total_steps - warmup_steps))
 
-        def step(self, closure=None) -> None:
-            if not self.found_inf:
-                super().step()
 
-        def state_dict(self) -> dict:
-            """With tensors alone, and none of them wrapped."""
-            made = torch.optim.Optimizer.state_dict(self)
-            state = {
-                index: {name: torch.as_tensor(value) for name, value in values.items()}
-                for index, values in made["state"].items()
-            }
-            return {**made, "state": state}
+def _cosine(step: int, warmup_steps: int, total_steps: int) -> float:
+    """Half a cosine wave (Loshchilov and Hutter, 2017, arXiv:1608.03983)."""
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
 
-        def load_state_dict(self, state_dict: dict) -> None:
-            state = {index: {**values, "step": int(values["step"])} for index, values in state_dict["state"].items()}
-            super().load_state_dict({**state_dict, "state": state})
 
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            GlobalOptimManager.get_instance().register_module_override(module, "weight", {"optim_bits": 32})
-    return EightBitAdamW(groups, **how)
+def _constant(step: int, warmup_steps: int, total_steps: int) -> float:
+    return 1.0
+
+
+# The share of the peak learning rate in a step after the warm-up.
+SCHEDULES: dict[str, Callable[[int, int, int], float]] = {"linear": _linear, "cosine": _cosine, "constant": _constant}
 
 
 def learning_rate(step: int, *, peak: float, schedule: str, warmup_steps: int, total_steps: int) -> float:
-    """The learning rate of the optimizer step number `step`, counted from 0.
+    """The learning rate of optimizer step number `step`, counted from 0: a linear rise from 0, then `SCHEDULES[schedule]`.
 
-    It rises linearly from 0 over `warmup_steps`; then `linear` falls to 0 at `total_steps`, `cosine` falls along half
-    a cosine wave (Loshchilov and Hutter, 2017, arXiv:1608.03983), and `constant` stays. The operations stand in the
-    order of `transformers.get_scheduler`, so that the values are equal to the last bit.
+    The operations have the order of `transformers.get_scheduler`, so that the values are equal to the last bit.
     """
     if step < warmup_steps:
         return peak * (step / max(1, warmup_steps))
-    after = total_steps - warmup_steps
-    if schedule == "linear":
-        return peak * max(0.0, (total_steps - step) / max(1, after))
-    if schedule == "cosine":
-        progress = (step - warmup_steps) / max(1, after)
-        return peak * max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
-    return peak
+    return peak * SCHEDULES[schedule](step, warmup_steps, total_steps)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
-    """Give every parameter group this learning rate."""
+    """Set the learning rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = value
 
 
-def skip_unless_finite(optimizer: torch.optim.Optimizer, grad_norm: torch.Tensor) -> torch.Tensor:
-    """Make the optimizer's next step do nothing where `grad_norm` is NaN or infinite; returns 1.0 there and else 0.0.
+def step_if_finite(optimizer: torch.optim.Optimizer, grad_norm: torch.Tensor) -> torch.Tensor:
+    """Take an optimizer step unless `grad_norm` is NaN or infinite; returns 1.0 if the step was skipped, else 0.0.
 
-    The choice stays on the device: fused optimizers read `found_inf` in their kernel, as for `torch.amp.GradScaler`. (Its
-    `step` would put its own there, which looks at single gradients and not at their norm: call the optimizer's.)
+    PyTorch's fused kernels read `found_inf` on the device, as for `torch.amp.GradScaler`; for any other optimizer the host
+    reads the norm. (GradScaler's own `step` looks at single gradients, not at their norm.)
     """
-    optimizer.grad_scale = None
-    optimizer.found_inf = grad_norm.isfinite().logical_not().float()
-    return optimizer.found_inf
+    nonfinite = grad_norm.isfinite().logical_not().float()
+    if optimizer.defaults.get("fused"):
+        optimizer.grad_scale, optimizer.found_inf = None, nonfinite
+        optimizer.step()
+    elif not nonfinite:
+        optimizer.step()
+    return nonfinite

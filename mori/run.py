@@ -1,289 +1,379 @@
-"""What happens before the first step: the text made ready, the folders looked at, the checkpoint to go on from found."""
+"""What training works with: `Run`, which is built once, and `State`, which the loop changes and every checkpoint holds.
+
+`check` validates all input and finds out where the run resumes; `build` loads the model and makes the optimizer; `restore` puts a
+checkpoint's state in place. Nothing slow happens before `check` has looked at everything that a user can get wrong.
+"""
 
 import contextlib
-import fcntl
-import json
-import platform
-import sys
-import tempfile
 import time
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import IO
 
 import torch
-import transformers
+from torch import nn
 
-from mori import __version__
-from mori import distributed as runtime
-from mori.checkpoint import checkpoints as checkpoint
-from mori.config import HORIZON, TrainConfig, UserError, tell
-from mori.data import corpus
-from mori.data import windows as data
-from mori.model.loading import check_fits
-from mori.tracking.monitor import say
-
-
-@dataclass
-class Progress:
-    """Where a run stands: all of its state but the tensors and the random generators. Every checkpoint holds it."""
-
-    step: int = 0
-    before: dict | None = None  # the evaluation at step 0
-    best: dict | None = None  # the evaluation with the lowest loss
-    after: dict | None = None  # the newest evaluation
-    samples_before: list[str] = field(default_factory=list)
-    samples_after: list[str] = field(default_factory=list)
-    unlogged_losses: list[float] = field(default_factory=list)
-    skipped_steps: int = 0
-    skipped_in_a_row: int = 0
-    tokens: int = 0
-    train_seconds: float = 0.0
-    wall_seconds: float = 0.0
-    train_batch_size: int = 0  # windows in one micro-batch, and in one batch of the evaluation,
-    eval_batch_size: int = 0  # where memory ran out and they are fewer than the config says
-
-    @classmethod
-    def from_json(cls, values: dict) -> "Progress":
-        """What a checkpoint holds. Raises ValueError where it is something else."""
-        made = cls(**values)
-        for f, plain in zip(fields(cls), vars(cls()).values(), strict=True):
-            value = getattr(made, f.name)
-            kinds = (dict, type(None)) if plain is None else (int, float) if f.type is float else type(plain)
-            if not isinstance(value, kinds) or (isinstance(value, dict) and not {"step", "loss"} <= value.keys()):
-                raise ValueError(f"{f.name} is {value!r}")
-        if not all(isinstance(loss, float) for loss in made.unlogged_losses):
-            raise ValueError("unlogged_losses are not numbers")
-        return made
+from mori import distributed, optim
+from mori.checkpoint import checkpoints, run_folder
+from mori.checkpoint.files import publish, set_aside, write_json
+from mori.cli import RunFailed, UserError, checked
+from mori.config import TrainConfig, steps_of
+from mori.data.files import find_files
+from mori.data.token_file import separator
+from mori.data.windows import Batches, load_step
+from mori.distributed import BatchSize, Runtime
+from mori.model import loading
+from mori.model.lm import CausalLMLoss
+from mori.model.variants import build_module, takes_onednn
+from mori.prepare import Prepared, prepare
+from mori.speed.matmul import choose_library
+from mori.speed.peak import flops_per_token, peak_flops
+from mori.speed.startup import keep_freed_memory
+from mori.tracking.monitor import Monitor, say
+from mori.tracking.overview import environment, introduction
+from mori.tracking.throughput import Throughput
 
 
 @dataclass
-class Text:
-    """The corpus, ready to train on. `held_out_bytes` is the size of the text behind the held-out labels."""
+class Run:
+    """What stays the same during training: settings, data, folders, and the module that is trained."""
 
-    train: data.ShiftedDataset
-    held_out: data.ShiftedDataset
-    held_out_bytes: int
-    ledger: corpus.Ledger
-    tokens: corpus.TokenFile
+    config: TrainConfig
+    runtime: Runtime
+    data: Prepared
+    batches: Batches
+    total_steps: int
+    run_dir: Path
+    output_dir: Path
+    resumed: Path | None = None  # the checkpoint that the run resumes from
+    module: CausalLMLoss | None = None  # set by `build`
+    parallel: nn.Module | None = None  # `module`, in DDP if there are several ranks
+    monitor: Monitor | None = None
+    parameters: list[nn.Parameter] = field(default_factory=list)
+    flops_per_token: float = 0.0
+    peak_flops: float | None = None
 
     @property
-    def hashes(self) -> dict[str, str]:
-        """What identifies the corpus and its tokenizer."""
-        return {name: self.tokens.header[name] for name in ("corpus_sha256", "tokenizer_sha256")}
+    def warmup_steps(self) -> int:
+        """The number of warm-up steps."""
+        return steps_of(self.config.warmup_steps, self.total_steps)
 
+    @property
+    def eval_every(self) -> int:
+        """The number of steps between evaluations."""
+        return steps_of(self.config.eval_steps, self.total_steps)
 
-def prepare_text(
-    config: TrainConfig, documents: list[corpus.Document], tokenizer, model_config, where: runtime.Runtime
-) -> Text:
-    """Tokenize the documents (or find them tokenized), and cut the tokens into training and held-out windows.
+    @property
+    def save_every(self) -> int:
+        """The number of steps between checkpoints."""
+        return steps_of(self.config.save_steps, self.total_steps)
 
-    Raises UserError where the corpus is too short, or block or token ids do not fit the model.
-    """
-    check_fits(model_config, block_size=config.block_size, max_id=0)
-    cache_dir = Path(config.logging_dir) / ".cache"
-    tokens = where.main_first(lambda: corpus.TokenFile.make(documents, tokenizer, cache_dir))
-    check_fits(model_config, block_size=config.block_size, max_id=tokens.header["max_id"])
-    boundary = data.split(len(tokens), config.block_size, config.held_out_fraction)
-    train = data.ShiftedDataset(tokens.ids[:boundary], config.block_size)
-    return Text(
-        train=train,
-        held_out=data.ShiftedDataset(tokens.ids[boundary:], config.block_size, keep_tail=True),
-        # The first held-out token is nobody's label: its bytes are not predicted.
-        held_out_bytes=corpus.text_bytes_from(boundary + 1, tokens, documents, tokenizer),
-        ledger=corpus.Ledger(
-            bytes=sum(document.bytes for document in documents),
-            documents=len(documents),
-            tokens=len(tokens),
-            train_tokens=boundary - train.dropped,
-            held_out_tokens=len(tokens) - boundary,
-            dropped_tokens=train.dropped,
-        ),
-        tokens=tokens,
-    )
+    def identity(self) -> dict:
+        """The settings and data that a resumed run must share with its checkpoint."""
+        runtime = self.runtime
+        return {
+            "config": asdict(self.config),
+            "precision": runtime.precision,
+            "world_size": runtime.world_size,
+            **self.data.hashes,
+        }
 
+    def evaluation_is_due(self, state: "State") -> bool:
+        """Whether to evaluate now: before the first step, at every interval, and at the end."""
+        if state.after is not None and state.after["step"] == state.step:
+            return False
+        if state.step == 0:
+            return self.config.eval_on_start
+        return state.step % self.eval_every == 0 or state.step == self.total_steps
 
-def check_writable(run_dir: Path, output_dir: Path) -> None:
-    """Raise UserError where the run or the model could not be written, or where something else would be replaced.
+    def save_is_due(self, state: "State") -> bool:
+        """Whether to save now: at every interval and at the end."""
+        due = state.step % self.save_every == 0 or state.step == self.total_steps
+        return due and state.step > 0 and state.saved_step != state.step
 
-    Both paths are absolute, without links.
-    """
-    if output_dir in (run_dir, *run_dir.parents, *Path.cwd().parents, Path.cwd()):
-        raise UserError(f"output_dir: {output_dir} holds other things than a model; choose a folder of its own")
-    if (run_dir / "checkpoints") in (output_dir, *output_dir.parents):
-        raise UserError(f"output_dir: {output_dir} is where the checkpoints go; choose another folder")
-    for name, path in (("logging_dir", run_dir), ("output_dir", output_dir)):
-        if path.exists() and not path.is_dir():
-            raise UserError(f"{name}: {path} is a file; choose a folder")
-        # The model's folder is renamed into place, so it is its parent that is written.
-        inside = [path] if path == run_dir else []
-        parent = next(folder for folder in [*inside, *path.parents] if folder.exists())
-        try:
-            with tempfile.TemporaryFile(dir=parent):
-                pass
-        except OSError as error:
-            raise UserError(f"{name}: cannot write in {parent}: {error.strerror}") from None
-    if output_dir.is_dir() and any(output_dir.iterdir()) and not _is_model(output_dir):
-        raise UserError(
-            f"output_dir: {output_dir} holds something that is no model and would be replaced; choose another folder"
-        )
+    def log_is_due(self, state: "State") -> bool:
+        """Whether to log now: at every interval, at the end, and as soon as a run that only skips steps must end."""
+        if state.step % self.config.logging_steps == 0 or state.step == self.total_steps:
+            return True
+        limit = self.config.max_nonfinite_steps
+        return state.step % limit == 0 and bool(state.skipped[1] >= limit)  # asks the device only every `limit` steps
 
+    def finished_summary(self) -> dict | None:
+        """The summary of a run that has nothing left to do, which is said; else None."""
+        summary = run_folder.finished_summary(self.run_dir, self.output_dir, self.resumed, self.total_steps)
+        if summary and self.runtime.is_main:
+            say(
+                f"{self.run_dir} is finished ({self.total_steps} steps), its brain is in {self.config.output_dir}/. To train again, "
+                "use another --run_name, or --resume_from_checkpoint none (the old run is set aside)"
+            )
+        if summary:
+            self.runtime.close()
+        return summary
 
-def _is_model(folder: Path) -> bool:
-    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
-
-
-def lock(run_dir: Path) -> IO:
-    """Keep other processes out of the run's folder for as long as the returned file is open (a killed process closes it).
-
-    Raises UserError where another process is in it, and still after a few seconds: it may be one that is dying.
-    """
-    file, deadline = (run_dir / ".lock").open("w"), time.monotonic() + 3
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"another process is writing {run_dir}; wait for it, or use another --run_name"
+    def publish(self) -> None:
+        """Put the trained model at `output_dir`; the one before stays as `<name>.previous`."""
+        with self.module.as_loaded() as model:
+            bad = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
+            if bad:
+                raise RunFailed(f"the model is not written: {len(bad)} of its tensors are not finite, such as {bad[0]}")
+            try:
+                publish(self.output_dir, lambda folder: loading.save(model, self.data.tokenizer, folder))
+            except (OSError, UserError) as error:
+                reason = getattr(error, "strerror", None) or error
+                raise RunFailed(
+                    f"cannot write the trained model to {self.output_dir}: {reason}; the last checkpoint has its weights: make "
+                    "room and run the same command again"
                 ) from None
-            time.sleep(0.1)
 
-
-def remember_batch_size(run_dir: Path, rank: int, size: int) -> None:
-    """Leave word for the next start that micro-batches of more than `size` windows do not fit in this rank's memory."""
-    with contextlib.suppress(OSError):
-        checkpoint.write_json(run_dir / f"batch_size-{rank}.json", size)
-
-
-def remembered_batch_size(run_dir: Path) -> int | None:
-    """The smallest size that any rank has left word of."""
-    found = []
-    for path in run_dir.glob("batch_size-*.json"):
-        with contextlib.suppress(OSError, ValueError):
-            found.append(json.loads(path.read_text(encoding="utf-8")))
-    return min((size for size in found if isinstance(size, int) and size > 0), default=None)
-
-
-def find_checkpoint(config: TrainConfig, run_dir: Path, identity: dict, total_steps: int) -> Path | None:
-    """The checkpoint that the run goes on from, or None for a run that begins. Call it with the run's `lock` held.
-
-    Raises UserError where the checkpoint belongs to a run whose weights would differ, with the fields that do; with
-    `extend` the run's length may.
-    """
-    root = run_dir / "checkpoints"
-    if config.resume_from_checkpoint == "none":
-        return None
-    if config.resume_from_checkpoint == "auto":
-        checkpoint.clean(root)
-        folder = checkpoint.newest(root, tell)
-    else:
-        folder = Path(config.resume_from_checkpoint)
-        if not folder.is_dir():
-            raise UserError(
-                f"resume_from_checkpoint: {folder} is not a folder; give auto, none, or a checkpoint's folder"
-            )
+    @contextlib.contextmanager
+    def writes(self) -> Iterator[None]:
+        """A context in which a file that cannot be written ends the run in one line."""
         try:
-            checkpoint.verify(folder)
-        except checkpoint.CorruptCheckpoint as error:
-            raise UserError(f"resume_from_checkpoint: {error}") from None
-        newer = [path.name for path in checkpoint.published(root) if path.name > folder.name]
-        if newer:
-            raise UserError(
-                f"resume_from_checkpoint: the run {run_dir} has gone on to {newer[-1]}; leave the flag out to go on with it, or give another --run_name to branch off {folder}"
-            )
-    if folder is None:
-        if config.extend:
-            raise UserError(f"extend: {run_dir} holds no checkpoint to go on from; leave --extend out to begin a run")
-        return None
-    saved = checkpoint.load_state(folder)
-    differing = _differences(saved, config, identity, folder)
-    if config.extend:
-        differing = {name: values for name, values in differing.items() if name not in HORIZON}
-    if differing:
-        longer = "--extend (to go on to the new length), " if differing.keys() <= HORIZON else ""
-        raise UserError(
-            f"{folder} belongs to a run with other settings (there, now): "
-            f"{'; '.join(f'{name} {values}' for name, values in differing.items())}. "
-            f"Use those settings, {longer}another --run_name, or --resume_from_checkpoint none (the old run is set aside)"
-        )
-    if saved["step"] > total_steps:
-        raise UserError(f"{folder} has done {saved['step']} steps already, more than the {total_steps} of this run")
-    return folder
+            yield
+        except OSError as error:
+            advice = "make room and run the same command again"
+            raise RunFailed(f"cannot write in {self.run_dir}: {error.strerror}; {advice}") from None
 
 
-def _differences(saved: dict, config: TrainConfig, identity: dict, folder: Path) -> dict[str, str]:
-    known = {f.name for f in fields(TrainConfig)}
-    try:
-        there = TrainConfig(**{name: value for name, value in saved["config"].items() if name in known})
-        others = {name: saved[name] for name in identity if name != "config"}
-    except (KeyError, AttributeError):
-        raise UserError(f"{folder / 'state.json'} is not what mori writes; take another checkpoint") from None
-    changed = {name: f"({value!r}, {identity[name]!r})" for name, value in others.items() if value != identity[name]}
-    return there.differences(config) | changed
+# The counters of a checkpoint and their types.
+_PROGRESS = {
+    "step": int, "before": (dict, type(None)), "best": (dict, type(None)), "after": (dict, type(None)),
+    "samples_before": list, "samples_after": list, "unlogged_losses": list, "skipped_steps": int, "skipped_in_a_row": int,
+    "tokens": int, "train_seconds": (int, float), "wall_seconds": (int, float), "train_batch_size": int,
+    "eval_batch_size": int,
+}  # fmt: skip
 
 
-def finished_summary(run_dir: Path, output_dir: Path, resumed: Path | None, total_steps: int) -> dict | None:
-    """The summary of a run that has nothing left to do and whose model is in its place, file by file; else None."""
-    if not resumed or checkpoint.load_state(resumed)["step"] != total_steps or not output_dir.is_dir():
-        return None
-    try:
-        summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
-        mine = summary["steps"] == total_steps and summary["output_sha256"] == checkpoint.hashes(output_dir)
-        return summary if mine else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # not there, or damaged: it is written again
+class State:
+    """All that the loop changes; `state_dict` and the tensors of `model` and `optimizer` are what a checkpoint holds.
 
-
-def restore(folder: Path, model, optimizer, scaler, where: runtime.Runtime) -> Progress:
-    """Put a checkpoint's tensors, scaler and random state in place; returns where the run stood.
-
-    Raises UserError where they are not those of this run: nothing of the state is optional.
+    Attributes:
+        step: the number of optimizer steps done.
+        before, best, after: the evaluations at step 0, with the lowest loss, and the newest one.
+        losses: the losses of the steps since the last log, scalars on the device.
+        skipped: `(2,)` on the device: the steps skipped in all, and in a row up to now.
+        micro_batch, eval_batch: windows in one forward pass; fewer than the config's after memory ran out.
+        saved_step: the step of the newest checkpoint.
     """
-    state = checkpoint.load_state(folder)
+
+    def __init__(self, config: TrainConfig, runtime: Runtime, model: nn.Module, optimizer: torch.optim.Optimizer):
+        self.model, self.optimizer, self.scaler = model, optimizer, runtime.grad_scaler()
+        self.runtime = runtime
+        self.step = 0
+        self.before: dict | None = None
+        self.best: dict | None = None
+        self.after: dict | None = None
+        self.samples_before: list[str] = []
+        self.samples_after: list[str] = []
+        self.losses: list[torch.Tensor] = []
+        self.skipped = torch.zeros(2, device=runtime.device)
+        self.throughput = Throughput()
+        accumulated = config.gradient_accumulation_steps if config.auto_find_batch_size else 1
+        self.micro_batch = BatchSize(config.per_device_train_batch_size * accumulated)
+        self.eval_batch = BatchSize(config.per_device_eval_batch_size)
+        self.saved_step: int | None = None
+        self._wall_seconds, self._started = 0.0, time.perf_counter()
+
+    @property
+    def wall_seconds(self) -> float:
+        """Seconds since the start of the run, over all resumes."""
+        return self._wall_seconds + time.perf_counter() - self._started
+
+    def state_dict(self) -> dict:
+        """All but the tensors of model and optimizer, as JSON values. A collective call: all ranks make it."""
+        losses = torch.stack(self.losses).tolist() if self.losses else []
+        skipped_steps, skipped_in_a_row = map(int, self.skipped.tolist())
+        progress = {
+            **{
+                name: getattr(self, name)
+                for name in ("step", "before", "best", "after", "samples_before", "samples_after")
+            },
+            "unlogged_losses": losses,
+            "skipped_steps": skipped_steps,
+            "skipped_in_a_row": skipped_in_a_row,
+            "tokens": self.throughput.tokens,
+            "train_seconds": self.throughput.seconds,
+            "wall_seconds": self.wall_seconds,
+            "train_batch_size": self.micro_batch.size,
+            "eval_batch_size": self.eval_batch.size,
+        }
+        ranks = self.runtime.gather({"rng": distributed.rng_state(), "unlogged_losses": losses})
+        return {"progress": progress, "ranks": ranks, "scaler": self.scaler.state_dict()}
+
+    def count_step(self, loss: torch.Tensor, skipped: torch.Tensor, tokens: int) -> None:
+        """Count a finished step; `loss` and `skipped` (1.0 or 0.0) are scalars that stay on the device."""
+        self.step += 1
+        self.losses.append(loss)
+        self.skipped = torch.stack([self.skipped[0] + skipped, (self.skipped[1] + 1) * skipped])
+        self.throughput.tokens += tokens
+
+    def load_state_dict(self, saved: dict) -> None:
+        """Restore the result of `state_dict`, and the random generators. Raises an error for any other value."""
+        rank = saved["ranks"][self.runtime.rank]
+        progress = {**saved["progress"], "unlogged_losses": rank["unlogged_losses"]}
+        if progress.keys() != _PROGRESS.keys():
+            raise ValueError(f"progress has the fields {', '.join(progress)}")
+        for name, kinds in _PROGRESS.items():
+            value = progress[name]
+            if not isinstance(value, kinds) or isinstance(value, dict) and not {"step", "loss"} <= value.keys():
+                raise ValueError(f"{name} is {value!r}")
+        if not all(isinstance(loss, float) for loss in progress["unlogged_losses"]):
+            raise ValueError("unlogged_losses are not numbers")
+        for name in ("step", "before", "best", "after", "samples_before", "samples_after"):
+            setattr(self, name, progress[name])
+        device = self.runtime.device
+        self.losses = [torch.tensor(loss, device=device) for loss in progress["unlogged_losses"]]
+        self.skipped = torch.tensor([float(progress[n]) for n in ("skipped_steps", "skipped_in_a_row")], device=device)
+        self.throughput = Throughput(progress["tokens"], progress["train_seconds"])
+        self._wall_seconds, self.saved_step = progress["wall_seconds"], self.step
+        for batch, size in (
+            (self.micro_batch, progress["train_batch_size"]),
+            (self.eval_batch, progress["eval_batch_size"]),
+        ):
+            batch.size = min(batch.size, size or batch.size)
+        self.scaler.load_state_dict(saved["scaler"])
+        distributed.set_rng_state(rank["rng"])
+
+
+def check(config: TrainConfig, locks: contextlib.ExitStack) -> Run:
+    """Validate the config and everything it names, join the ranks, prepare the data, and find the checkpoint to resume from.
+
+    From here on `locks` keeps other processes out of the run's folder. Raises UserError for every mistake of the user.
+    """
+    config = checked(config).resolve()
+    if (
+        distributed.restarted()
+    ):  # torchrun repeats the command; the first start has carried out its other values already
+        config = replace(config, resume_from_checkpoint="auto")
+    find_files(config.corpus)
+    run_dir, output_dir = Path(config.logging_dir).resolve() / config.run_name, Path(config.output_dir).resolve()
+    run_folder.check_writable(run_dir, output_dir)
+    runtime = distributed.start(config.device, config.precision, config.ddp_timeout)
+    if config.dtype == "bfloat16" and runtime.precision != "bf16":
+        raise UserError(f"dtype bfloat16 needs bf16 arithmetic, this is {runtime.precision}; say --precision bf16")
+    if runtime.device.type == "cpu":
+        keep_freed_memory()
+    data = prepare(config, runtime)
+    batches = Batches(
+        len(data.train),
+        batch_size=config.per_device_train_batch_size,
+        accumulation=config.gradient_accumulation_steps,
+        seed=config.seed,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+    )
+    run = Run(config, runtime, data, batches, config.total_steps(batches.steps_per_epoch), run_dir, output_dir)
+    if run.warmup_steps > run.total_steps:
+        raise UserError(f"warmup_steps {run.warmup_steps} is more than the {run.total_steps} steps of the run")
+
+    def lock_and_find() -> Path | None:
+        if run_dir.is_dir():
+            locks.enter_context(run_folder.lock(run_dir))
+        return run_folder.find_checkpoint(config, run_dir, run.identity(), run.total_steps)
+
+    run.resumed = runtime.on_main(lock_and_find)
+    return run
+
+
+def build(run: Run, locks: contextlib.ExitStack) -> State:
+    """Load the model, choose its fastest safe form, make the optimizer, restore a checkpoint, and open the run's folder."""
+    config, runtime = run.config, run.runtime
+    model = loading.load_model(config.model, run.data.model_config, config.trust_remote_code)
+    model = loading.move(model, runtime.device)
+    if config.dtype == "bfloat16":
+        loading.store_in_bfloat16(model)
+    library = choose_cpu_matmul(run, model)
+    run.module, description = build_module(
+        model,
+        config,
+        run.data.train.batch(range(min(len(run.data.train), config.per_device_train_batch_size))),
+        runtime,
+        separator=separator(run.data.tokenizer),
+        total_steps=run.total_steps,
+        cpu_matmul=library,
+    )
+    state = State(config, runtime, model, optim.build_optimizer(model, config))
+    distributed.set_seed(config.seed + runtime.rank)
+    remembered = runtime.on_main(lambda: run_folder.remembered_batch_size(config, run.run_dir))
+    state.micro_batch.size = min(state.micro_batch.size, remembered or state.micro_batch.size)
+    if run.resumed:
+        restore(run.resumed, state)
+    run.parallel = runtime.parallel(run.module, lambda: _empty_micro_batch(run))
+    run.parallel.train()
+    run.parameters = list(model.parameters())
+    run.flops_per_token = flops_per_token(model, config.block_size)
+    run.peak_flops = peak_flops(runtime.device, runtime.precision)
+    if runtime.is_main:
+        about = environment(runtime.device, runtime.precision, runtime.world_size)
+        _open_folder(run, locks, about)
+        say(_introduction(run, model, description, about))
+    run.monitor = Monitor(
+        run.run_dir,
+        first_step=state.step,
+        total_steps=run.total_steps,
+        enabled=runtime.is_main,
+        resumed=run.resumed is not None,
+    )
+    if state.micro_batch.size < config.per_device_train_batch_size:
+        run.monitor.say(f"{state.micro_batch.size} window(s) at a time: memory ran out before with more")
+    return state
+
+
+def restore(folder: Path, state: State) -> None:
+    """Put a checkpoint's tensors, counters and random state in place. Raises UserError if they are not those of this run."""
+    saved = checkpoints.load_state(folder)
     try:
-        checkpoint.load_tensors(folder, model, optimizer)
-        scaler.load_state_dict(state["scaler"])
-        mine = state["ranks"][where.rank]
-        runtime.set_rng_state(mine["rng"])
-        return Progress.from_json({**state["progress"], "unlogged_losses": mine["unlogged_losses"]})
+        checkpoints.load_tensors(folder, state.model, state.optimizer)
+        state.load_state_dict(saved)
     except UserError:
         raise
-    except (OSError, LookupError, TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise UserError(f"{folder / 'state.json'} is not what mori writes ({error}); take another checkpoint") from None
+    except (OSError, LookupError, TypeError, ValueError, RuntimeError, OverflowError, AttributeError) as error:
+        raise UserError(f"{folder / 'state.json'} is not a state of mori ({error}); take another checkpoint") from None
 
 
-def introduce(config, where, model, ledger, n_files, batches, total_steps, run_dir, resumed, chosen) -> None:
-    """Say what is read, what is trained, and where it goes."""
-    found = environment(where)
-    left_out = f" ({n_files - ledger.documents} blank file(s) left out)" if n_files > ledger.documents else ""
-    size = sum(parameter.numel() for parameter in model.parameters())
-    layout = f"{config.per_device_train_batch_size} windows x {config.gradient_accumulation_steps} x {where.world_size} rank(s)"
-    say(
-        f"mori {found['mori']}, torch {found['torch']}, transformers {found['transformers']}; "
-        f"{where.device}, {where.precision}, {found['threads']} threads\n"
-        f"reads   {ledger}{left_out}\n"
-        f"model   {config.model}, {size / 1e6:.1f} M parameters\n"
-        f"trains  {total_steps} steps ({batches.steps_per_epoch} an epoch) of {layout} x {config.block_size} tokens\n"
-        f"faster  {chosen}\n"
-        f"writes  {run_dir}/ (tensorboard --logdir {config.logging_dir}), the brain to {config.output_dir}/"
-        + (f"\nresumes {resumed}" if resumed else "")
+def choose_cpu_matmul(run: Run, model: nn.Module) -> str:
+    """The library of large matmuls on a CPU. A resumed run keeps that of its checkpoint: the last bits differ."""
+    if not takes_onednn(model, run.config, run.runtime):
+        return "torch"
+    saved = checkpoints.load_state(run.resumed) if run.resumed else {}
+    # "products" is the name in checkpoints of earlier versions.
+    setting = saved.get("cpu_matmul") or saved.get("products", run.config.cpu_matmul)
+    setting = setting if setting in ("auto", "onednn") else "torch"
+    return run.runtime.on_main(lambda: choose_library(setting))
+
+
+def _empty_micro_batch(run: Run) -> tuple[torch.Tensor, ...]:
+    """The arguments of a forward pass without labels, whose loss is 0."""
+    device = run.runtime.device
+    [(input_ids, labels)], _ = load_step(run.data.train, [[]], pin=False)
+    return input_ids.to(device), labels.to(device), torch.tensor(1.0, device=device)
+
+
+def _open_folder(run: Run, locks: contextlib.ExitStack, about: dict) -> None:
+    """Create the run's folder, lock it, and write down what the run is."""
+    with run.writes():
+        if run.config.resume_from_checkpoint == "none":
+            set_aside(run.run_dir)
+        run.run_dir.mkdir(parents=True, exist_ok=True)
+        locks.close()
+        locks.enter_context(run_folder.lock(run.run_dir))  # after set_aside, another folder has this name
+        write_json(run.run_dir / "config.json", asdict(run.config))
+        write_json(run.run_dir / "environment.json", about)
+        write_json(run.run_dir / "ledger.json", asdict(run.data.ledger))
+
+
+def _introduction(run: Run, model: nn.Module, description: str, about: dict) -> str:
+    """What the run reads, trains and writes, in words."""
+    return introduction(
+        run.config,
+        environment=about,
+        device=run.runtime.device,
+        text=str(run.data.ledger),
+        blank_files=run.data.blank_files,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        total_steps=run.total_steps,
+        steps_per_epoch=run.batches.steps_per_epoch,
+        faster=description,
+        run_dir=run.run_dir,
+        resumed=run.resumed,
     )
-
-
-def environment(where: runtime.Runtime) -> dict:
-    """What the run ran on, for `environment.json`."""
-    gpu = where.device.type == "cuda"
-    return {
-        "mori": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(where.device) if gpu else platform.processor() or platform.machine(),
-        "precision": where.precision,
-        "threads": torch.get_num_threads(),
-        "world_size": where.world_size,
-        "command": sys.argv,
-    }

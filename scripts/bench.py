@@ -1,37 +1,23 @@
 #!/usr/bin/env python
-"""Measure arms side by side: scripts/bench.py train | decode | tokenize | startup | memory. Fresh processes, in turn."""
+"""Benchmarks: scripts/bench.py train | decode | tokenize | startup | memory. Each arm runs in new processes, in turn."""
 
-from mori.config import (
-    DecodeBenchConfig,
-    MemoryBenchConfig,
-    StartupBenchConfig,
-    TokenizeBenchConfig,
-    TrainBenchConfig,
-    parse,
-    run_door,
-    take_command,
-)
-
-COMMANDS = {
-    "train": TrainBenchConfig,
-    "decode": DecodeBenchConfig,
-    "tokenize": TokenizeBenchConfig,
-    "startup": StartupBenchConfig,
-    "memory": MemoryBenchConfig,
-}
+from mori.bench.options import COMMANDS
+from mori.cli import parse, run_script, take_command
 
 
 def main():
-    command, rest = take_command(COMMANDS)
-    config = parse(COMMANDS[command], __doc__, rest)
+    command, arguments = take_command(COMMANDS)
+    config = parse(COMMANDS[command], __doc__, arguments)
     if command == "decode":
-        from mori.bench import decode as room
+        from mori.bench.decode import decode as benchmark
     elif command == "tokenize":
-        from mori.bench import tokenize as room
+        from mori.bench.tokenize import tokenize as benchmark
     else:
-        from mori.bench import train as room
-    getattr(room, command)(config)
+        from mori.bench import train as benchmarks
+
+        benchmark = getattr(benchmarks, command)
+    benchmark(config)
 
 
 if __name__ == "__main__":
-    run_door("bench.py", main)
+    run_script("bench.py", main)

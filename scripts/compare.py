@@ -1,15 +1,16 @@
 #!/usr/bin/env python
-"""Do the same training run with mori and with transformers.Trainer, and report where they differ and what they cost."""
+"""Run the same training with mori and with transformers.Trainer; report their differences, speed and memory."""
 
-from mori.config import CompareConfig, parse, run_door
+from mori.bench.options import CompareConfig
+from mori.cli import parse, run_script
 from mori.speed.startup import imports
 
 
 def main():
     config = parse(CompareConfig, __doc__)
-    from mori.data.corpus import find_files
+    from mori.data.files import find_files
 
-    find_files(config.corpus)  # a missing file is told before torch is imported, which takes seconds
+    find_files(config.corpus)  # report a missing file before importing torch, which takes seconds
     with imports():
         from mori.bench.compare import compare
 
@@ -17,4 +18,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_door("compare.py", main)
+    run_script("compare.py", main)

@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """Continue a prompt with a trained model."""
 
-from mori.config import GenerateConfig, parse, run_door
+from mori.cli import parse, run_script
+from mori.config import GenerateConfig
 from mori.speed.startup import imports
 
 
@@ -15,4 +16,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_door("generate.py", main)
+    run_script("generate.py", main)

@@ -11,11 +11,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # several test processes on a few
 
 import pytest
 import torch
+from families import FAMILIES, MASK_FREE, MASK_FREE_REPRESENTATIVES, REPRESENTATIVES
+from mori.data.files import SHIPPED
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from mori import optim
 from mori.config import TrainConfig
-from mori.data.corpus import SHIPPED
+from mori.distributed import Runtime
 from mori.model.loading import train_tokenizer
 from mori.train import train
 
@@ -25,6 +27,19 @@ STORIES = SHARED / "models" / "stories260K"
 REAL_CORPUS = SHARED / "data" / "mori_corpus.txt"
 needs_stories = pytest.mark.skipif(not STORIES.is_dir(), reason="the pretrained model stories260K is not at hand")
 needs_corpus = pytest.mark.skipif(not REAL_CORPUS.is_file(), reason="the course's corpus is not at hand")
+CPU = Runtime(torch.device("cpu"), 0, 1, "fp32")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="walk all model families instead of three representatives")
+
+
+def pytest_generate_tests(metafunc):
+    full = metafunc.config.getoption("--full")
+    if "any_family" in metafunc.fixturenames:
+        metafunc.parametrize("any_family", FAMILIES if full else REPRESENTATIVES)
+    if "mask_free_family" in metafunc.fixturenames:
+        metafunc.parametrize("mask_free_family", MASK_FREE if full else MASK_FREE_REPRESENTATIVES)
 
 
 @pytest.fixture(scope="session")
@@ -58,6 +73,15 @@ def text_file(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("corpus") / "text.txt"
     path.write_text(sorted(SHIPPED.glob("*.txt"))[1].read_text(encoding="utf-8")[:3000], encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def two_threads():
+    """Two threads in PyTorch, for code that splits its work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -95,7 +119,7 @@ def flags(settings: dict) -> list[str]:
     return words
 
 
-def door(script: str, *words: str, **options) -> subprocess.CompletedProcess:
+def run_script(script: str, *words: str, **options) -> subprocess.CompletedProcess:
     """Run `scripts/<script>` as a user does."""
     command = [sys.executable, str(ROOT / "scripts" / script), *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
@@ -115,7 +139,7 @@ def assert_equal_weights(one: Path, other: Path) -> None:
 
 
 class Stop(Exception):
-    """Stands for a power cut."""
+    """A simulated power cut."""
 
 
 def stop_after(step: int, run) -> None:

@@ -1,6 +1,8 @@
 """Small random models of many families, for the tests that go through all of them."""
 
 import torch
+import transformers
+from packaging.version import Version
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mori.config import SamplingConfig
@@ -49,6 +51,14 @@ FAMILIES = {
     "qwen3_moe": {"output_router_logits": True, "router_aux_loss_coef": 0.1},
     "mamba": {},
 }
+# The families whose every layer sees all tokens before, through PyTorch's SDPA.
+MASK_FREE = [
+    "gpt2", "gpt_neox", "opt", "phi", "llama", "qwen2", "qwen3", "gemma", "granite", "cohere", "olmo2", "olmoe", "qwen3_moe",
+]  # fmt: skip
+if Version(transformers.__version__) >= Version("5.24"):
+    MASK_FREE.append("gptj")
+# Tests walk these without --full: Conv1D and tied heads, capped logits and sliding windows, experts with a router loss.
+REPRESENTATIVES, MASK_FREE_REPRESENTATIVES = ["gpt2", "gemma2", "qwen3_moe"], ["gpt2", "llama", "qwen3_moe"]
 
 
 def small_config(family: str, vocabulary: int):
@@ -87,3 +97,18 @@ def expected(model, prompts: list[list[int]], count: int) -> list[list[int]]:
 def prompts_of(*lengths: int) -> list[list[int]]:
     generator = torch.Generator().manual_seed(sum(lengths))
     return [torch.randint(2, 96, (length,), generator=generator).tolist() for length in lengths]
+
+
+def batch(rows: int = 2, length: int = 24, vocabulary: int = 97) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random `input_ids` and `labels` `(B, T)`; six labels are ignored."""
+    torch.manual_seed(1)
+    labels = torch.randint(0, vocabulary, (rows, length))
+    labels[0, 3:9] = -100
+    return torch.randint(0, vocabulary, (rows, length)), labels
+
+
+def gradients(module: torch.nn.Module, value: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The gradients of `value` by the parameters of `module`."""
+    module.zero_grad()
+    value.backward()
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}

@@ -47,14 +47,14 @@ RUNS = {
     ],
     "extended": [f"{STORY} {SHORT} --max_steps 6", f"{STORY} {SHORT} --max_steps 10 --extend"],
     "exact": [
-        f"{STORY} {SHORT} --no-chunked_loss --no-mask_free_attention --no-fused_activations --no-fast_products --no-tf32"
+        f"{STORY} {SHORT} --no-chunked_loss --no-mask_free_attention --no-fused_activations --cpu_matmul torch --no-tf32"
     ],
     "schedule": [
         f"{SHORT} --lr_scheduler_type cosine --warmup_steps 4 --weight_decay 0.1 --dropout 0.2 --auto_find_batch_size "
         "--gradient_accumulation_steps 2 --max_grad_norm 0.5 --seed 7"
     ],
     "long-window": [f"{STORY} {SHORT} --block_size 512 --per_device_train_batch_size 2 --max_steps 6"],
-    "no-fast-products": [f"{SHORT} --no-fast_products --lr_scheduler_type constant"],
+    "no-fast-products": [f"{SHORT} --cpu_matmul torch --lr_scheduler_type constant"],
 }
 # name -> the model (the brain of a run above, or the stories), then the flags of scripts/generate.py
 GENERATIONS = {

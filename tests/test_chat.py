@@ -15,9 +15,10 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, STORIES, door, needs_stories
+from conftest import ROOT, STORIES, needs_stories, run_script
 
-from mori.config import GenerateConfig, UserError, parse
+from mori.cli import UserError, parse
+from mori.config import GenerateConfig
 from mori.generation.chat import answer
 
 PUBLISHED = """Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw a big, red ball. She wanted to play with it, but it was too high.
@@ -46,7 +47,7 @@ def test_answer_greedy_gives_the_published_text(run):
 
 def test_script_json_is_the_whole_standard_output(small_model, run):
     words = ("--prompt", "Halo", "Apa", "--num_return_sequences", "2", "--max_new_tokens", "3", "--seed", "5", "--json")
-    result = door("generate.py", "--model", small_model, *words)
+    result = run_script("generate.py", "--model", small_model, *words)
     completions = json.loads(result.stdout)
     assert [completion["prompt"] for completion in completions] == ["Halo", "Halo", "Apa", "Apa"]
     assert all(set(entry) == {"prompt", "text", "new_token_ids", "finish_reason"} for entry in completions)
@@ -90,7 +91,7 @@ def test_answer_model_that_cannot_answer_is_one_line(model, message, run):
 
 
 def test_script_mistake_is_one_line():
-    result = door("generate.py", "--model", "mini")
+    result = run_script("generate.py", "--model", "mini")
     assert result.returncode == 2 and "to be trained" in result.stderr
     assert result.stderr.count("\n") == 1 and not result.stdout
 

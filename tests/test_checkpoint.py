@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mori.checkpoint import checkpoints as checkpoint
-from mori.config import UserError
+from mori.cli import UserError
 
 
 class Tied(nn.Module):

@@ -1,18 +1,18 @@
-import json
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import dataclass, fields, replace
 
 import pytest
-from conftest import ROOT, door
+from conftest import ROOT, run_script
 
-from mori.config import GenerateConfig, TrainConfig, UserError, checked, parse, steps_of
+from mori.cli import Config, UserError, checked, flag, parse
+from mori.config import GenerateConfig, SamplingConfig, TrainConfig, steps_of
 
 
-def test_help_imports_no_torch_and_shows_every_flag_with_its_default():
+def test_help_shows_every_flag_with_its_default_and_imports_no_torch():
     code = (
         "import sys, runpy; sys.argv = ['train.py', '--help']\n"
-        "try: runpy.run_path(sys.argv[0] if False else 'scripts/train.py', run_name='__main__')\n"
+        "try: runpy.run_path('scripts/train.py', run_name='__main__')\n"
         "except SystemExit as end: assert not end.code\n"
         "assert not {'torch', 'numpy', 'transformers'} & set(sys.modules)"
     )
@@ -21,17 +21,17 @@ def test_help_imports_no_torch_and_shows_every_flag_with_its_default():
     for f in fields(TrainConfig):
         assert f"--{f.name}" in done.stdout
     assert done.stdout.count("(default: ") == len(fields(TrainConfig))
-    for group in ("model:", "corpus:", "training:", "device:", "logging:", "sampling:", "output:"):
+    for group in ("model:", "corpus:", "training:", "speed and memory:", "device:", "logging:", "sampling:", "output:"):
         assert f"\n{group}\n" in done.stdout
 
 
-def test_dashes_and_underscores_are_the_same():
+def test_parse_treats_dashes_and_underscores_alike():
     words = ["--max-steps", "3", "--per_device-train_batch-size=2", "--prompt", "a-b", "c_d"]
     config = parse(TrainConfig, "", words)
     assert (config.max_steps, config.per_device_train_batch_size, config.prompt) == (3, 2, ["a-b", "c_d"])
 
 
-def test_every_mistake_is_reported_at_once():
+def test_checked_reports_every_mistake_at_once():
     with pytest.raises(UserError) as error:
         checked(
             TrainConfig(
@@ -56,24 +56,24 @@ def test_every_mistake_is_reported_at_once():
         ({"precision": "int8"}, "precision"),
     ],
 )
-def test_contradictions_are_named(changed, named):
+def test_checked_names_contradictions(changed, named):
     with pytest.raises(UserError, match=named):
         checked(TrainConfig(**changed))
 
 
-def test_unknown_flag_comes_with_the_nearest_one():
-    done = door("train.py", "--learning-rat", "1")
+def test_parse_suggests_the_nearest_flag():
+    done = run_script("train.py", "--learning-rat", "1")
     assert done.returncode == 2
     assert done.stderr == "train.py: error: unknown flag --learning_rat; did you mean --learning_rate?\n"
 
 
-def test_values_of_the_wrong_kind_are_one_line():
+def test_parse_reports_a_wrong_value_in_one_line():
     for words in (["--max_steps", "many"], ["--precision", "int8"], ["--corpus"]):
-        done = door("train.py", *words)
+        done = run_script("train.py", *words)
         assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
 
 
-def test_lists_go_on_and_switches_have_an_off():
+def test_parse_extends_lists_and_negates_switches():
     config = parse(TrainConfig, "", ["--corpus", "a", "b", "--corpus", "c", "--no-trust-remote-code"])
     assert config.corpus == ["a", "b", "c"] and config.trust_remote_code is False
     assert parse(GenerateConfig, "", ["--no_json"]).json is False
@@ -86,38 +86,55 @@ def test_lists_go_on_and_switches_have_an_off():
         (["text.txt"], "belongs to no flag"),
         (["--prompt", "\udcff"], "UTF-8"),
         (["--run_name", "a" * 300], "100 letters"),
-        (["--num_train_epochs", "1e308"], "million"),
+        (["--num_train_epochs", "1e308"], "at most 1000000"),
     ],
 )
-def test_odd_words_are_refused(words, named):
+def test_parse_refuses_odd_words(words, named):
     with pytest.raises(UserError, match=named):
         parse(TrainConfig, "", words)
 
 
-def test_json_round_trip_and_unknown_field():
-    config = TrainConfig(corpus=["a", "b"], max_steps=7, dropout=0.25)
-    assert TrainConfig.from_json(config.to_json()) == config
-    with pytest.raises(UserError, match="no_such"):
-        TrainConfig.from_json(json.dumps({"no_such": 1}))
-
-
-def test_only_what_shapes_the_weights_counts_as_a_difference():
+def test_differences_ignores_fields_that_do_not_shape_the_weights():
     a = TrainConfig(max_steps=7, logging_steps=3)
     assert a.differences(TrainConfig(max_steps=7, logging_steps=4, output_dir="x")) == {}
     assert a.differences(TrainConfig(max_steps=8)) == {"max_steps": "(7, 8)"}
+    assert a.differences(TrainConfig(max_steps=8, seed=1), extending=True) == {"seed": "(42, 1)"}
+    names = {f.name for f in fields(SamplingConfig)} - {"top_k"}
+    changed = {name: None for name in names}  # whatever the value: samples do not shape the weights
+    assert a.differences(replace(a, **changed)) == {}
 
 
-def test_resolved_defaults():
+def test_resolve_fills_in_defaults():
     assert TrainConfig().resolve().learning_rate == 1e-3
     assert TrainConfig(model="some/name").resolve().learning_rate == 5e-5
     assert TrainConfig(model="some/name", corpus=["dir/mori_corpus.txt"]).resolve().run_name == "name-mori_corpus"
     assert TrainConfig().resolve().run_name == "mini-transcripts"
 
 
-def test_steps_as_a_share():
+def test_steps_of_takes_a_share():
     assert [steps_of(0.1, 195), steps_of(7, 195), steps_of(1, 195), steps_of(0.0, 5)] == [20, 7, 1, 0]
 
 
-def test_generate_sets_nothing_by_default():
+def test_generate_config_sets_no_control_by_default():
     config = GenerateConfig()
     assert (config.temperature, config.top_k, config.top_p, config.repetition_penalty) == (1.0, 0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    "rules, allowed, refused, phrase",
+    [
+        ({"above": 0}, 0.1, 0.0, "must be above 0"),
+        ({"min": 0, "below": 1}, 0.0, 1.0, "must be 0 or more and below 1"),
+        ({"above": 0, "max": 1}, 1.0, 0.0, "must be above 0 and at most 1"),
+        ({"min": 0, "share": True}, 0.5, 1.5, "must be a whole number, or a share below 1"),
+        ({"min": 0}, 0.0, float("nan"), "must be a finite number"),
+    ],
+)
+def test_flag_checks_its_declared_range(rules, allowed, refused, phrase):
+    @dataclass
+    class Example(Config):
+        group = "example"
+        value: float = flag(allowed, "a number", **rules)
+
+    assert Example().mistakes() == [] and Example(allowed).mistakes() == []
+    assert Example(refused).mistakes() == [f"value is {refused}, {phrase}"]

@@ -10,7 +10,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 
-from mori.config import UserError
+from mori.cli import UserError
 from mori.data import corpus, pieces
 from mori.data.corpus import SHIPPED, TokenFile, encode, find_files, read_documents, text_bytes_from
 from mori.model.loading import train_tokenizer

@@ -2,7 +2,7 @@ import numpy
 import pytest
 import torch
 
-from mori.config import UserError
+from mori.cli import UserError
 from mori.data.windows import Batches, ShiftedDataset, load_step, split
 
 

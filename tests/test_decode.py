@@ -13,7 +13,6 @@ from mori.generation.decode import decode
 from mori.generation.replaying_reader import ReplayingReader
 from mori.generation.sampler import Sampler
 from mori.speed import matmul
-from mori.speed.matmul import OnAllCores
 
 OLD = Version(transformers.__version__) < Version("5.23")
 CACHE = "past_key_values" if Version(transformers.__version__) < Version("5.24") else "cache"
@@ -138,40 +137,11 @@ def test_decode_reports_a_diverged_model_after_several_steps(controls):
         next(decode(model, [[5, 6, 7]], Sampler([0], SamplingConfig(**controls)), 16, steps_at_once=8))
 
 
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("rows", [1, 3, 8])
-@pytest.mark.parametrize("outputs", [4096, 2310, 2309])  # the last one is prime
-def test_matmul_in_parts_equals_the_whole(rows, outputs, two_threads, monkeypatch):
-    torch.manual_seed(0)
-    x, bias, weight = torch.randn(rows, 1, 768), torch.randn(outputs), torch.randn(outputs, 768)
-    matrix, calls, bmm = weight.t().contiguous(), [], torch.bmm
-    monkeypatch.setattr(torch, "bmm", lambda *args: calls.append(1) or bmm(*args))
-    exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double()).float()
-    with torch.no_grad(), OnAllCores():
-        for result in (
-            torch.nn.functional.linear(x, weight, bias),
-            torch.nn.functional.linear(x, weight) + bias,
-            torch.addmm(bias, x[:, 0], matrix)[:, None],
-        ):
-            torch.testing.assert_close(result, exact, rtol=1e-4, atol=1e-3)
-        assert len(calls) == (1 if outputs == 2309 else 3)
-        torch.nn.functional.linear(torch.randn(9, 768), weight)
-        torch.nn.functional.linear(x, weight[:100])
-        assert len(calls) == (1 if outputs == 2309 else 3)  # many rows, or a small matrix, are not split
-
-
 @pytest.mark.parametrize("family", ["gpt2", "llama", "phi"])
-def test_decode_with_matmul_in_parts_gives_the_ids_of_generate(family, two_threads, monkeypatch):
-    monkeypatch.setattr(matmul, "ELEMENTS", 1)
-    calls, in_parts = [], matmul.linear_in_parts
-    monkeypatch.setattr(matmul, "linear_in_parts", lambda *args: calls.append(1) or in_parts(*args))
+def test_decode_with_split_matvec_gives_the_ids_of_generate(family, two_threads, monkeypatch):
+    monkeypatch.setattr(matmul, "_LARGE_MATRIX", 1)
+    calls, original = [], matmul.split_linear
+    monkeypatch.setattr(matmul, "split_linear", lambda *args: calls.append(1) or original(*args))
     model, prompts = model_of(family, 96).eval(), prompts_of(3, 9)
     model.generation_config.eos_token_id = None
     assert greedy(model, prompts, 20) == expected(model, prompts, 20)

@@ -11,7 +11,7 @@ from families import FAMILIES, small_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from mori.config import UserError
+from mori.cli import UserError
 from mori.model import files as foreign
 from mori.model import loading as models
 

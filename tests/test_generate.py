@@ -6,7 +6,7 @@ from families import greedy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.stopping_criteria import StopStringCriteria
 
-from mori.config import UserError
+from mori.cli import UserError
 from mori.generation.generate import generate
 
 

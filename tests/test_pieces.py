@@ -14,7 +14,7 @@ from conftest import ROOT, STORIES, needs_stories
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from mori.config import RunFailed, UserError
+from mori.cli import RunFailed, UserError
 from mori.data import pieces, words
 from mori.data.corpus import SHIPPED, TokenFile, read_documents
 from mori.data.pieces import PieceEncoder

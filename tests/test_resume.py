@@ -19,17 +19,17 @@ from conftest import (
     wait_for,
     weights,
 )
+from mori.tracking.loggers import read_metrics
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import mori.train
-from mori.config import RunFailed, UserError
-from mori.model import loading as models
-from mori.speed import matmul as products
-from mori.tracking.monitor import read_metrics
+from mori.cli import RunFailed, UserError
+from mori.model import loading
+from mori.run import Run
+from mori.speed import matmul
 
 
-def test_torchrun_trains_resumes_and_speaks_once(settings, tmp_path):
+def test_torchrun_trains_resumes_and_prints_once(settings, tmp_path):
     """An epoch of two ranks ends with a step in which one rank has nothing left."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "scripts/train.py"]
     for name, killed in (("whole", False), ("run", True)):
@@ -52,7 +52,7 @@ def test_torchrun_trains_resumes_and_speaks_once(settings, tmp_path):
 @pytest.mark.parametrize(
     "options", [{"dtype": "bfloat16", "precision": "bf16"}, {"optim": "adamw_bnb_8bit"}], ids=["bf16", "8 bits"]
 )
-def test_weights_and_moments_of_few_bits_go_on_to_the_same_end(options, run_train, tmp_path):
+def test_resume_with_bf16_weights_or_8bit_moments_gives_the_same_weights(options, run_train, tmp_path):
     if "optim" in options:
         pytest.importorskip("bitsandbytes")
     options = {"dropout": 0.1, "max_steps": 12, "save_steps": 5, **options}
@@ -66,25 +66,23 @@ def test_weights_and_moments_of_few_bits_go_on_to_the_same_end(options, run_trai
         assert {t.dtype for t in stored.values()} == {torch.bfloat16, torch.float32}
 
 
-@pytest.mark.parametrize("began_with", ["onednn", ""])
-def test_a_run_goes_on_with_the_products_it_began_with(began_with, run_train, tmp_path, monkeypatch):
-    """Their last bits are of one library or another, and a measurement decides."""
-    if not products._has_onednn():
-        pytest.skip("this build of PyTorch brings no oneDNN")
-    monkeypatch.setattr(products, "_MULTIPLICATIONS", 1)
-    called, linear = [], products._linear
-    monkeypatch.setattr(products, "_linear", lambda *args: called.append(1) or linear(*args))
-    monkeypatch.setattr(products, "onednn_speed", lambda: 2.0 if began_with else 1.0)
+@pytest.mark.parametrize("library", ["onednn", "torch"])
+def test_resumed_run_keeps_its_matmul_library(library, run_train, tmp_path, monkeypatch):
+    """The measurement chooses another library when the run resumes; the last bits would differ."""
+    if matmul.choose_library("onednn") == "torch":
+        pytest.skip("this build of PyTorch has no oneDNN")
+    monkeypatch.setattr(matmul, "_MIN_MULTIPLICATIONS", 1)
+    monkeypatch.setattr(matmul, "onednn_speedup", lambda: 2.0 if library == "onednn" else 1.0)
     run_train(run_name="whole", output_dir=str(tmp_path / "whole"))
     stop_after(8, run_train)
-    called.clear()
-    monkeypatch.setattr(products, "onednn_speed", lambda: 1.0 if began_with else 2.0)
+    monkeypatch.setattr(matmul, "onednn_speedup", lambda: 1.0 if library == "onednn" else 2.0)
     run_train()
-    assert bool(called) == bool(began_with)
     assert_equal_weights(tmp_path / "whole", tmp_path / "brain")
+    state = json.loads((tmp_path / "runs/run/checkpoints/step-00000012/state.json").read_text())
+    assert state["cpu_matmul"] == library
 
 
-def test_killed_and_started_again_it_ends_with_the_same_weights(settings, tmp_path):
+def test_killed_run_resumes_to_the_same_weights(settings, tmp_path):
     """SIGKILL after a checkpoint; dropout on, accumulation 2, a save that falls between two log lines."""
     words = flags({**settings, "gradient_accumulation_steps": 2, "max_steps": 40, "save_steps": 7, "logging_steps": 5})
     whole = door("train.py", *words, "--run_name", "whole", "--output_dir", tmp_path / "whole")
@@ -106,7 +104,7 @@ def test_killed_and_started_again_it_ends_with_the_same_weights(settings, tmp_pa
     assert losses[0] == losses[1]
 
 
-def test_a_finished_run_is_not_trained_again(run_train, tmp_path, capsys):
+def test_finished_run_is_not_trained_again(run_train, tmp_path, capsys):
     first = run_train()
     made_at = (tmp_path / "brain").stat().st_mtime_ns
     assert run_train() == json.loads(json.dumps(first))
@@ -114,12 +112,12 @@ def test_a_finished_run_is_not_trained_again(run_train, tmp_path, capsys):
     assert (tmp_path / "brain").stat().st_mtime_ns == made_at and not (tmp_path / "brain.previous").exists()
 
 
-def test_killed_before_the_brain_was_written_it_is_written(run_train, tmp_path, monkeypatch):
+def test_run_killed_before_publishing_publishes(run_train, tmp_path, monkeypatch):
     def cut(*_):
         raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(models, "save", cut)
+        patch.setattr(loading, "save", cut)
         with pytest.raises(Stop):
             run_train()
     first = json.loads(json.dumps(run_train()))
@@ -129,7 +127,7 @@ def test_killed_before_the_brain_was_written_it_is_written(run_train, tmp_path, 
     assert_equal_weights(tmp_path / "whole", tmp_path / "brain")
 
 
-def test_a_run_with_other_settings_is_not_resumed(run_train, text_file, tmp_path):
+def test_resume_refuses_other_settings(run_train, text_file, tmp_path):
     run_train(max_steps=4)
     with pytest.raises(UserError, match=r"learning_rate \(0.001, 0.002\)"):
         run_train(max_steps=4, learning_rate=2e-3)
@@ -141,7 +139,7 @@ def test_a_run_with_other_settings_is_not_resumed(run_train, text_file, tmp_path
     assert (tmp_path / "runs" / "run.1" / "summary.json").exists()  # the old run is set aside
 
 
-def test_a_run_is_extended_to_a_new_length_only_when_asked(run_train, tmp_path, monkeypatch):
+def test_extend_needs_the_flag(run_train, tmp_path, monkeypatch):
     run_train(max_steps=4, lr_scheduler_type="constant")
     with pytest.raises(UserError, match=r"max_steps \(4, 8\).*--extend"):
         run_train(max_steps=8, lr_scheduler_type="constant")
@@ -149,7 +147,7 @@ def test_a_run_is_extended_to_a_new_length_only_when_asked(run_train, tmp_path, 
         run_train(max_steps=8, lr_scheduler_type="constant", learning_rate=2e-3, extend=True)
     with pytest.raises(UserError, match="has done 4 steps already"):
         run_train(max_steps=3, lr_scheduler_type="constant", extend=True)
-    with pytest.raises(UserError, match="holds no checkpoint"):
+    with pytest.raises(UserError, match="has no checkpoint"):
         run_train(run_name="new", extend=True)
     # A constant learning rate does not know how long the run is: extended, it is the run that was as long from the start.
     run_train(max_steps=8, lr_scheduler_type="constant", extend=True)
@@ -158,7 +156,7 @@ def test_a_run_is_extended_to_a_new_length_only_when_asked(run_train, tmp_path, 
     assert run_train(max_steps=8, lr_scheduler_type="constant")["steps"] == 8  # its length is 8 now
 
 
-def test_an_extended_run_goes_on_along_the_schedule_of_its_new_length(run_train, tmp_path):
+def test_extended_run_follows_the_schedule_of_its_new_length(run_train, tmp_path):
     run_train(max_steps=4)
     run_train(max_steps=8, extend=True)
     rates = [
@@ -169,10 +167,10 @@ def test_an_extended_run_goes_on_along_the_schedule_of_its_new_length(run_train,
     assert rates == pytest.approx([1e-3 * x for x in (1, 3 / 4, 2 / 4, 1 / 4, 4 / 8, 3 / 8, 2 / 8, 1 / 8)])
 
 
-def test_a_run_that_was_extended_and_stopped_is_not_taken_for_finished(run_train, tmp_path, monkeypatch):
+def test_extended_run_that_stopped_is_not_finished(run_train, tmp_path, monkeypatch):
     run_train(max_steps=4)
     with monkeypatch.context() as patch:
-        patch.setattr(mori.train, "_publish", lambda *_: (_ for _ in ()).throw(RunFailed("no room")))
+        patch.setattr(Run, "publish", lambda self: (_ for _ in ()).throw(RunFailed("no room")))
         with pytest.raises(RunFailed):
             run_train(max_steps=8, extend=True)
     assert run_train(max_steps=8)["steps"] == 8
@@ -180,14 +178,14 @@ def test_a_run_that_was_extended_and_stopped_is_not_taken_for_finished(run_train
     assert not torch.equal(*(next(iter(weights(tmp_path / name).values())) for name in ("brain", "first")))
 
 
-def test_what_was_asked_of_the_first_start_is_not_asked_of_a_restart(run_train, tmp_path, monkeypatch):
+def test_restart_by_torchrun_resumes(run_train, tmp_path, monkeypatch):
     stop_after(6, run_train)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     run_train(resume_from_checkpoint="none")
     assert not (tmp_path / "runs" / "run.1").exists()
 
 
-def test_a_log_that_a_kill_cut_short_is_mended(run_train, tmp_path):
+def test_resume_mends_a_truncated_log(run_train, tmp_path):
     stop_after(6, run_train)
     path = tmp_path / "runs" / "run" / "metrics.jsonl"
     with path.open("a") as lines:
@@ -197,7 +195,7 @@ def test_a_log_that_a_kill_cut_short_is_mended(run_train, tmp_path):
     assert steps == list(range(1, 13))
 
 
-def test_an_attempt_that_was_killed_before_its_first_checkpoint_leaves_no_lines(run_train, tmp_path):
+def test_attempt_without_a_checkpoint_leaves_no_lines(run_train, tmp_path):
     stop_after(2, lambda: run_train(save_steps=100))
     run_train()
     logged = read_metrics(tmp_path / "runs" / "run" / "metrics.jsonl")
@@ -207,7 +205,7 @@ def test_an_attempt_that_was_killed_before_its_first_checkpoint_leaves_no_lines(
     assert [event.step for event in board.Scalars("eval/loss")] == [0, 6, 12]
 
 
-def test_a_checkpoint_can_be_named(run_train, tmp_path):
+def test_resume_from_a_named_checkpoint(run_train, tmp_path):
     run_train(save_total_limit=9)
     named = tmp_path / "runs" / "run" / "checkpoints" / "step-00000004"
     run_train(run_name="from4", output_dir=str(tmp_path / "from4"), resume_from_checkpoint=str(named))
@@ -216,7 +214,7 @@ def test_a_checkpoint_can_be_named(run_train, tmp_path):
         run_train(resume_from_checkpoint=str(tmp_path / "none"))
 
 
-def test_the_best_checkpoint_is_kept(run_train, tmp_path):
+def test_best_checkpoint_is_kept(run_train, tmp_path):
     """A learning rate that rises until it is far too high makes an early evaluation the best; one newer checkpoint may stay."""
     summary = run_train(
         max_steps=12, save_steps=2, eval_steps=2, learning_rate=2.0, save_total_limit=1, warmup_steps=12
@@ -227,7 +225,7 @@ def test_the_best_checkpoint_is_kept(run_train, tmp_path):
     assert kept == sorted({f"step-{step:08d}" for step in (best, 12) if step})
 
 
-def test_a_finished_run_whose_model_was_replaced_puts_its_own_back(run_train, tmp_path):
+def test_finished_run_restores_a_replaced_model(run_train, tmp_path):
     run_train(max_steps=2, run_name="a")
     first = weights(tmp_path / "brain")
     run_train(max_steps=3, run_name="b")
@@ -236,7 +234,7 @@ def test_a_finished_run_whose_model_was_replaced_puts_its_own_back(run_train, tm
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-def test_two_runs_do_not_share_a_folder(run_train, tmp_path):
+def test_run_folder_is_locked(run_train, tmp_path):
     from mori.run import lock
 
     run_train(max_steps=2)
@@ -247,14 +245,14 @@ def test_two_runs_do_not_share_a_folder(run_train, tmp_path):
     assert not (tmp_path / "runs" / "run.1").exists()
 
 
-def test_a_mistake_does_not_set_the_old_run_aside(run_train, small_model, tmp_path):
+def test_mistake_does_not_set_the_old_run_aside(run_train, small_model, tmp_path):
     run_train(max_steps=2)
     with pytest.raises(UserError):
         run_train(model=str(tmp_path / "none"), resume_from_checkpoint="none")
     assert (tmp_path / "runs" / "run").exists() and not (tmp_path / "runs" / "run.1").exists()
 
 
-def test_going_back_in_a_run_is_refused(run_train, tmp_path):
+def test_resume_refuses_to_go_back(run_train, tmp_path):
     run_train(save_total_limit=9)
     with pytest.raises(UserError, match="has gone on to step-00000012"):
         run_train(resume_from_checkpoint=str(tmp_path / "runs" / "run" / "checkpoints" / "step-00000004"))

@@ -21,7 +21,8 @@ from transformers import (
 )
 from transformers.generation.logits_process import TopHLogitsWarper
 
-from mori.config import SamplingConfig, UserError, flag
+from mori.cli import UserError, flag
+from mori.config import SamplingConfig
 from mori.generation import generate as generate_module
 from mori.generation import sampling
 from mori.generation.generate import generate
@@ -225,7 +226,7 @@ def test_check_token_ids_names_the_control():
 
 @dataclass
 class MadeUpConfig(SamplingConfig):
-    only_token: int = flag("sampling", 0, "all tokens but this one are forbidden; 0 is off")
+    only_token: int = flag(0, "all tokens but this one are forbidden; 0 is off")
 
 
 def add_control(monkeypatch, always: bool) -> None:

@@ -9,37 +9,36 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, assert_equal_weights, flags
+from mori.tracking.loggers import read_metrics
 
 import mori.train
 from mori import optim
-from mori.checkpoint import checkpoints as checkpoint
-from mori.config import Interrupted
-from mori.data import windows as data
+from mori.checkpoint import checkpoints
+from mori.cli import Interrupted
 from mori.distributed import StopSignals
-from mori.tracking.monitor import read_metrics
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
 
 
 def saved_steps(tmp_path: Path) -> list[str]:
-    return [path.name for path in checkpoint.published(tmp_path / "runs" / "run" / "checkpoints")]
+    return [path.name for path in checkpoints.published(tmp_path / "runs" / "run" / "checkpoints")]
 
 
 # Where in a run the signal falls: a function that the run calls then, and at which of its calls.
 PLACES = {
     "before the first step": (mori.train, "evaluate", 1, 0),
     "in a step": (optim, "set_learning_rate", 3, 3),
-    "in an accumulation": (data, "load_step", 5, 5),
+    "in an accumulation": (mori.train, "load_step", 5, 4),
     "in an evaluation": (mori.train, "evaluate", 2, 6),
     "in the samples": (mori.train, "generate", 2, 6),
-    "in a save": (checkpoint, "save", 1, 4),
+    "in a save": (checkpoints, "save", 1, 4),
     "in the last step": (optim, "set_learning_rate", 12, 12),
 }
 
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("number", SIGNALS)
-def test_saved_within_a_step_and_bit_identical_in_the_end(run_train, tmp_path, monkeypatch, place, number):
+def test_signal_saves_within_a_step_and_the_resumed_run_is_bit_identical(run_train, tmp_path, monkeypatch, place, number):
     module, name, at_call, expected_step = PLACES[place]
     options = {"gradient_accumulation_steps": 2, "logging_steps": 5}
     run_train(**options, run_name="whole", output_dir=str(tmp_path / "whole"))
@@ -65,7 +64,7 @@ def test_saved_within_a_step_and_bit_identical_in_the_end(run_train, tmp_path, m
     assert [[line.get(n) for n in numbers] for line in whole] == [[line.get(n) for n in numbers] for line in stopped]
 
 
-def test_the_exit_code_is_130_and_the_line_says_where_it_stands(settings, tmp_path):
+def test_signal_exits_with_130_and_names_the_step(settings, tmp_path):
     words = flags({**settings, "max_steps": 100_000, "eval_steps": 1e5, "save_steps": 1e5})
     command = [sys.executable, str(ROOT / "scripts" / "train.py"), *words]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -83,7 +82,7 @@ def _wait_for_lines(tmp_path: Path, process: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
-def test_a_second_ctrl_c_is_a_keyboard_interrupt_but_its_echo_is_not():
+def test_second_ctrl_c_interrupts_but_its_echo_does_not():
     with StopSignals() as signals:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)  # torchrun's echo
@@ -94,7 +93,7 @@ def test_a_second_ctrl_c_is_a_keyboard_interrupt_but_its_echo_is_not():
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_a_pipe_that_died_of_the_same_ctrl_c_does_not_lose_the_work(settings, tmp_path):
+def test_ctrl_c_with_a_dead_pipe_saves(settings, tmp_path):
     """`train.py 2>&1 | tee log`: Ctrl-C ends tee as well."""
     words = flags({**settings, "max_steps": 100_000, "eval_steps": 1e5, "save_steps": 1e5})
     command = [sys.executable, str(ROOT / "scripts" / "train.py"), *words]
@@ -106,7 +105,7 @@ def test_a_pipe_that_died_of_the_same_ctrl_c_does_not_lose_the_work(settings, tm
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_one_rank_stops_all_ranks_alike(settings, tmp_path, number):
+def test_signal_to_one_rank_stops_all_ranks(settings, tmp_path, number):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "scripts/train.py"]
     words = flags({**settings, "max_steps": 60, "save_steps": 1000, "eval_steps": 1000})
     whole = [*torchrun, *words, "--run_name", "whole", "--output_dir", str(tmp_path / "whole")]

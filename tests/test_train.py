@@ -14,18 +14,19 @@ from conftest import (
     stop_after,
     weights,
 )
+from mori.tracking.loggers import read_metrics
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from mori import optim
-from mori.config import TrainConfig, UserError
-from mori.model import loading as models
-from mori.tracking.monitor import read_metrics
+from mori.cli import UserError
+from mori.config import TrainConfig
+from mori.model import loading
 from mori.train import train
 
 
-def test_a_run_leaves_what_is_promised(run_train, settings, tmp_path):
+def test_train_writes_summary_metrics_events_and_checkpoints(run_train, settings, tmp_path):
     summary = run_train()
     run_dir = tmp_path / "runs" / "run"
     assert json.loads((run_dir / "summary.json").read_text()) == json.loads(json.dumps(summary))
@@ -38,7 +39,7 @@ def test_a_run_leaves_what_is_promised(run_train, settings, tmp_path):
     assert summary["eval"]["after"]["loss"] < summary["eval"]["before"]["loss"]
     assert summary["steps"] == 12 and summary["tokens_per_second"] > 0 and summary["peak_memory_bytes"] > 0
     assert summary["samples"]["before"][0].startswith("Halo") and summary["samples"]["after"][0].startswith("Halo")
-    assert TrainConfig.from_json((run_dir / "config.json").read_text()).max_steps == 12
+    assert TrainConfig(**json.loads((run_dir / "config.json").read_text())).max_steps == 12
     assert json.loads((run_dir / "environment.json").read_text())["torch"] == torch.__version__
     assert [p.name for p in sorted((run_dir / "checkpoints").iterdir())] == ["step-00000008", "step-00000012"]
 
@@ -56,10 +57,10 @@ def test_a_run_leaves_what_is_promised(run_train, settings, tmp_path):
     assert shown == pytest.approx([line["train/loss"] for line in logged if "train/loss" in line])
 
 
-def test_the_brain_loads_with_transformers_alone(settings, tmp_path, monkeypatch):
+def test_train_publishes_a_model_that_loads_without_mori(settings, tmp_path, monkeypatch):
     trained = {}
-    save = models.save
-    monkeypatch.setattr(models, "save", lambda model, *rest: (trained.update(model=model), save(model, *rest)))
+    save = loading.save
+    monkeypatch.setattr(loading, "save", lambda model, *rest: (trained.update(model=model), save(model, *rest)))
     train(TrainConfig(**settings, fused_activations=False))  # PyTorch's GELU may round the last bit otherwise
     brain = AutoModelForCausalLM.from_pretrained(tmp_path / "brain").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "brain")
@@ -76,7 +77,7 @@ def test_the_brain_loads_with_transformers_alone(settings, tmp_path, monkeypatch
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
 
 
-def test_the_brain_before_stays_beside_the_new_one(run_train, settings, tmp_path):
+def test_train_keeps_the_previous_model(run_train, settings, tmp_path):
     run_train(max_steps=2)
     first = weights(tmp_path / "brain")
     run_train(max_steps=3, run_name="second")
@@ -85,7 +86,7 @@ def test_the_brain_before_stays_beside_the_new_one(run_train, settings, tmp_path
     assert not list(tmp_path.glob(".brain*"))
 
 
-def test_evaluation_equals_the_models_own_loss(run_train, settings, tmp_path):
+def test_evaluate_equals_the_loss_of_transformers(run_train, settings, tmp_path):
     """Transformers' own shifted mean over the held-out tokens, window by window."""
     summary = run_train(max_steps=1, learning_rate=1e-9)
     tokenizer = AutoTokenizer.from_pretrained(settings["model"])
@@ -106,13 +107,13 @@ def test_evaluation_equals_the_models_own_loss(run_train, settings, tmp_path):
     assert found["perplexity"] == pytest.approx(2.718281828459045 ** found["loss"])
 
 
-def test_drawing_samples_and_evaluating_does_not_move_the_training(run_train, tmp_path):
+def test_train_weights_do_not_depend_on_evaluations_and_samples(run_train, tmp_path):
     run_train(output_dir=str(tmp_path / "a"), run_name="a", eval_steps=1, num_return_sequences=3)
     run_train(output_dir=str(tmp_path / "b"), run_name="b", eval_steps=12, prompt=["lain sekali"])
     assert_equal_weights(tmp_path / "a", tmp_path / "b")
 
 
-def test_without_an_evaluation_at_the_start_the_weights_are_the_same(run_train, tmp_path, capsys):
+def test_train_without_evaluation_at_the_start_gives_the_same_weights(run_train, tmp_path, capsys):
     run_train(output_dir=str(tmp_path / "a"), run_name="a")
     summary = run_train(output_dir=str(tmp_path / "b"), run_name="b", eval_on_start=False)
     assert_equal_weights(tmp_path / "a", tmp_path / "b")
@@ -123,7 +124,7 @@ def test_without_an_evaluation_at_the_start_the_weights_are_the_same(run_train, 
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_every_precision_trains_and_resumes_on_the_cpu(run_train, tmp_path, precision):
+def test_train_resumes_in_every_precision(run_train, tmp_path, precision):
     """The scaler's state counts too: an injected overflow before the checkpoint makes it differ from a fresh one."""
     options = {"precision": precision, "gradient_accumulation_steps": 2, "logging_steps": 5}
     summary = run_train(**options, output_dir=str(tmp_path / "whole"), run_name="whole")
@@ -136,7 +137,7 @@ def test_every_precision_trains_and_resumes_on_the_cpu(run_train, tmp_path, prec
     assert [[line.get(n) for n in numbers] for line in whole] == [[line.get(n) for n in numbers] for line in resumed]
 
 
-def test_fp16_overflow_is_skipped_and_the_scale_is_restored(run_train, settings, tmp_path, monkeypatch):
+def test_train_skips_fp16_overflow_and_restores_the_scale(run_train, settings, tmp_path, monkeypatch):
     """A scale so large that the first steps overflow: they are skipped, and resuming remembers the smaller scale."""
     from mori.distributed import Runtime
 
@@ -159,29 +160,29 @@ def test_fp16_overflow_is_skipped_and_the_scale_is_restored(run_train, settings,
 
 def first_gradient(config: TrainConfig) -> dict[str, torch.Tensor]:
     """The gradient of the first step in float64, as the loop itself makes it, read just before the update."""
-    real_load, real_skip, found = models.load_model, optim.skip_unless_finite, {}
+    load_model, step_if_finite, gradients = loading.load_model, optim.step_if_finite, {}
 
     def load(*arguments):
-        found["model"] = real_load(*arguments).double()
-        return found["model"]
+        gradients["model"] = load_model(*arguments).double()
+        return gradients["model"]
 
-    def skip(optimizer, grad_norm):
-        found.setdefault("gradient", {n: p.grad.clone() for n, p in found["model"].named_parameters()})
-        return real_skip(optimizer, grad_norm)
+    def step(optimizer, grad_norm):
+        gradients.setdefault("first", {n: p.grad.clone() for n, p in gradients["model"].named_parameters()})
+        return step_if_finite(optimizer, grad_norm)
 
-    models.load_model, optim.skip_unless_finite = load, skip
+    loading.load_model, optim.step_if_finite = load, step
     try:
         train(config)
     finally:
-        models.load_model, optim.skip_unless_finite = real_load, real_skip
-    return found["gradient"]
+        loading.load_model, optim.step_if_finite = load_model, step_if_finite
+    return gradients["first"]
 
 
 LAYOUTS = {"1x8": (1, 8), "2x4": (2, 4), "4x2": (4, 2), "8x1": (8, 1)}
 
 
 @pytest.mark.parametrize("windows", [8, 7, 5])
-def test_accumulation_gives_the_gradient_of_the_whole_step(settings, tmp_path, windows):
+def test_accumulated_gradients_equal_those_of_the_whole_step(settings, tmp_path, windows):
     """8 windows in four layouts, and a short group of 7 and 5; the whole in one batch is the measure."""
     tokenizer = AutoTokenizer.from_pretrained(settings["model"])
     text = Path(settings["corpus"][0]).read_text()
@@ -201,7 +202,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_step(settings, tmp_path, w
             assert difference < 1e-12, (name, parameter)
 
 
-def test_two_processes_give_the_gradient_of_one(settings, tmp_path):
+def test_gradients_of_two_ranks_equal_those_of_one(settings, tmp_path):
     script = (
         "import sys, torch; sys.path.insert(0, 'tests'); from test_train import first_gradient\n"
         "from mori.config import TrainConfig\n"
@@ -247,14 +248,14 @@ def test_two_processes_give_the_gradient_of_one(settings, tmp_path):
         ({"block_size": 0, "seed": -1}, "block_size.*seed"),
     ],
 )
-def test_mistakes_leave_nothing_behind(run_train, tmp_path, changed, named):
+def test_train_writes_nothing_after_a_mistake(run_train, tmp_path, changed, named):
     with pytest.raises(UserError, match=named) as error:
         run_train(**changed)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "runs" / "run").exists() and not (tmp_path / "brain").exists()
 
 
-def test_ids_beyond_the_embedding_are_refused(run_train, small_model, tmp_path):
+def test_train_refuses_ids_beyond_the_embedding(run_train, small_model, tmp_path):
     cropped = AutoModelForCausalLM.from_pretrained(small_model)
     cropped.resize_token_embeddings(100)
     cropped.save_pretrained(tmp_path / "cropped")
@@ -263,29 +264,29 @@ def test_ids_beyond_the_embedding_are_refused(run_train, small_model, tmp_path):
         run_train(model=str(tmp_path / "cropped"))
 
 
-def test_what_is_no_model_is_not_replaced(run_train, tmp_path):
+def test_train_does_not_replace_a_folder_that_is_not_a_model(run_train, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="no model and would be replaced"):
+    with pytest.raises(UserError, match="is not a model and would be replaced"):
         run_train(output_dir=str(tmp_path / "mine"))
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 
 
 @pytest.mark.parametrize("name", [".", "..", "runs/run", "runs", "runs/run/checkpoints/x"])
-def test_the_model_does_not_go_where_other_things_are(run_train, tmp_path, monkeypatch, name):
+def test_train_refuses_an_output_dir_with_other_things(run_train, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="output_dir"):
         run_train(output_dir=name)
 
 
-def test_a_link_is_written_through(run_train, tmp_path):
+def test_train_writes_through_a_link(run_train, tmp_path):
     (tmp_path / "big-disk").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "big-disk" / "brain")
     run_train(max_steps=2, output_dir=str(tmp_path / "link"))
     assert (tmp_path / "big-disk" / "brain" / "config.json").is_file() and (tmp_path / "link").is_symlink()
 
 
-def test_weights_that_are_missing_are_not_made_up(run_train, small_model, tmp_path):
+def test_load_model_refuses_missing_weights(run_train, small_model, tmp_path):
     from safetensors.torch import save_file
 
     for name, change in (
@@ -305,7 +306,7 @@ def test_weights_that_are_missing_are_not_made_up(run_train, small_model, tmp_pa
             run_train(model=str(folder))
 
 
-def test_a_broken_model_folder_is_one_line(run_train, small_model, tmp_path):
+def test_train_reports_a_broken_model_folder_in_one_line(run_train, small_model, tmp_path):
     broken = [("config.json", "{"), ("config.json", "[]"), ("config.json", '{"model_type": "gpt2", "n_embd": "abc"}')]
     broken += [("model.safetensors", "junk"), ("tokenizer.json", "{}"), ("tokenizer.json", "[]")]
     for number, (name, content) in enumerate(broken):
@@ -318,7 +319,7 @@ def test_a_broken_model_folder_is_one_line(run_train, small_model, tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_the_preset_learns_its_own_tokenizer(settings, tmp_path):
+def test_train_preset_learns_a_tokenizer(settings, tmp_path):
     del settings["model"], settings["learning_rate"]
     summary = train(TrainConfig(**{**settings, "max_steps": 2}))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "brain")
@@ -328,7 +329,7 @@ def test_the_preset_learns_its_own_tokenizer(settings, tmp_path):
 
 
 @needs_stories
-def test_a_pretrained_model_starts_far_better_than_a_random_one(run_train, tmp_path):
+def test_train_starts_from_pretrained_weights(run_train, tmp_path):
     """On its own kind of text, 260K parameters that were trained know far more than ln(512) = 6.24 nats."""
     story = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. " * 30
     (tmp_path / "story.txt").write_text(story)
@@ -338,17 +339,17 @@ def test_a_pretrained_model_starts_far_better_than_a_random_one(run_train, tmp_p
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells what is mapped")
-def test_weights_that_are_trained_are_no_pages_of_a_file(small_model, tmp_path):
+def test_move_copies_weights_out_of_the_file(small_model, tmp_path):
     folder = shutil.copytree(small_model, tmp_path / "model")  # what other tests have loaded may be mapped still
 
     def is_mapped() -> bool:
         return f"{folder}/model.safetensors" in Path("/proc/self/maps").read_text()
 
-    tokenizer = models.load_tokenizer(str(folder), ())
-    model = models.load_model(str(folder), models.load_config(str(folder), tokenizer))
+    tokenizer = loading.load_tokenizer(str(folder), ())
+    model = loading.load_model(str(folder), loading.load_config(str(folder), tokenizer))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert is_mapped()
-    model = models.move(model, torch.device("cpu"))
+    model = loading.move(model, torch.device("cpu"))
     assert not is_mapped()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight  # tied as they were

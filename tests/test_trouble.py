@@ -10,26 +10,27 @@ import weakref
 import pytest
 import torch
 from conftest import ROOT, assert_equal_weights, flags, stop_after, weights
+from mori.tracking.loggers import read_metrics
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import mori.train
 from mori import optim
-from mori.config import RunFailed
-from mori.model import loading as models
-from mori.tracking.monitor import Monitor, read_metrics
+from mori.checkpoint import checkpoints, files
+from mori.cli import RunFailed
+from mori.model.lm import CausalLMLoss
+from mori.tracking.monitor import Monitor
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_gradients_that_are_never_finite_stop_the_run_and_spoil_nothing(run_train, tmp_path, monkeypatch, precision):
-    real, calls = models.CausalLMLoss.forward, []
+def test_gradients_that_are_never_finite_stop_the_run(run_train, tmp_path, monkeypatch, precision):
+    real, calls = CausalLMLoss.forward, []
 
     def poisoned(*batch):
         calls.append(torch.is_grad_enabled())
         loss = real(*batch)
         return loss * torch.nan if sum(calls) > 5 else loss
 
-    monkeypatch.setattr(models.CausalLMLoss, "forward", poisoned)
+    monkeypatch.setattr(CausalLMLoss, "forward", poisoned)
     with pytest.raises(RunFailed, match="3 steps in a row, up to step 8.*loss nan"):
         run_train(precision=precision, max_nonfinite_steps=3, eval_steps=100, save_steps=1)
     logged = read_metrics(tmp_path / "runs" / "run" / "metrics.jsonl")
@@ -41,8 +42,8 @@ def test_gradients_that_are_never_finite_stop_the_run_and_spoil_nothing(run_trai
     assert not (tmp_path / "brain").exists()
 
 
-def test_memory_that_runs_out_is_remembered(run_train, tmp_path, monkeypatch, capsys):
-    real, sizes, rows = models.CausalLMLoss.forward, [], []
+def test_smaller_batch_size_after_out_of_memory_is_remembered(run_train, tmp_path, monkeypatch, capsys):
+    real, sizes, rows = CausalLMLoss.forward, [], []
 
     def forward(self, input_ids, labels, n_targets=None):
         if n_targets is not None:
@@ -52,7 +53,7 @@ def test_memory_that_runs_out_is_remembered(run_train, tmp_path, monkeypatch, ca
                 raise torch.OutOfMemoryError("CUDA out of memory.")
         return real(self, input_ids, labels, n_targets)
 
-    monkeypatch.setattr(models.CausalLMLoss, "forward", forward)
+    monkeypatch.setattr(CausalLMLoss, "forward", forward)
     options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "max_steps": 8}
     stop_after(4, lambda: run_train(**options))
     assert sizes == rows == [4] + [2] * 10  # the step that is broken off among them
@@ -66,17 +67,17 @@ def test_memory_that_runs_out_is_remembered(run_train, tmp_path, monkeypatch, ca
     assert_equal_weights(tmp_path / "small", tmp_path / "brain")
 
 
-def test_where_not_even_one_window_fits_it_says_so(run_train, monkeypatch):
+def test_run_fails_if_not_one_window_fits(run_train, monkeypatch):
     def forward(*_):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(models.CausalLMLoss, "forward", forward)
+    monkeypatch.setattr(CausalLMLoss, "forward", forward)
     with pytest.raises(RunFailed, match="not even one window fits"):
         run_train()
 
 
-def test_the_failed_pass_is_let_go_before_the_step_is_done_again(run_train, monkeypatch):
-    real, kept, alive = models.CausalLMLoss.forward, [], []
+def test_graph_of_a_failed_pass_is_freed_before_the_retry(run_train, monkeypatch):
+    real, kept, alive = CausalLMLoss.forward, [], []
 
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -95,52 +96,52 @@ def test_the_failed_pass_is_let_go_before_the_step_is_done_again(run_train, monk
             loss.hidden = hidden
         return loss
 
-    monkeypatch.setattr(models.CausalLMLoss, "forward", forward)
+    monkeypatch.setattr(CausalLMLoss, "forward", forward)
     run_train(per_device_train_batch_size=4, max_steps=1)
     assert alive and not any(alive)
 
 
-def test_what_could_not_be_saved_is_no_interruption_but_a_failure(run_train, monkeypatch):
+def test_interrupted_run_that_cannot_be_saved_fails(run_train, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(mori.train.checkpoint, "save", full)
+    monkeypatch.setattr(checkpoints, "save", full)
     real = optim.set_learning_rate
     monkeypatch.setattr(optim, "set_learning_rate", lambda *a: (os.kill(os.getpid(), signal.SIGTERM), real(*a)))
     with pytest.raises(RunFailed, match="stopped by SIGTERM, NOT saved at step 1"):
         run_train()
 
 
-def test_a_run_that_only_skips_is_stopped_between_the_logs_too(run_train, tmp_path, monkeypatch):
-    real = models.CausalLMLoss.forward
+def test_run_that_only_skips_stops_between_logs_too(run_train, tmp_path, monkeypatch):
+    real = CausalLMLoss.forward
 
     def forward(self, input_ids, labels, n_targets=None):
         loss = real(self, input_ids, labels, n_targets)
         return loss if n_targets is None else loss * torch.nan
 
-    monkeypatch.setattr(models.CausalLMLoss, "forward", forward)
+    monkeypatch.setattr(CausalLMLoss, "forward", forward)
     with pytest.raises(RunFailed, match="in 3 steps in a row, up to step 3 .*the loss, on the training windows"):
         run_train(max_nonfinite_steps=3, logging_steps=1000, max_steps=20)
     [line] = [line for line in read_metrics(tmp_path / "runs/run/metrics.jsonl") if "train/loss" in line]
     assert line["step"] == 3 and line["train/loss"] != line["train/loss"]  # the real figure, not 0
 
 
-def test_a_prune_that_fails_is_no_failed_save(run_train, tmp_path, capsys, monkeypatch):
+def test_failed_prune_is_not_a_failed_save(run_train, tmp_path, capsys, monkeypatch):
     def busy(*_):
         raise OSError(39, "Directory not empty")
 
-    monkeypatch.setattr(mori.train.checkpoint, "prune", busy)
+    monkeypatch.setattr(checkpoints, "prune", busy)
     run_train()
     assert "an old checkpoint is left" in capsys.readouterr().out
     assert len(list((tmp_path / "runs/run/checkpoints").iterdir())) == 3
 
 
 @pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
-def test_a_norm_that_overflows_is_skipped_under_a_scaler_too(
+def test_infinite_norm_is_skipped_with_a_scaler_too(
     run_train, small_model, tmp_path, monkeypatch, max_grad_norm
 ):
     """Gradients of 1e30 are finite, their norm is not."""
-    real = models.CausalLMLoss.forward
+    real = CausalLMLoss.forward
 
     def forward(self, input_ids, labels, n_targets=None):
         loss = real(self, input_ids, labels, n_targets)
@@ -149,7 +150,7 @@ def test_a_norm_that_overflows_is_skipped_under_a_scaler_too(
                 parameter.register_hook(lambda grad: torch.full_like(grad, 1e30))
         return loss
 
-    monkeypatch.setattr(models.CausalLMLoss, "forward", forward)
+    monkeypatch.setattr(CausalLMLoss, "forward", forward)
     with pytest.raises(RunFailed, match="3 steps in a row"):
         run_train(precision="fp16", max_grad_norm=max_grad_norm, max_nonfinite_steps=3, save_steps=1)
     start = AutoModelForCausalLM.from_pretrained(small_model).state_dict()
@@ -158,16 +159,16 @@ def test_a_norm_that_overflows_is_skipped_under_a_scaler_too(
             assert torch.equal(tensor, start[name]), name
 
 
-def test_an_error_that_is_not_about_memory_is_not_swallowed(run_train, monkeypatch):
+def test_other_runtime_errors_are_raised(run_train, monkeypatch):
     def forward(*_):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(models.CausalLMLoss, "forward", forward)
+    monkeypatch.setattr(CausalLMLoss, "forward", forward)
     with pytest.raises(RuntimeError, match="a bug"):
         run_train()
 
 
-def test_a_model_that_diverges_is_trained_to_the_end_or_stopped_in_one_line(run_train, tmp_path):
+def test_diverging_run_ends_or_stops_in_one_line(run_train, tmp_path):
     try:
         summary = run_train(learning_rate=1e30, max_grad_norm=0.0)
     except RunFailed:
@@ -175,19 +176,20 @@ def test_a_model_that_diverges_is_trained_to_the_end_or_stopped_in_one_line(run_
     assert summary["skipped_steps"] > 0 and "no sample" in summary["samples"]["after"][0]
 
 
-def test_nobody_reads_any_more_and_the_training_goes_on(settings, tmp_path):
+def test_closed_pipe_does_not_stop_the_training(settings, tmp_path):
     words = " ".join(flags({**settings, "prompt": "Halo"}))
     shell = f"set -o pipefail; {sys.executable} {ROOT}/scripts/train.py {words} | head -n 1"
     done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True)
     assert done.returncode == 0 and (tmp_path / "brain" / "config.json").exists(), done.stderr
 
 
-def test_a_disk_that_fills_up_does_not_stop_the_training(run_train, tmp_path, monkeypatch, capsys):
+def test_full_disk_does_not_stop_the_training(run_train, tmp_path, monkeypatch, capsys):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(mori.train.checkpoint.os, "write", full)
-    monkeypatch.setattr(mori.train.checkpoint, "write_json", lambda *_: None)
+    monkeypatch.setattr(files.os, "write", full)
+    monkeypatch.setattr("mori.run.write_json", lambda *_: None)
+    monkeypatch.setattr(files, "write_json", lambda *_: None)
     with pytest.raises(RunFailed, match="last checkpoint could not be saved"):
         run_train(max_steps=4, save_steps=2)
     said = capsys.readouterr().out
@@ -201,7 +203,7 @@ def test_a_disk_that_fills_up_does_not_stop_the_training(run_train, tmp_path, mo
     assert all(torch.equal(value, first[name]) for name, value in weights(tmp_path / "brain").items())
 
 
-def test_a_log_that_cannot_be_written_does_not_stop_the_training(run_train, tmp_path, capsys, monkeypatch):
+def test_unwritable_log_does_not_stop_the_training(run_train, tmp_path, capsys, monkeypatch):
     """For a while the log's folder is gone: each write fails, is told once, and is tried again."""
     real, calls = Monitor.scalars, []
 
@@ -218,7 +220,7 @@ def test_a_log_that_cannot_be_written_does_not_stop_the_training(run_train, tmp_
     assert steps == [0, 1, *range(5, 13), 12]
 
 
-def test_without_tensorboard_the_training_goes_on_and_says_so(run_train, tmp_path, capsys, monkeypatch):
+def test_missing_tensorboard_does_not_stop_the_training(run_train, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # its import fails
     run_train(max_steps=4)
     assert capsys.readouterr().out.count("cannot be written") == 1
@@ -226,7 +228,7 @@ def test_without_tensorboard_the_training_goes_on_and_says_so(run_train, tmp_pat
     assert not list((tmp_path / "runs" / "run").glob("events.*"))
 
 
-def test_a_weight_that_is_not_finite_is_never_published(run_train, tmp_path, capsys, monkeypatch):
+def test_nonfinite_weight_is_never_published(run_train, tmp_path, capsys, monkeypatch):
     real, calls = optim.set_learning_rate, []
 
     def poison(optimizer, value):

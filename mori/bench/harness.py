@@ -1,5 +1,6 @@
-"""How arms are measured: each repeat in a process of its own, the arms in turn; medians, spread, ratios of pairs, JSON."""
+"""Measures arms: each repeat in a new process, the arms in turn; medians, ranges, ratios of pairs, and JSON."""
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -9,78 +10,104 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from mori.config import RunFailed, UserError
+from mori.cli import RunFailed, UserError
+from mori.config import TrainConfig
 
 ROOT = Path(__file__).parent.parent.parent
-_GPT2 = {"model_type": "gpt2", "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-SHAPES = {
-    "tiny": {**_GPT2, "n_layer": 2, "n_embd": 64, "n_head": 2, "vocab_size": 8192},
-    "mini": {**_GPT2, "n_layer": 4, "n_embd": 256, "n_head": 8, "vocab_size": 8192},
-    "small": {**_GPT2, "n_layer": 4, "n_embd": 128, "n_head": 4, "vocab_size": 8192},
-    "124m": {**_GPT2, "n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50_257},
-    "llama-160m": {
-        "model_type": "llama", "num_hidden_layers": 12, "hidden_size": 768, "num_attention_heads": 12,
-        "intermediate_size": 2048, "vocab_size": 32_000, "tie_word_embeddings": False,
-    },
-    "llama-1b": {
-        "model_type": "llama", "num_hidden_layers": 16, "hidden_size": 2048, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "intermediate_size": 8192, "vocab_size": 128_256, "tie_word_embeddings": True,
-    },
-}  # fmt: skip
+# Losses that differ by more than this (relative) come from different work; the timing is then void.
+LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2, "fp16": 1e-2}
 
 
 def in_turn(arms: list[str], repeats: int, run: Callable[[str], dict]) -> dict[str, list[dict]]:
-    """`run` every arm `repeats` times, and return for each arm what it found.
+    """Call `run(arm)` `repeats` times for every arm; return the results of each arm.
 
-    The arms take turns, in reverse in every second repeat: what grows warm or busy meanwhile touches all alike. What is
-    found has `seconds`, which are told on standard error.
+    The arms take turns, in reverse order in every second repeat, so that a change in clock speed or load affects all
+    of them. Each result has `seconds`, which are printed on standard error.
     """
-    found: dict[str, list[dict]] = {arm: [] for arm in arms}
+    results: dict[str, list[dict]] = {arm: [] for arm in arms}
     for repeat in range(repeats):
         for arm in arms if repeat % 2 == 0 else reversed(arms):
-            found[arm].append(run(arm))
-            print(f"{repeat + 1}/{repeats} {arm:18} {found[arm][-1]['seconds']:8.3f} s", file=sys.stderr, flush=True)
-    return found
+            result = run(arm)
+            results[arm].append(result)
+            print(f"{repeat + 1}/{repeats} {arm:18} {result['seconds']:8.3f} s", file=sys.stderr, flush=True)
+    return results
 
 
-def in_a_process(arm: str, command: list[str], threads: int = 0) -> str:
-    """Run `command` with this Python in a fresh process that finds `mori`; returns what it printed.
+def run_process(arm: str, command: list[str], threads: int = 0, log: Path | None = None, **environment: str) -> str:
+    """Run `command` with this Python in a new process that can import `mori`; return its standard output.
 
-    `threads` of 0 is what PyTorch takes by itself. Raises RunFailed, with the last line of its complaint, where it fails.
+    With `log`, both output streams go to that file instead and the result is empty. `threads` of 0 is PyTorch's default.
+    Raises RunFailed with the last line of the error output if the process fails.
     """
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
-    if done.returncode < 0:
-        raise RunFailed(f"{arm} was killed by signal {-done.returncode} (out of memory?)")
-    if done.returncode:
-        raise RunFailed(f"{arm} failed: {(done.stderr.strip().splitlines() or ['it says nothing'])[-1][:500]}")
-    return done.stdout
+    environment = {**os.environ, "PYTHONPATH": path, **environment}
+    if threads:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    with log.open("w") if log else contextlib.nullcontext(subprocess.PIPE) as output:
+        errors = subprocess.STDOUT if log else subprocess.PIPE
+        process = subprocess.run(
+            [sys.executable, *command], stdout=output, stderr=errors, text=True, errors="replace", env=environment
+        )
+    if process.returncode < 0:
+        raise RunFailed(f"{arm} was killed by signal {-process.returncode} (out of memory?)")
+    if process.returncode:
+        printed = log.read_text(encoding="utf-8", errors="replace") if log else process.stderr
+        last_line = (printed.strip().splitlines() or [f"exit code {process.returncode}, no message"])[-1]
+        raise RunFailed(f"{arm} failed: {last_line[:500]}")
+    return process.stdout or ""
+
+
+def run_arm(
+    arm: str,
+    config: TrainConfig,
+    folder: Path,
+    *,
+    threads: int,
+    warm_up_steps: int,
+    log: Path | None = None,
+    **environment,
+) -> dict:
+    """Do the training run `config` as `arm` in a new process; return the result of `mori.bench.arms.run_arm`.
+
+    The run leaves its model and metrics in `folder`.
+    """
+    job = {
+        "arm": arm,
+        "config": asdict(config),
+        "folder": str(folder),
+        "started": time.time(),
+        "warm_up_steps": warm_up_steps,
+    }
+    (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
+    run_process(arm, ["-m", "mori.bench.arms", str(folder / "job.json")], threads, log, **environment)
+    return json.loads((folder / "result.json").read_text(encoding="utf-8"))
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Median, least and largest of the repeats."""
+    """Median, minimum and maximum of the repeats."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def ratio(one: list[float], other: list[float]) -> dict[str, float]:
-    """The spread of `one / other`, repeat by repeat: both were measured one after the other."""
-    return spread([a / b for a, b in zip(one, other, strict=True)])
+def ratio(numerators: list[float], denominators: list[float]) -> dict[str, float]:
+    """The spread of the ratios, repeat by repeat: the two runs of a repeat are close in time."""
+    return spread([a / b for a, b in zip(numerators, denominators, strict=True)])
 
 
 def require(package: str, arm: str) -> None:
-    """Raise UserError where `package`, which `arm` needs and `mori` does not, is not installed."""
+    """Raise UserError if `package`, which `arm` needs and `mori` does not, is not installed."""
     if importlib.util.find_spec(package) is None:
         raise UserError(f"the arm {arm} needs {package}: pip install {package}, or leave it out with --arms")
 
 
 def check_writable(output_dir: str) -> None:
-    """Raise UserError where the figures could not be written into the folder `output_dir`."""
+    """Create the folder `output_dir`; raise UserError if no file can be written into it."""
     folder = Path(output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -98,13 +125,12 @@ def write(
     device: torch.device | None = None,
     threads: int = 0,
 ) -> None:
-    """Print the ratios, and leave the figures in `<output_dir>/<name>.json`, with what they were taken on.
+    """Print the ratios, and write the results with versions, device and commit to `<output_dir>/<name>.json`.
 
-    `report` has `bench`, `model`, `shape`, `arms` and `ratios`; `packages` are those whose versions matter besides
-    PyTorch's and transformers'.
+    `report` has `bench`, `model`, `shape`, `arms` and `ratios`; the versions of `packages` are recorded beside those of
+    PyTorch and transformers.
     """
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    whole = {
+    complete = {
         **report,
         "versions": {
             "python": platform.python_version(),
@@ -113,11 +139,20 @@ def write(
         },
         "device": torch.cuda.get_device_name(device) if device and device.type == "cuda" else str(device or "cpu"),
         "threads": threads or torch.get_num_threads(),
-        "commit": commit or None,
+        "commit": _commit(),
     }
     path = Path(output_dir) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-    for pair, found in report["ratios"].items():
-        print(f"{pair:34} {found['median']:.2f} ({found['min']:.2f} to {found['max']:.2f})")
-    print(f"written to {path}")
+    path.write_text(json.dumps(complete, indent=1) + "\n", encoding="utf-8")
+    for pair, values in report["ratios"].items():
+        print(f"{pair:34} {values['median']:.2f} ({values['min']:.2f} to {values['max']:.2f})")
+    print(f"results written to {path}")
+
+
+def _commit() -> str | None:
+    """The commit of the source, or None without git or outside a repository."""
+    try:
+        process = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return None
+    return process.stdout.strip() or None

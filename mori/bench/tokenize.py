@@ -16,29 +16,32 @@ import numpy
 import torch
 from transformers import AutoTokenizer
 
-from mori.bench import harness as bench
-from mori.config import RunFailed, TokenizeBenchConfig
+from mori.bench import harness
+from mori.bench.options import TokenizeBenchConfig
+from mori.cli import RunFailed
 from mori.data import corpus
+from mori.data.files import find_files
+from mori.data.token_file import TokenFile
 from mori.model.loading import train_tokenizer
-from mori.tracking.monitor import peak_memory_bytes
+from mori.tracking.memory import peak_memory_bytes
 
 _BLOCK = 128
 
 
 def tokenize(config: TokenizeBenchConfig) -> None:
-    """`scripts/bench.py tokenize`: seconds from a corpus' file to all its token ids, imports and the tokenizer ready.
+    """`scripts/bench.py tokenize`: seconds from a corpus file to all its token ids, after imports and loading the tokenizer.
 
-    `mori` reads documents and writes its token file, `run_clm` is what the script of that name in transformers' examples
-    does (`datasets`: a row for each line, tokenized and cut into blocks on all cores, kept in its cache), `one-call` is
-    `tokenizer(text)`. No arm finds a cache. Raises RunFailed where the ids differ, but for the end-of-text token that
-    `mori` puts behind the document: the timing is void then.
+    `mori` reads the documents and writes its token file; `run_clm` does what the example script of transformers with this
+    name does (`datasets`: one row per line, tokenized and cut into blocks on all cores, stored in a cache); `one-call` is
+    `tokenizer(text)`. All caches are empty. Raises RunFailed if the ids differ, apart from the end-of-text token that
+    `mori` adds to the document: the timing is then void.
 
-    A row is tokenized by itself, so that lines with blanks around them may be other tokens in `run_clm`.
+    `run_clm` tokenizes each row by itself, so lines with spaces at their ends may give it other tokens.
     """
-    bench.check_writable(config.output_dir)
+    harness.check_writable(config.output_dir)
     if "run_clm" in config.arms:
-        bench.require("datasets", "run_clm")
-    documents = corpus.read_documents(corpus.find_files(config.corpus))
+        harness.require("datasets", "run_clm")
+    documents = corpus.read_documents(find_files(config.corpus))
     text = "\n".join(document.text for document in documents)
     tokenizer = train_tokenizer([text])
     copies = math.ceil(config.megabytes * 1e6 / len(text.encode()))
@@ -47,98 +50,105 @@ def tokenize(config: TokenizeBenchConfig) -> None:
     def run(arm: str) -> dict:
         scratch = tempfile.mkdtemp(dir=folder)
         job = {"arm": arm, "folder": str(folder), "scratch": scratch, "cores": config.threads}
-        answer = bench.in_a_process(arm, ["-m", "mori.bench.tokenize", json.dumps(job)])
+        printed = harness.run_process(arm, ["-m", "mori.bench.tokenize", json.dumps(job)])
         shutil.rmtree(scratch)
-        found = json.loads(answer.splitlines()[-1])
-        expected.setdefault(arm, found["sha256"])
-        if len(set(expected.values())) > 1 or found["sha256"] != expected[arm]:
+        result = json.loads(printed.splitlines()[-1])
+        expected.setdefault(arm, result["sha256"])
+        if len(set(expected.values())) > 1 or result["sha256"] != expected[arm]:
             raise RunFailed(f"the ids of {arm} differ from those of {' and '.join(expected)}: the timing is void")
-        return found
+        return result
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tokenizer.save_pretrained(folder / "tokenizer")
         with (folder / "corpus.txt").open("w", encoding="utf-8") as file:
-            for _ in range(copies):  # never whole in memory: a child's peak would begin with that of this process
+            for _ in range(copies):  # a child's peak memory starts at that of this process, so keep it small
                 file.write(text)
         size = (folder / "corpus.txt").stat().st_size
-        found = bench.in_turn(config.arms, config.repeats, run)
-    seconds = {arm: [run["seconds"] for run in runs] for arm, runs in found.items()}
+        results = harness.in_turn(config.arms, config.repeats, run)
+    seconds = {arm: [run["seconds"] for run in runs] for arm, runs in results.items()}
     report = {
         "bench": "tokenize",
         "model": f"byte-level BPE of {len(tokenizer):,} tokens",
-        "shape": {"bytes": size, "lines": text.count("\n") * copies + 1, "tokens": found["mori"][0]["tokens"]},
+        "shape": {"bytes": size, "lines": text.count("\n") * copies + 1, "tokens": results["mori"][0]["tokens"]},
         "arms": {
             arm: {
                 "seconds": seconds[arm],
-                **bench.spread(seconds[arm]),
-                "megabytes_per_second": [size / 1e6 / took for took in seconds[arm]],
+                **harness.spread(seconds[arm]),
+                "megabytes_per_second": [size / 1e6 / s for s in seconds[arm]],
                 "peak_memory_bytes": [run["peak_memory_bytes"] for run in runs],
                 "largest_worker_bytes": [run["largest_worker_bytes"] for run in runs],
                 "tokens_in_blocks": runs[0]["tokens_in_blocks"],
             }
-            for arm, runs in found.items()
+            for arm, runs in results.items()
         },
-        "ratios": {f"{arm} / mori": bench.ratio(seconds[arm], seconds["mori"]) for arm in found if arm != "mori"},
+        "ratios": {f"{arm} / mori": harness.ratio(seconds[arm], seconds["mori"]) for arm in results if arm != "mori"},
     }
-    packages = ("tokenizers", *(["datasets"] if "run_clm" in found else []))
-    bench.write(config.output_dir, "tokenize", report, packages, threads=config.threads or _cores())
+    packages = ("tokenizers", *(["datasets"] if "run_clm" in results else []))
+    harness.write(config.output_dir, "tokenize", report, packages, threads=config.threads or _cores())
 
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-# ------------------------------------------------------------------------------------- what happens in an arm's process
+# ------------------------------------------------------------------------------------------- the process of one arm
+# Each arm returns the token ids and the number of tokens in full blocks.
 
 
-def _mori(path: Path, tokenizer, scratch: Path) -> tuple[numpy.ndarray, int]:
-    tokens = corpus.TokenFile.make(corpus.read_documents(corpus.find_files([str(path)])), tokenizer, scratch)
+def _with_mori(path: Path, tokenizer, scratch: Path) -> tuple[numpy.ndarray, int]:
+    tokens = TokenFile.make(corpus.read_documents(find_files([str(path)])), tokenizer, scratch)
     return tokens.ids, (len(tokens.ids) - 1) // _BLOCK * _BLOCK
 
 
-def _one_call(path: Path, tokenizer, scratch: Path) -> tuple[list[int], int]:
+def _with_one_call(path: Path, tokenizer, scratch: Path) -> tuple[list[int], int]:
     ids = tokenizer(path.read_text(encoding="utf-8"))["input_ids"]
     return ids, len(ids) // _BLOCK * _BLOCK
 
 
-def _run_clm(path: Path, tokenizer, scratch: Path) -> tuple[object, int]:
+def _with_run_clm(path: Path, tokenizer, scratch: Path) -> tuple[object, int]:
     from datasets import load_dataset
 
     def blocks(rows: dict) -> dict:
         joined = {name: list(itertools.chain.from_iterable(lists)) for name, lists in rows.items()}
-        total = len(joined["input_ids"]) // _BLOCK * _BLOCK  # what is left over of every thousand rows is dropped
+        total = len(joined["input_ids"]) // _BLOCK * _BLOCK  # drops the remainder of every thousand rows
         cut = {name: [ids[at : at + _BLOCK] for at in range(0, total, _BLOCK)] for name, ids in joined.items()}
         return {**cut, "labels": [list(ids) for ids in cut["input_ids"]]}
 
     rows = load_dataset("text", data_files=str(path), split="train", keep_linebreaks=True, cache_dir=str(scratch))
-    how = {"batched": True, "num_proc": _cores()}
-    tokenized = rows.map(lambda batch: tokenizer(batch["text"]), remove_columns=["text"], **how)
-    return tokenized, len(tokenized.map(blocks, **how)) * _BLOCK
+    options = {"batched": True, "num_proc": _cores()}
+    tokenized = rows.map(lambda batch: tokenizer(batch["text"]), remove_columns=["text"], **options)
+    return tokenized, len(tokenized.map(blocks, **options)) * _BLOCK
 
 
-_ARMS = {"mori": _mori, "run_clm": _run_clm, "one-call": _one_call}
+ARMS = {"mori": _with_mori, "run_clm": _with_run_clm, "one-call": _with_one_call}
 
 
-def _main(job: dict) -> None:
-    """The process of one arm: prints seconds, memory, and what identifies the ids."""
+def measure_arm(job: dict) -> dict:
+    """Tokenize with one arm in this process; return seconds, memory, and the count and SHA-256 of the ids."""
     if job["cores"] and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: job["cores"]])
     folder = Path(job["folder"])
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     started = time.perf_counter()
-    found, in_blocks = _ARMS[job["arm"]](folder / "corpus.txt", tokenizer, Path(job["scratch"]))
+    tokens, in_blocks = ARMS[job["arm"]](folder / "corpus.txt", tokenizer, Path(job["scratch"]))
     seconds = time.perf_counter() - started
     peak = peak_memory_bytes(torch.device("cpu"))
-    workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    largest_worker = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     count, digest = 0, hashlib.sha256()
-    for part in [found] if job["arm"] != "run_clm" else (row["input_ids"] for row in found):
+    for part in [tokens] if job["arm"] != "run_clm" else (row["input_ids"] for row in tokens):
         ids = numpy.asarray(part[: len(part) - (job["arm"] == "mori")], dtype="<u4")  # without the end-of-text token
         count += len(ids)
         digest.update(ids.data)
-    found = {"seconds": seconds, "tokens": count, "tokens_in_blocks": in_blocks, "sha256": digest.hexdigest()}
-    print(json.dumps({**found, "peak_memory_bytes": peak, "largest_worker_bytes": workers}))
+    return {
+        "seconds": seconds,
+        "tokens": count,
+        "tokens_in_blocks": in_blocks,
+        "sha256": digest.hexdigest(),
+        "peak_memory_bytes": peak,
+        "largest_worker_bytes": largest_worker,
+    }
 
 
 if __name__ == "__main__":
-    _main(json.loads(sys.argv[1]))
+    print(json.dumps(measure_arm(json.loads(sys.argv[1]))))

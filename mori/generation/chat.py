@@ -12,9 +12,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mori.config import PRESETS, GenerateConfig, SamplingConfig, UserError, parse
+from mori.cli import UserError, parse
+from mori.config import PRESETS, GenerateConfig, SamplingConfig
 from mori.generation.generate import check_prompts, generate, model_settings, resolve_settings
-from mori.model.loading import fuse_activations, load_config, load_model, load_tokenizer
+from mori.model.loading import load_config, load_model, load_tokenizer
+from mori.model.variants import fuse_activations
 from mori.speed.startup import keep_freed_memory
 
 HELP = """Type a text, and the model continues it. The arrow keys recall earlier lines.

@@ -6,12 +6,12 @@ from dataclasses import dataclass, fields, replace
 
 from torch import nn
 
-from mori.config import SamplingConfig, UserError, checked
+from mori.cli import UserError, checked, guarded
+from mori.config import SamplingConfig
 from mori.generation.decode import decode
 from mori.generation.sampler import Sampler
 from mori.generation.sampling import check_token_ids
 from mori.generation.stream import TextStream, cut_at_stop, decode_text
-from mori.model.files import guarded
 from mori.model.loading import check_fits, context_length
 
 

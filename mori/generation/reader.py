@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from mori.speed.matmul import OnAllCores
+from mori.speed.matmul import SplitMatvec
 
 MARGIN = 128  # tokens beyond the prompt for which masks and buffers are allocated at first
 
@@ -63,7 +63,7 @@ class Reader:
             arguments["output_router_logits"] = False  # used for the router loss only
         if self.cache is not None:
             arguments[self.cache_name] = self.cache
-        with OnAllCores() if unread.size(1) == 1 else contextlib.nullcontext():
+        with SplitMatvec() if unread.size(1) == 1 else contextlib.nullcontext():
             out = self.model(**arguments)
         self.cache = out.get(self.cache_name) if self.cache_name else None
         return out.logits[:, -1]

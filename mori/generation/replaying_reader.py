@@ -24,10 +24,12 @@ class BufferedLayer(DynamicLayer):
         self.column: torch.Tensor | None = None  # (1,); if set, an update writes there and returns the whole buffers
 
     def lazy_initialization(self, keys: torch.Tensor, values: torch.Tensor | None = None) -> None:
+        """Note type and device; `update` allocates the buffers."""
         self.dtype, self.device = keys.dtype, keys.device
         self.is_initialized = True
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, *_, **__) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append keys and values; returns all that attention shall read."""
         if not self.is_initialized:
             self.lazy_initialization(keys)
             self.keys, self.values = _enlarged(keys, MARGIN), _enlarged(values, MARGIN)
@@ -58,6 +60,7 @@ class BufferedLayer(DynamicLayer):
         return self.keys.size(2) if self.is_initialized else 0
 
     def get_seq_length(self, *_) -> int:
+        """The number of tokens in the buffers."""
         return self.length
 
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import pad
 
-from mori.config import SamplingConfig, UserError
+from mori.cli import UserError
+from mori.config import SamplingConfig
 
 
 def apply_sequence_bias(logits: torch.Tensor, input_ids: torch.Tensor, biases: list) -> torch.Tensor:

@@ -4,74 +4,64 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mori.speed.matmul import CUT, Products
+from mori.data.windows import IGNORE_INDEX
 
-IGNORE_INDEX = -100
-# Rows of logits that exist at once. On a CPU by measurement (runs/LOG.md); a GPU, where adding up the head's gradient once for each chunk
-# weighs more, gets four times as many, by reckoning alone.
-CHUNK = 512
+CHUNK = 512  # tokens whose logits exist at once on a CPU (measured); 4x larger on a GPU (not measured)
 
 
 def cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Sum of the token losses, in nats, computed in fp32 (or wider).
+    """Sum of the token losses in nats, computed in fp32 or wider, as `torch.nn.functional.cross_entropy`.
+
+    Micro-batches add up to the loss of the whole step; the caller divides by the number of labels.
 
     Args:
         logits: `(B, T, V)`, of any float type.
-        labels: `(B, T)`, the token that follows each position; -100 is not counted.
+        labels: `(B, T)`, the token that follows each position; -100 is ignored.
 
     Returns:
-        A scalar. It is a sum and not a mean, so that micro-batches add up to the loss of the whole step; the
-        caller divides by the count of labels. Softmax cross-entropy as in `torch.nn.functional.cross_entropy`.
+        A scalar.
     """
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
 
 
-def count_targets(labels: torch.Tensor) -> int:
-    """How many labels, which are on the host, count towards the loss."""
-    return int((labels.numpy() != IGNORE_INDEX).sum())
+def chunked_cross_entropy_sum(hidden: torch.Tensor, head: nn.Linear, labels: torch.Tensor) -> torch.Tensor:
+    """`cross_entropy_sum(head(hidden), labels)` without holding all logits at once.
 
-
-def chunked_cross_entropy_sum(
-    hidden: torch.Tensor, head: nn.Linear, labels: torch.Tensor, products: Products = CUT
-) -> torch.Tensor:
-    """`cross_entropy_sum(head(hidden), labels)` without ever holding all logits.
-
-    They are made for some hundred tokens at a time, and the gradients of `hidden`, weight and bias are computed in the same
-    breath, so that no logit is kept for, or computed again in, the backward pass (Wijmans et al., 2024, arXiv:2411.09009, and
-    Hsu et al., 2024, arXiv:2410.10989, do so in kernels of their own). Under autocast the matrix products are in its type, and
-    the loss, the softmax and the sums over chunks in fp32, as there. Differentiable once.
+    The forward pass computes the logits of a few hundred tokens at a time together with the gradients of `hidden`, weight and
+    bias, so that no logit is kept or recomputed for the backward pass (Wijmans et al., 2024, arXiv:2411.09009; Hsu et al.,
+    2024, arXiv:2410.10989). Under autocast the matmuls have its type; the loss, the softmax and the sums over chunks are
+    fp32. Differentiable once.
 
     Args:
-        hidden: `(B, T, D)`, what the model gives to its head.
-        head: the head, whose weight is `(V, D)`; the bias may be None.
-        labels: `(B, T)`; -100 is not counted.
-        products: how the products are computed on a CPU.
+        hidden: `(B, T, D)`, the input of the head.
+        head: its weight is `(V, D)`; the bias may be None.
+        labels: `(B, T)`; -100 is ignored.
     """
     hidden, weight, bias = hidden.flatten(0, 1), head.weight, head.bias
-    if not torch.is_grad_enabled():  # even then a Function hears that what it is given wants gradients (torch 2.13)
+    if not torch.is_grad_enabled():  # needs_input_grad stays True under no_grad (torch 2.13)
         hidden, weight, bias = hidden.detach(), weight.detach(), bias if bias is None else bias.detach()
-    return _ChunkedCrossEntropy.apply(hidden, weight, bias, labels.flatten(), products)
+    return _ChunkedCrossEntropy.apply(hidden, weight, bias, labels.flatten())
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, products):
+    def forward(ctx, hidden, weight, bias, labels):
         kind, device = hidden.device.type, hidden.device
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         wide = torch.promote_types(dtype, torch.float32)  # of the softmax and of all sums
         total = torch.zeros((), dtype=wide, device=device)
-        of_hidden, of_weight, of_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.empty_like(hidden) if of_hidden else None  # (N, D)
-        grad_weight = torch.zeros(weight.shape, dtype=wide, device=device) if of_weight else None  # (V, D)
-        grad_bias = torch.zeros(bias.shape, dtype=wide, device=device) if of_bias else None  # (V)
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None  # (N, D)
+        grad_weight = torch.zeros(weight.shape, dtype=wide, device=device) if needs_weight else None  # (V, D)
+        grad_bias = torch.zeros(bias.shape, dtype=wide, device=device) if needs_bias else None  # (V)
         with torch.autocast(kind, enabled=False):
             weight = weight.to(dtype)
             counted = labels != IGNORE_INDEX
             labels = labels.where(counted, 0)  # (N)
             chunk = CHUNK if kind == "cpu" else 4 * CHUNK
-            # The vocabulary comes first: so all three products run along memory, whatever number of tokens it has.
+            # The vocabulary is the first dimension: all three matmuls then run along memory, for any number of tokens.
             buffer = torch.empty(len(weight) * min(chunk, len(hidden)), dtype=dtype, device=device)
             wide_buffer = buffer if dtype == wide else torch.empty_like(buffer, dtype=wide)
             for start in range(0, len(hidden), chunk):
@@ -81,31 +71,31 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     labels[None, part],
                     counted[part].to(wide),
                 )  # (C, D), (1, C), (C)
-                z, e = (
-                    one[: len(weight) * len(x)].view(len(weight), len(x)) for one in (buffer, wide_buffer)
+                logits, exps = (
+                    b[: len(weight) * len(x)].view(len(weight), len(x)) for b in (buffer, wide_buffer)
                 )  # (V, C)
-                products.product(weight, x.t(), out=z)
+                torch.mm(weight, x.t(), out=logits)
                 if bias is not None:
-                    z += bias.to(dtype)[:, None]
-                largest, of_label = z.amax(0).to(wide), z.gather(0, label)[0]  # (C)
-                torch.sub(z, largest, out=e).exp_()  # in the place of z where it fits
-                total_e = e.sum(0)  # (C)
-                total += ((total_e.log() + (largest - of_label)) * share).sum()
-                if not (of_hidden or of_weight or of_bias):
+                    logits += bias.to(dtype)[:, None]
+                largest, label_logit = logits.amax(0).to(wide), logits.gather(0, label)[0]  # (C)
+                torch.sub(logits, largest, out=exps).exp_()  # overwrites the logits if the types are equal
+                exp_sum = exps.sum(0)  # (C)
+                total += ((exp_sum.log() + (largest - label_logit)) * share).sum()
+                if not (needs_hidden or needs_weight or needs_bias):
                     continue
-                # softmax - one-hot is the gradient by the logits. The division by the sum, and which rows count, are left to the
-                # small sides of the products.
-                grad, scale = e.scatter_add_(0, label, -total_e[None]), share / total_e  # (V, C), (C)
-                if of_bias:
+                # The gradient by the logits is softmax - one-hot. The small operands of the matmuls carry the division by
+                # exp_sum and the labels that are ignored.
+                grad, scale = exps.scatter_add_(0, label, -exp_sum[None]), share / exp_sum  # (V, C), (C)
+                if needs_bias:
                     grad_bias += grad @ scale
                 if dtype != wide:
-                    grad, scale = torch.div(grad, total_e, out=z), share
+                    grad, scale = torch.div(grad, exp_sum, out=logits), share
                 scale = scale[:, None]
-                if of_hidden:
-                    grad_hidden[part] = products.product(grad.t(), weight) * scale
-                if of_weight and dtype == wide:
-                    products.add_product_(grad_weight, grad, x * scale)
-                elif of_weight:
+                if needs_hidden:
+                    grad_hidden[part] = torch.mm(grad.t(), weight) * scale
+                if needs_weight and dtype == wide:
+                    grad_weight.addmm_(grad, x * scale)
+                elif needs_weight:
                     grad_weight += grad @ (x * scale.to(dtype))
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         return total
@@ -116,5 +106,5 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         for grad in (grad_hidden, grad_weight, grad_bias):
             if grad is not None:
-                grad.mul_(grad_output)  # in place: it is used once
-        return grad_hidden, grad_weight, grad_bias, None, None
+                grad.mul_(grad_output)  # in place: each is used once
+        return grad_hidden, grad_weight, grad_bias, None

@@ -24,7 +24,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from mori.checkpoint import checkpoints as checkpoint
-from mori.config import TrainConfig, run_door
+from mori.cli import run_script
+from mori.config import TrainConfig
 from mori.data.corpus import SHIPPED
 from mori.model.loading import train_tokenizer
 from mori.tracking.monitor import read_metrics
@@ -180,7 +181,7 @@ def fork(config: dict, before: Callable[[], object] = lambda: None, output: Path
     code = 1
     try:
         before()
-        run_door("train.py", lambda: train(TrainConfig(**config)) and None)
+        run_script("train.py", lambda: train(TrainConfig(**config)) and None)
     except SystemExit as leaving:
         code = leaving.code
     except BaseException:

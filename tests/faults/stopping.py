@@ -256,7 +256,10 @@ def kills_in_saves(lab: Lab, full: bool, seed: int) -> list[dict]:
         config, whole = lab.config(name, save_total_limit=1), lab.whole(save_total_limit=1)
         ended = run(config, patched(checkpoint, "save", at, kill_soon))
         inside += any(lab.checkpoints(name).glob(".step-*"))
-        problem = ended.problem(-signal.SIGKILL) or spoiled(lab, name, SAVE_STEPS * (at - 1))
+        # After the last save the run may end before its kill comes: it must then be complete.
+        problem = ended.problem(-signal.SIGKILL, 0) or spoiled(lab, name, SAVE_STEPS * (at - 1))
+        if not problem and ended.code == 0:
+            problem = lab.differs(name, whole)
         if not problem:
             ended = run(config)
             problem = ended.problem(0) or lab.differs(name, whole)

@@ -1,0 +1,161 @@
+"""The folder of a run: whether it may be written, who holds it, and the checkpoint it resumes from."""
+
+import contextlib
+import fcntl
+import json
+import tempfile
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import IO
+
+from mori.checkpoint import checkpoints
+from mori.checkpoint.files import hashes, write_json
+from mori.cli import UserError, print_error
+from mori.config import TrainConfig
+
+
+def check_writable(run_dir: Path, output_dir: Path) -> None:
+    """Raise UserError if the run or the model could not be written, or would replace something else.
+
+    Both paths are absolute, without links.
+    """
+    if output_dir in (run_dir, *run_dir.parents, *Path.cwd().parents, Path.cwd()):
+        raise UserError(f"output_dir: {output_dir} contains other things than a model; choose another folder")
+    if (run_dir / "checkpoints") in (output_dir, *output_dir.parents):
+        raise UserError(f"output_dir: {output_dir} is where the checkpoints go; choose another folder")
+    for name, path in (("logging_dir", run_dir), ("output_dir", output_dir)):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{name}: {path} is a file; choose a folder")
+        # The model's folder is renamed into place: its parent must be writable.
+        candidates = [path, *path.parents] if path == run_dir else path.parents
+        parent = next(folder for folder in candidates if folder.exists())
+        try:
+            with tempfile.TemporaryFile(dir=parent):
+                pass
+        except OSError as error:
+            raise UserError(f"{name}: cannot write in {parent}: {error.strerror}") from None
+    if output_dir.is_dir() and any(output_dir.iterdir()) and not _is_model(output_dir):
+        raise UserError(
+            f"output_dir: {output_dir} contains something that is not a model and would be replaced; choose another folder"
+        )
+
+
+def _is_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+
+
+def lock(run_dir: Path) -> IO:
+    """Keep other processes out of the run's folder while the returned file is open; a killed process closes it.
+
+    Raises UserError if another process holds the folder for more than three seconds: it may be dying.
+    """
+    file, deadline = (run_dir / ".lock").open("w"), time.monotonic() + 3
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"another process is writing {run_dir}; wait for it, or use another --run_name"
+                ) from None
+            time.sleep(0.1)
+
+
+def remember_batch_size(run_dir: Path, rank: int, size: int) -> None:
+    """Record for the next start that only micro-batches of `size` windows fit in this rank's memory."""
+    with contextlib.suppress(OSError):
+        write_json(run_dir / f"batch_size-{rank}.json", size)
+
+
+def remembered_batch_size(config: TrainConfig, run_dir: Path) -> int | None:
+    """The smallest size that any rank has recorded, for a run that resumes; else None."""
+    if config.resume_from_checkpoint == "none":
+        return None
+    sizes = []
+    for path in run_dir.glob("batch_size-*.json"):
+        with contextlib.suppress(OSError, ValueError):
+            sizes.append(json.loads(path.read_text(encoding="utf-8")))
+    return min((size for size in sizes if isinstance(size, int) and size > 0), default=None)
+
+
+def find_checkpoint(config: TrainConfig, run_dir: Path, identity: dict, total_steps: int) -> Path | None:
+    """The checkpoint that the run resumes from, or None for a new run. Call it while the folder is locked.
+
+    Raises UserError if the checkpoint belongs to a run whose weights would differ, and names the fields that do; with `extend`
+    the length of the run may differ.
+    """
+    root = run_dir / "checkpoints"
+    if config.resume_from_checkpoint == "none":
+        return None
+    if config.resume_from_checkpoint == "auto":
+        checkpoints.clean(root)
+        folder = checkpoints.newest(root, print_error)
+    else:
+        folder = _named_checkpoint(config, run_dir, root)
+    if folder is None:
+        if config.extend:
+            raise UserError(f"extend: {run_dir} has no checkpoint to resume from; leave --extend out to start a run")
+        return None
+    saved = checkpoints.load_state(folder)
+    differing = _differences(saved, config, identity, folder)
+    if differing:
+        extendable = all(
+            TrainConfig.__dataclass_fields__[n].metadata.get("extends") for n in differing if n in saved["config"]
+        )
+        longer = (
+            "--extend (to resume up to the new length), "
+            if extendable and differing.keys() <= saved["config"].keys()
+            else ""
+        )
+        raise UserError(
+            f"{folder} belongs to a run with other settings (there, now): "
+            f"{'; '.join(f'{name} {values}' for name, values in differing.items())}. "
+            f"Use those settings, {longer}another --run_name, or --resume_from_checkpoint none (the old run is set aside)"
+        )
+    if saved["step"] > total_steps:
+        raise UserError(f"{folder} has done {saved['step']} steps already, more than the {total_steps} of this run")
+    return folder
+
+
+def _named_checkpoint(config: TrainConfig, run_dir: Path, root: Path) -> Path:
+    """The checkpoint whose folder the user gave, verified."""
+    folder = Path(config.resume_from_checkpoint)
+    if not folder.is_dir():
+        raise UserError(f"resume_from_checkpoint: {folder} is not a folder; give auto, none, or a checkpoint's folder")
+    try:
+        checkpoints.verify(folder)
+    except checkpoints.CorruptCheckpoint as error:
+        raise UserError(f"resume_from_checkpoint: {error}") from None
+    newer = [path.name for path in checkpoints.published(root) if path.name > folder.name]
+    if newer:
+        raise UserError(
+            f"resume_from_checkpoint: the run {run_dir} has gone on to {newer[-1]}; leave the flag out to resume there, or give "
+            f"another --run_name to branch off {folder}"
+        )
+    return folder
+
+
+def _differences(saved: dict, config: TrainConfig, identity: dict, folder: Path) -> dict[str, str]:
+    """What the checkpoint and this run do not share, each with `(there, now)`."""
+    known = {f.name for f in fields(TrainConfig)}
+    try:
+        there = TrainConfig(**{name: value for name, value in saved["config"].items() if name in known})
+        values = {name: (saved[name], identity[name]) for name in identity if name != "config"}
+    except (KeyError, AttributeError):
+        raise UserError(f"{folder / 'state.json'} is not a state of mori; take another checkpoint") from None
+    changed = {name: f"({old!r}, {new!r})" for name, (old, new) in values.items() if old != new}
+    return there.differences(config, extending=config.extend) | changed
+
+
+def finished_summary(run_dir: Path, output_dir: Path, resumed: Path | None, total_steps: int) -> dict | None:
+    """The summary of a finished run whose model is in its place, file by file; else None."""
+    if not resumed or checkpoints.load_state(resumed)["step"] != total_steps or not output_dir.is_dir():
+        return None
+    try:
+        summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+        complete = summary["steps"] == total_steps and summary["output_sha256"] == hashes(output_dir)
+        return summary if complete else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # missing or damaged: it is written again

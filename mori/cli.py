@@ -1,0 +1,276 @@
+"""Flags, errors and exit codes: how a config is declared, checked, and read from the command line.
+
+Only the standard library is imported here, so that `--help` and a mistake in a flag answer at once.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import inspect
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import ClassVar
+
+EXIT_OK, EXIT_FAILURE, EXIT_MISTAKE, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+
+class UserError(ValueError):
+    """An error the user can fix: one line that says what is wrong, where, and what to do."""
+
+
+class RunFailed(RuntimeError):
+    """A run that cannot continue although its flags are right: one line that says why and what to do."""
+
+
+class Interrupted(RuntimeError):
+    """A run that was stopped by a signal and is saved: one line that says at which step."""
+
+
+def json_list(text: str) -> list:
+    """Parse a JSON list; raises ValueError for any other JSON value."""
+    value = json.loads(text)
+    if not isinstance(value, list):
+        raise ValueError("not a list")
+    return value
+
+
+def flag(default, help: str, *, kind=None, **rules):
+    """Declare a dataclass field that is also a command-line flag.
+
+    Args:
+        default: the value where the flag is not given. None stands for a value that depends on other fields.
+        kind: the type of the value, or of a list's items; derived from `default` if omitted. `json_list` reads a whole list
+            from one JSON text.
+        rules: the range, checked by `Config.mistakes`: `min`, `max` (inclusive), `above`, `below` (exclusive), `choices`,
+            `share` (a whole number, or a share below 1). `pretrained` and `scratch` are the values that None stands for.
+            `may_change` and `extends` say whether a resumed run, or an extended one, may change the field.
+    """
+    is_list = isinstance(default, list)
+    kind = kind or (str if is_list else float if default is None else type(default))
+    metadata = {"help": help, "type": kind, "is_list": is_list and kind is not json_list, **rules}
+    if is_list:
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def same_flag(cls, name: str, default):
+    """Declare the flag `name` of the config class `cls` with another default."""
+    meta = cls.__dataclass_fields__[name].metadata
+    return flag(
+        default, **{key: value for key, value in meta.items() if key not in ("type", "is_list")}, kind=meta["type"]
+    )
+
+
+@dataclass
+class Config:
+    """The base of all configs. A subclass declares fields with `flag()` and overrides `contradictions`."""
+
+    given: ClassVar[frozenset] = frozenset()  # the flags that were given on the command line
+    group: ClassVar[str] = ""  # the heading of the class's fields in --help
+    may_change: ClassVar[bool] = False  # whether a resumed run may change the class's fields
+
+    def mistakes(self) -> list[str]:
+        """Everything that is wrong with the values, one phrase each."""
+        out_of_range = [problem for f in fields(self) for problem in _range_mistakes(f, getattr(self, f.name))]
+        return out_of_range + self.contradictions()
+
+    def contradictions(self) -> list[str]:
+        """What is wrong between fields whose own values are in range, one phrase each."""
+        return []
+
+    @classmethod
+    def declaring_class(cls, name: str) -> type["Config"]:
+        """The class that first declares the field `name`: it gives the field's group."""
+        return next(base for base in reversed(cls.__mro__) if name in inspect.get_annotations(base))
+
+    @classmethod
+    def groups(cls) -> dict[str, list[dataclasses.Field]]:
+        """The fields of each group, in the order of the base classes."""
+        order = [base for base in cls.__mro__ if issubclass(base, Config) and base.group]
+        by_group: dict[str, list[dataclasses.Field]] = {base.group: [] for base in order}
+        for f in fields(cls):
+            by_group[cls.declaring_class(f.name).group].append(f)
+        return {group: members for group, members in by_group.items() if members}
+
+
+def _range_mistakes(f: dataclasses.Field, value) -> list[str]:
+    """What is wrong with the value of one field, by the rules of its declaration."""
+    rules = f.metadata
+    if value is None:
+        return []
+    if "choices" in rules:
+        return (
+            []
+            if value in rules["choices"]
+            else [f"{f.name} is {value!r}, must be one of {', '.join(rules['choices'])}"]
+        )
+    if isinstance(value, float) and not math.isfinite(value):
+        return [f"{f.name} is {value}, must be a finite number"]
+    lower = f"above {rules['above']}" if "above" in rules else f"{rules['min']} or more" if "min" in rules else ""
+    upper = f"below {rules['below']}" if "below" in rules else f"at most {rules['max']}" if "max" in rules else ""
+    in_range = (
+        ("above" not in rules or value > rules["above"])
+        and ("min" not in rules or value >= rules["min"])
+        and ("below" not in rules or value < rules["below"])
+        and ("max" not in rules or value <= rules["max"])
+    )
+    if not in_range:
+        return [f"{f.name} is {value}, must be {' and '.join(filter(None, (lower, upper)))}"]
+    if rules.get("share") and value > 1 and value % 1:
+        return [f"{f.name} is {value}, must be a whole number, or a share below 1"]
+    return []
+
+
+def checked(config):
+    """Return `config` if its values are valid; raises UserError with every mistake in one line otherwise."""
+    mistakes = config.mistakes()
+    if mistakes:
+        raise UserError("; ".join(dict.fromkeys(mistakes)))
+    return config
+
+
+def parse(cls: type[Config], description: str, argv: list[str] | None = None):
+    """Read a config of class `cls` from the command line (`sys.argv` by default).
+
+    Flags are the names of the fields; `-` and `_` are the same. All mistakes are reported together.
+    Raises UserError for an unknown flag (with the nearest existing one) and for invalid values.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if any("\udc80" <= letter <= "\udcff" for word in argv for letter in word):
+        raise UserError("the command line is not UTF-8")
+    switches = {f.name for f in fields(cls) if f.metadata["type"] is bool}
+    argv = [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), word) for word in argv]
+    argv = [f"--no-{word[5:]}" if word.startswith("--no_") and word[5:] in switches else word for word in argv]
+    values, unknown = _parser(cls, description).parse_known_args(argv)
+    if unknown and not unknown[0].startswith("-"):
+        raise UserError(f"{unknown[0]!r} belongs to no flag; --help lists the flags")
+    if unknown:
+        nearest = difflib.get_close_matches(unknown[0].split("=")[0], [f"--{f.name}" for f in fields(cls)], 1, 0.6)
+        advice = f"did you mean {nearest[0]}?" if nearest else "--help lists the flags"
+        raise UserError(f"unknown flag {unknown[0]}; {advice}")
+    config = checked(cls(**vars(values)))
+    config.given = frozenset(vars(values))
+    return config
+
+
+def take_command(commands) -> tuple[str, list[str]]:
+    """Split the command line into its first word, one of `commands`, and the rest. Raises UserError for any other word."""
+    command, *rest = sys.argv[1:] or [""]
+    if command not in commands:
+        raise UserError(f"{command!r} is no command; say one of {', '.join(commands)} first, then --help for its flags")
+    return command, rest
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message)
+
+
+def _parser(cls: type[Config], description: str) -> _Parser:
+    parser = _Parser(
+        description=description,
+        usage="%(prog)s [--flag VALUE ...]",
+        allow_abbrev=False,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser._optionals.title = "help"
+    for title, members in cls.groups().items():
+        group = parser.add_argument_group(title)
+        for f in members:
+            rules = f.metadata
+            options = {
+                "help": f"{rules['help']}\n(default: {_shown_default(f)})".replace("%", "%%"),
+                "default": argparse.SUPPRESS,
+            }
+            if rules["type"] is bool:
+                group.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, **options)
+                continue
+            group.add_argument(
+                f"--{f.name}",
+                type=rules["type"],
+                choices=rules.get("choices"),
+                nargs="+" if rules["is_list"] else None,
+                action="extend" if rules["is_list"] else "store",  # a list flag may be repeated
+                metavar=None if "choices" in rules else rules["type"].__name__.upper(),
+                **options,
+            )
+    return parser
+
+
+def _shown_default(f: dataclasses.Field) -> str:
+    """The default of a field as `--help` shows it."""
+    if "pretrained" in f.metadata:
+        return f"{f.metadata['pretrained']:g}; {f.metadata['scratch']:g} for a model made from scratch"
+    default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
+    if f.metadata["type"] is bool:
+        return "unset" if default is None else "on" if default else "off"
+    if default in (None, "", []):
+        return "unset"
+    return " ".join(map(repr, default)) if isinstance(default, list) else str(default)
+
+
+def guarded(what: str, action: Callable):
+    """Return `action()`, a library's work on untrusted files; its errors become a UserError made of `what` and the reason.
+
+    Such libraries share no base class of errors: tokenizers raises bare Exceptions, and its Rust panics are BaseExceptions.
+    """
+    try:
+        return action()
+    except UserError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = one_line(error)
+        if "weights_only" in str(error):  # PyTorch advises to run the code in the file
+            reason = (
+                "its weights are damaged, or contain more than plain tensors, which is never run; "
+                "download it again, or take a model with .safetensors"
+            )
+        elif "trust_remote_code" in str(error):
+            reason = "it brings along Python code, which is not run; if you trust it, say --trust_remote_code"
+        raise UserError(f"{what}: {reason}") from None
+
+
+def one_line(error: BaseException) -> str:
+    """The beginning of an error's message, on one line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def run_script(name: str, main: Callable[[], int | None]) -> None:
+    """Run a script's `main()` and exit with its code; a user's mistake is one line on standard error and code 2."""
+    sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode still shows the rest
+    try:
+        code = main() or EXIT_OK
+    except UserError as mistake:
+        if not getattr(mistake, "reported_by_main_rank", False):
+            print_error(f"{name}: error: {' '.join(str(mistake).splitlines())}")
+        code = EXIT_MISTAKE
+    except RunFailed as failure:
+        print_error(f"{name}: failed: {' '.join(str(failure).splitlines())}")
+        code = EXIT_FAILURE
+    except Interrupted as stop:
+        print_error(f"\n{name}: {stop}")
+        code = EXIT_INTERRUPTED
+    except KeyboardInterrupt:
+        print_error(f"\n{name}: interrupted")
+        code = EXIT_INTERRUPTED
+    except BrokenPipeError:
+        code = EXIT_OK
+    try:
+        sys.stdout.flush()
+    except OSError:  # a closed pipe or a full disk: Python would flush again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
+
+
+def print_error(line: str) -> None:
+    """Print a line on standard error; ignores a full disk behind it."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)

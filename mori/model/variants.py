@@ -1,0 +1,186 @@
+"""Faster and smaller variants of a training step, each checked on the model at hand against the model's own loss."""
+
+import contextlib
+import importlib.util
+import inspect
+
+import torch
+from torch import nn
+from transformers.activations import FastGELUActivation, NewGELUActivation
+
+from mori.cli import UserError, one_line
+from mori.config import TrainConfig
+from mori.data.windows import IGNORE_INDEX
+from mori.model.lm import CausalLMLoss, attends_to_all_before, watch_head
+from mori.speed.peak import LARGEST_GPU_PEAK, flops_per_token, peak_flops
+
+_CHECKED_TOKENS = 16  # reading the weights takes most of the time of so short a pass
+# Compiling takes a minute or two and should gain at least a tenth of the run: twenty minutes at the usual share of the peak. A
+# GPU of unknown peak counts as the fastest: then only a run that is long on any GPU is compiled.
+_WORTH_COMPILING_SECONDS = 1200
+_USUAL_SHARE = 0.4
+
+
+def build_module(
+    model: nn.Module,
+    config: TrainConfig,
+    batch: tuple[torch.Tensor, torch.Tensor],
+    runtime,
+    *,
+    separator: int | None = None,
+    total_steps: int = 0,
+    cpu_matmul: str = "torch",
+) -> tuple[CausalLMLoss, str]:
+    """The model with its loss in the fastest form that is safe for it, and a description of that form.
+
+    Each variant has a flag in `config`. A short pass over the batch must give the model's own loss; otherwise the model stays
+    as it is.
+
+    Args:
+        batch: `input_ids` and `labels`, `(B, T)`, on the host.
+        runtime: the `distributed.Runtime`.
+        separator: the token that ends each document.
+        total_steps: the length of the run.
+        cpu_matmul: the library that `config.cpu_matmul` resolves to.
+
+    Raises UserError if the model has no gradient checkpointing, or cannot keep documents apart, and the config asks for it.
+    """
+    module = CausalLMLoss(model)
+    chosen = []
+    if config.gradient_checkpointing:
+        _enable_gradient_checkpointing(module, config)
+        chosen.append("activations recomputed in the backward pass")
+    if config.tf32 and runtime.device.type == "cuda" and runtime.precision == "fp32":
+        torch.set_float32_matmul_precision("high")
+        chosen.append("TF32")
+    input_ids, labels = (tensor[:1, :_CHECKED_TOKENS].to(runtime.device) for tensor in batch)
+    if config.document_mask:
+        module.separator = separator
+        if not _keeps_documents_apart(module, config.block_size, input_ids, runtime):
+            raise UserError(
+                f"document_mask: {type(model).__name__} cannot keep documents apart with this tokenizer; leave the flag out"
+            )
+        chosen.append("documents kept apart")
+    with watch_head(model) as plain_head:
+        own_loss = _loss(module, input_ids, labels, runtime)
+    if config.fused_activations and fuse_activations(model):
+        chosen.append("fused GELU")
+    safe = list(chosen)
+    if config.mask_free_attention and not config.document_mask and attends_to_all_before(model, config.block_size):
+        module.use_mask_free_attention()
+        chosen.append("mask-free causal attention")
+    if config.chunked_loss and runtime.precision != "fp16" and all(plain_head):  # in fp16 the loss must be scaled first
+        module.chunked_loss = True
+        chosen.append("chunked loss")
+    if cpu_matmul == "onednn":
+        module.cpu_matmul = cpu_matmul
+        chosen.append("matmuls by oneDNN")
+    if abs(_loss(module, input_ids, labels, runtime) - own_loss) > _tolerance(runtime) * abs(own_loss):
+        module.use_own_attention()
+        module.chunked_loss, module.cpu_matmul = False, "torch"
+        chosen = [*safe, "the rest is off: the loss check failed for this model"]
+    if config.torch_compile or config.torch_compile is None and _compiling_pays(module, config, runtime, total_steps):
+        chosen.append(_compile(module, config, batch, runtime))
+    return module, ", ".join(chosen) or "nothing"
+
+
+def takes_onednn(model: nn.Module, config: TrainConfig, runtime) -> bool:
+    """Whether oneDNN may compute this run's matmuls: on a CPU, everything in fp32, and not compiled."""
+    return (
+        runtime.device.type == "cpu"
+        and runtime.precision == "fp32"
+        and all(parameter.dtype == torch.float32 for parameter in model.parameters())
+        and not config.torch_compile
+    )
+
+
+def fuse_activations(model: nn.Module) -> int:
+    """Replace each tanh GELU that is written out in Python by PyTorch's kernel; returns their number.
+
+    It is the same function (Hendrycks and Gimpel, 2016, arXiv:1606.08415) up to the last bits, and keeps one MLP-sized tensor for
+    the backward pass instead of several. Saved files do not change.
+    """
+    activations = [
+        (module, name)
+        for module in model.modules()
+        for name, child in module.named_children()
+        if type(child) in (NewGELUActivation, FastGELUActivation)
+    ]
+    for module, name in activations:
+        setattr(module, name, nn.GELU(approximate="tanh"))
+    return len(activations)
+
+
+def _enable_gradient_checkpointing(module: CausalLMLoss, config: TrainConfig) -> None:
+    model = module.model
+    if not model.supports_gradient_checkpointing:
+        raise UserError(f"{type(model).__name__} has no gradient checkpointing; leave --gradient_checkpointing out")
+    enable = getattr(model, "activation_checkpointing_enable", None)  # its name since transformers 5.24
+    options = {"use_reentrant": False}
+    if not config.torch_compile:  # the compiler accepts no contexts; the second one is that of the recomputation
+        options["context_fn"] = lambda: (contextlib.nullcontext(), module.matmul_context())
+    (enable or model.gradient_checkpointing_enable)(options)
+
+
+def _compile(module: CausalLMLoss, config: TrainConfig, batch: tuple[torch.Tensor, torch.Tensor], runtime) -> str:
+    """Compile the model and try one forward and backward pass; if the compiler fails, run without it and say why."""
+    rows = config.per_device_train_batch_size
+    module.compile_trunk(rows)
+    input_ids, labels = (tensor[:rows].to(runtime.device) for tensor in batch)
+    try:
+        with runtime.unchanged_random_state(), runtime.autocast():
+            module(input_ids, labels).backward()
+    except torch._dynamo.exc.TorchDynamoException as error:
+        module.compiled = False
+        return f"not compiled: {one_line(error)}"
+    finally:
+        module.zero_grad()
+    return "compiled"
+
+
+def _compiling_pays(module: CausalLMLoss, config: TrainConfig, runtime, total_steps: int) -> bool:
+    """Whether the run is long enough, on one GPU that PyTorch's compiler knows, with the usual variants.
+
+    With several ranks a compiled backward pass gives all gradients at its end, and no exchange overlaps with it.
+    """
+    if runtime.device.type != "cuda" or runtime.world_size > 1 or not module.mask_free or config.gradient_checkpointing:
+        return False
+    if not importlib.util.find_spec("triton") or torch.cuda.get_device_capability(runtime.device) < (7, 0):
+        return False
+    windows = total_steps * config.gradient_accumulation_steps * config.per_device_train_batch_size
+    operations = windows * config.block_size * flops_per_token(module.model, config.block_size)
+    peak = peak_flops(runtime.device, runtime.precision) or LARGEST_GPU_PEAK
+    return operations > _WORTH_COMPILING_SECONDS * _USUAL_SHARE * peak
+
+
+def _keeps_documents_apart(module: CausalLMLoss, block_size: int, input_ids: torch.Tensor, runtime) -> bool:
+    """Whether a document's loss behind another document, in `input_ids` `(1, T)`, is the loss it has alone."""
+    parameters = inspect.signature(module.model.base_model.forward).parameters
+    if (
+        module.separator is None
+        or "position_ids" not in parameters
+        or not attends_to_all_before(module.model, block_size)
+    ):
+        return False
+    middle = input_ids.size(1) // 2
+    input_ids = input_ids.clone()
+    input_ids[:, middle] = module.separator
+    labels = input_ids.clone()
+    labels[:, :middle] = IGNORE_INDEX
+    behind = _loss(module, input_ids, labels, runtime)
+    alone = _loss(module, input_ids[:, middle:], labels[:, middle:], runtime)
+    return abs(behind - alone) <= _tolerance(runtime) * abs(alone)
+
+
+def _tolerance(runtime) -> float:
+    """The largest relative difference between two ways to compute the same loss."""
+    return 1e-4 if runtime.precision == "fp32" else 1e-2
+
+
+@torch.no_grad()
+def _loss(module: CausalLMLoss, input_ids: torch.Tensor, labels: torch.Tensor, runtime) -> float:
+    module.eval()
+    with runtime.autocast():
+        loss = module(input_ids, labels).item()
+    module.train()
+    return loss

@@ -1,0 +1,78 @@
+"""From files to windows: what every command does before it trains, compares or measures."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mori import distributed
+from mori.config import TrainConfig
+from mori.data import corpus
+from mori.data.files import find_files
+from mori.data.token_file import TokenFile, text_bytes_from
+from mori.data.windows import ShiftedDataset, split
+from mori.distributed import Runtime
+from mori.generation.generate import check_prompts
+from mori.model import loading
+
+
+@dataclass
+class Prepared:
+    """A tokenizer, a model's configuration, and the corpus as windows of token ids.
+
+    `held_out_bytes` is the size of the text behind the held-out labels.
+    """
+
+    documents: list[corpus.Document]
+    blank_files: int
+    tokenizer: object
+    model_config: object
+    token_file: TokenFile
+    train: ShiftedDataset
+    held_out: ShiftedDataset
+    held_out_bytes: int
+    ledger: corpus.Ledger
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """The identity of corpus and tokenizer."""
+        return {name: self.token_file.header[name] for name in ("corpus_sha256", "tokenizer_sha256")}
+
+
+def prepare(config: TrainConfig, runtime: Runtime) -> Prepared:
+    """Files to documents to token ids to windows, with the tokenizer and the configuration of the model.
+
+    Token ids are cached in `logging_dir`. Raises UserError for missing or unreadable files, a model that cannot be loaded,
+    prompts, windows or token ids that do not fit it, and a corpus that is too short.
+    """
+    files = find_files(config.corpus)
+    documents = corpus.read_documents(files)
+    distributed.set_seed(config.seed)
+    tokenizer = loading.load_tokenizer(config.model, (d.text for d in documents), config.trust_remote_code)
+    model_config = loading.load_config(
+        config.model, tokenizer, dropout=config.dropout, trust_remote_code=config.trust_remote_code
+    )
+    check_prompts(config.prompt, tokenizer, model_config)
+    loading.check_fits(model_config, block_size=config.block_size, max_id=0)
+    cache_dir = Path(config.logging_dir) / ".cache"
+    token_file = runtime.main_first(lambda: TokenFile.make(documents, tokenizer, cache_dir))
+    loading.check_fits(model_config, block_size=config.block_size, max_id=token_file.header["max_id"])
+    boundary = split(len(token_file), config.block_size, config.held_out_fraction)
+    train = ShiftedDataset(token_file.ids[:boundary], config.block_size)
+    return Prepared(
+        documents=documents,
+        blank_files=len(files) - len(documents),
+        tokenizer=tokenizer,
+        model_config=model_config,
+        token_file=token_file,
+        train=train,
+        held_out=ShiftedDataset(token_file.ids[boundary:], config.block_size, keep_tail=True),
+        # The first held-out token is nobody's label: its bytes are not predicted.
+        held_out_bytes=text_bytes_from(boundary + 1, token_file, documents, tokenizer),
+        ledger=corpus.Ledger(
+            bytes=sum(document.bytes for document in documents),
+            documents=len(documents),
+            tokens=len(token_file),
+            train_tokens=boundary - train.dropped,
+            held_out_tokens=len(token_file) - boundary,
+            dropped_tokens=train.dropped,
+        ),
+    )

@@ -1,0 +1,159 @@
+#!/usr/bin/env python
+"""Write the tables of runs/README.md and tests/faults/README.md from the JSON files in runs/bench."""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+BENCH = ROOT / "runs/bench"
+# Column titles by folder; a folder that is not listed has its name as title.
+MACHINES = {"bench": "4 cores, AVX2", "zen5": "2 cores, AMD Zen 5"}
+BENCHMARKS = {
+    "train": "seconds",
+    "memory": "peak memory",
+    "startup": "seconds to the first step",
+    "tokenize": "seconds",
+    "decode": "seconds",
+}
+DIFFERENCES = ("loss", "grad_norm", "learning_rate", "weight")
+
+
+def benchmarks() -> list[str]:
+    """The ratios of every benchmark, one column per machine, and the versions they were measured with."""
+    folders = [BENCH, *sorted(path for path in BENCH.iterdir() if path.is_dir())]
+    titles = [MACHINES.get(folder.name, folder.name) for folder in folders]
+    rows: dict[tuple, dict[str, str]] = {}
+    measured = []
+    for title, folder in zip(titles, folders, strict=True):
+        for path in sorted(folder.glob("*.json")):
+            report = json.loads(path.read_text(encoding="utf-8"))
+            if report.get("bench") not in BENCHMARKS:
+                continue
+            order, what = list(BENCHMARKS).index(report["bench"]), _description(report)
+            for pair, ratio in report["ratios"].items():
+                rows.setdefault((order, what, pair), {})[title] = _spread(ratio)
+            figures = next(iter(report["arms"].values()))
+            repeats = len(figures.get("seconds") or figures["training_peak_memory_bytes"])
+            versions, commit = report["versions"], (report["commit"] or "–")[:7]
+            software = [versions["torch"], versions["transformers"], commit]
+            measured.append([title, what, repeats, report["device"], report["threads"], *software])
+    table = [["benchmark", "ratio of", *titles]]
+    for (order, what, pair), cells in sorted(rows.items(), key=lambda row: _natural(row[0])):
+        quantity = list(BENCHMARKS.values())[order]
+        arms = " / ".join(f"`{arm}`" for arm in pair.split(" / "))
+        table.append([what, f"{quantity}, {arms}", *(cells.get(title, "–") for title in titles)])
+    titles = ["machine", "benchmark", "repeats", "device", "threads", "torch", "transformers", "commit"]
+    return [*_table(table, left=2), "", *_table([titles, *measured], left=2)]
+
+
+def _description(report: dict) -> str:
+    shape = report["shape"]
+    name = f"`{report['bench']}`, {report['model'].removeprefix('random weights, ')}"
+    if report["bench"] == "tokenize":
+        return f"`tokenize`, {shape['bytes'] / 1e6:.0f} MB in {shape['lines']:,} line(s)"
+    if report["bench"] == "decode":
+        return f"{name}, batch {shape['batch_size']}, {shape['new_tokens']} tokens, {shape['dtype']}"
+    return f"{name}, batch {shape['per_device_train_batch_size']} of {shape['block_size']} tokens, {shape['precision']}"
+
+
+def comparisons() -> list[str]:
+    """The differences from Trainer, and the outcome of every arm, of each comparison."""
+    differences = [["comparison", "arms", "steps", "loss", "gradient norm", "learning rate", "final weights"]]
+    outcomes = [
+        [
+            "comparison",
+            "arm",
+            "steps",
+            "distinct tokens",
+            "held-out loss before",
+            "after",
+            "perplexity",
+            "bits per byte",
+        ]
+    ]
+    for path in sorted(BENCH.glob("compare-*.json")):
+        comparison = json.loads(path.read_text(encoding="utf-8"))
+        for pair, values in comparison["pairs"].items():
+            if pair in ("mori-exact|trainer", "mori|trainer"):
+                cells = [f"{values[f'max_abs_{name}_diff']:.3g}" for name in DIFFERENCES]
+                differences.append([comparison["name"], f"`{pair.replace('|', '` and `')}`", values["steps"], *cells])
+        for name, arm in comparison["arms"].items():
+            before, after = arm["held_out"]["before"], arm["held_out"]["after"]
+            tokens = f"{arm['tokens_trained']:,} of {comparison['ledger']['train_tokens']:,}"
+            scores = [
+                f"{before['loss']:.4f}",
+                f"{after['loss']:.4f}",
+                f"{after['perplexity']:,.0f}",
+                f"{after['bits_per_byte']:.4f}",
+            ]
+            outcomes.append([comparison["name"], f"`{name}`", f"{arm['steps']:,}", tokens, *scores])
+    return [*_table(differences, left=2), "", *_table(outcomes, left=2)]
+
+
+def faults() -> list[str]:
+    """The number of cases of each fault campaign, and how many passed."""
+    report = json.loads((BENCH / "faults.json").read_text(encoding="utf-8"))
+    results = report["results"]
+    table = [["fault", "commit", "cases", "passed"]]
+    table += [[result["name"], result.get("commit", "–"), result["tried"], result["held"]] for result in results]
+    table.append(["all", "", *(f"{sum(result[key] for result in results):,}" for key in ("tried", "held"))])
+    versions = f"torch {report['torch']}, transformers {report['transformers']}, Python {report['python']}, {report['device']}, seed {report['seed']}"
+    return [
+        *_table(table, left=1),
+        "",
+        f"Measured with {versions}." + (f" Note: {report['note']}." if report.get("note") else ""),
+    ]
+
+
+def _spread(ratio: dict) -> str:
+    median, low, high = (f"{ratio[key]:.2f}" for key in ("median", "min", "max"))
+    return median if ratio["min"] == ratio["max"] else f"{median} ({low} to {high})"
+
+
+def _natural(key: tuple) -> list:
+    """Sorts numbers within texts by value: 128 before 1024."""
+    return [[int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(text))] for text in key]
+
+
+def _table(rows: list[list], left: int) -> list[str]:
+    """A Markdown table; the first row has the titles, the first `left` columns are aligned to the left."""
+    header, *body = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+    alignment = ["---"] * left + ["---:"] * (len(rows[0]) - left)
+    return [header, f"| {' | '.join(alignment)} |", *body]
+
+
+TABLES = {
+    ROOT / "runs/README.md": {"benchmarks": benchmarks, "comparisons": comparisons},
+    ROOT / "tests/faults/README.md": {"faults": faults},
+}
+
+
+def updated(text: str, name: str, lines: list[str]) -> str:
+    """`text` with `lines` between the two markers of the table `name`."""
+    start, end = f"<!-- {name}: written by scripts/tables.py -->", f"<!-- end of {name} -->"
+    before, rest = text.split(start)
+    return "\n".join([before + start, "", *lines, "", end + rest.split(end)[1]])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a file is not up to date")
+    check, stale = parser.parse_args().check, []
+    for path, tables in TABLES.items():
+        text = current = path.read_text(encoding="utf-8")
+        for name, lines in tables.items():
+            text = updated(text, name, lines())
+        if text != current:
+            stale.append(path.relative_to(ROOT))
+            if not check:
+                path.write_text(text, encoding="utf-8")
+    for path in stale:
+        print(f"{path} is not up to date: run python scripts/tables.py" if check else f"{path} written")
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,218 @@
+"""The variants of a training step: each one's loss and gradients are the model's own, and each is off where it is not safe."""
+
+import pytest
+import torch
+from conftest import CPU, weights
+from families import MASK_FREE, batch, gradients, small_model
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mori import distributed
+from mori.cli import UserError
+from mori.config import TrainConfig
+from mori.distributed import Runtime
+from mori.model import lm, loading, loss, variants
+from mori.model.lm import CausalLMLoss
+from mori.model.loss import chunked_cross_entropy_sum
+from mori.model.variants import build_module, takes_onednn
+from mori.speed import matmul
+from mori.speed.peak import flops_per_token
+
+
+def test_build_module_keeps_loss_and_gradients(any_family, monkeypatch):
+    """Scaled or capped logits, sliding windows and masks of the model's own keep their variant off."""
+    monkeypatch.setattr(loss, "CHUNK", 16)
+    model, (input_ids, labels) = small_model(any_family, 97), batch()
+    own = CausalLMLoss(model).eval()
+    expected_loss = own(input_ids, labels, torch.tensor(42.0))
+    expected = gradients(model, expected_loss)
+    module, description = build_module(model, TrainConfig(block_size=24, dropout=0.0), batch(), CPU)
+    module.eval()
+    actual_loss = module(input_ids, labels, torch.tensor(42.0))
+    torch.testing.assert_close(actual_loss, expected_loss)
+    actual = gradients(model, actual_loss)
+    assert actual.keys() == expected.keys()
+    for name in actual:
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-3, atol=1e-6)
+    assert ("mask-free" in description) == (any_family in MASK_FREE)
+    plain_head = any_family not in ("gemma2", "granite", "cohere", "mixtral", "olmoe", "qwen3_moe")
+    assert ("chunked loss" in description) == plain_head
+
+
+def test_build_module_with_bf16_weights_keeps_the_loss_nearly(any_family):
+    runtime = Runtime(torch.device("cpu"), 0, 1, "bf16")
+    model, (input_ids, labels) = small_model(any_family, 97), batch()
+    results = []
+    for narrow in (False, True):
+        if narrow:
+            loading.store_in_bfloat16(model)
+        module, description = build_module(model, TrainConfig(block_size=24, dropout=0.0), batch(), runtime)
+        with runtime.autocast():
+            results.append((module.eval()(input_ids, labels, torch.tensor(42.0)), "chunked loss" in description))
+        module.use_own_attention()
+    (wide, wide_chunked), (narrow, narrow_chunked) = results
+    assert wide_chunked == narrow_chunked
+    torch.testing.assert_close(narrow, wide, rtol=2e-2, atol=0)
+    assert all(gradient.isfinite().all() for gradient in gradients(model, narrow).values())
+
+
+def test_build_module_switches_every_variant_off():
+    flags = {"chunked_loss": False, "mask_free_attention": False, "fused_activations": False}
+    module, description = build_module(small_model("gpt2", 97), TrainConfig(block_size=24, **flags), batch(), CPU)
+    assert description == "nothing" and not module.chunked_loss and not module.mask_free
+    assert not any(isinstance(inner, nn.GELU) for inner in module.modules())
+
+
+@pytest.mark.parametrize("wrong", ["loss", "matmul"])
+def test_build_module_keeps_the_model_if_the_loss_check_fails(wrong, monkeypatch):
+    if wrong == "loss":
+        monkeypatch.setattr(lm, "chunked_cross_entropy_sum", lambda *args: 0.99 * chunked_cross_entropy_sum(*args))
+    else:
+        onednn_matmul = matmul.onednn_matmul
+        monkeypatch.setattr(matmul, "onednn_matmul", lambda *args, **kwargs: 2 * onednn_matmul(*args, **kwargs))
+        monkeypatch.setattr(matmul, "_MIN_MULTIPLICATIONS", 1)
+    model = small_model("llama", 97)
+    module, description = build_module(model, TrainConfig(block_size=24), batch(), CPU, cpu_matmul="onednn")
+    assert not module.chunked_loss and not module.mask_free and module.cpu_matmul == "torch"
+    assert "the loss check failed" in description and model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("family", ["bloom", "mamba", "mistral", "gpt2"])
+def test_build_module_refuses_a_document_mask_it_cannot_keep(family):
+    """No positions to give, no attention, a shorter window, no token between documents."""
+    separator = None if family == "gpt2" else 5
+    config = TrainConfig(block_size=24, document_mask=True)
+    with pytest.raises(UserError, match="document_mask: .* cannot keep documents apart"):
+        build_module(small_model(family, 97), config, batch(), CPU, separator=separator)
+
+
+def test_document_mask_changes_the_losses_and_cannot_change_in_a_resumed_run(run_train, tmp_path):
+    for number in range(9):
+        (tmp_path / f"{number}.txt").write_text("Halo semua, selamat datang kembali. " * (number + 3), encoding="utf-8")
+    plain, apart = (
+        run_train(run_name=name, corpus=[str(tmp_path)], document_mask=name == "apart") for name in ("plain", "apart")
+    )
+    assert apart["ledger"] == plain["ledger"]
+    assert apart["eval"]["after"]["loss"] != plain["eval"]["after"]["loss"]
+    with pytest.raises(UserError, match="document_mask"):
+        run_train(run_name="apart", corpus=[str(tmp_path)])
+
+
+@pytest.mark.parametrize("library", ["torch", "onednn"])
+def test_gradient_checkpointing_keeps_the_weights(library, run_train, tmp_path, monkeypatch):
+    if library == "onednn" and matmul.choose_library("onednn") == "torch":
+        pytest.skip("this build of PyTorch has no oneDNN")
+    calls, onednn_linear = [], matmul._onednn_linear
+    monkeypatch.setattr(matmul, "_MIN_MULTIPLICATIONS", 1)
+    monkeypatch.setattr(matmul, "_onednn_linear", lambda *args: calls.append(args[0].size(1)) or onednn_linear(*args))
+    run_train(run_name="kept", output_dir=str(tmp_path / "kept"), cpu_matmul=library)
+    count = sum(size in (32, 128) for size in calls)  # of the model's layers; others measure the machine
+    run_train(run_name="again", output_dir=str(tmp_path / "again"), cpu_matmul=library, gradient_checkpointing=True)
+    assert (count > 0) == (library == "onednn")
+    assert sum(size in (32, 128) for size in calls) >= 2.2 * count  # the recomputation uses the same library
+    kept, recomputed = weights(tmp_path / "kept"), weights(tmp_path / "again")
+    assert kept.keys() == recomputed.keys() and all(torch.equal(kept[name], recomputed[name]) for name in kept)
+
+
+def test_build_module_names_a_model_without_gradient_checkpointing(monkeypatch):
+    model = small_model("llama", 97)
+    monkeypatch.setattr(type(model), "supports_gradient_checkpointing", False)
+    with pytest.raises(UserError, match="gradient_checkpointing"):
+        build_module(model, TrainConfig(gradient_checkpointing=True), batch(), CPU)
+
+
+@pytest.mark.parametrize(
+    "changed, dtype, precision, expected",
+    [
+        ({}, torch.float32, "fp32", True),
+        ({}, torch.float32, "bf16", False),
+        ({}, torch.float64, "fp32", False),
+        ({"torch_compile": True}, torch.float32, "fp32", False),
+    ],
+)
+def test_takes_onednn_needs_fp32_without_compiler(changed, dtype, precision, expected):
+    runtime = Runtime(torch.device("cpu"), 0, 1, precision)
+    assert takes_onednn(small_model("gpt2", 97).to(dtype), TrainConfig(**changed), runtime) == expected
+
+
+def test_flops_per_token_equals_a_count_by_hand_and_by_pytorch():
+    """6 for every weight but the positions', and 12 T D for each layer; PyTorch's counter leaves out biases and norms."""
+    model, (input_ids, labels) = small_model("gpt2", 97), batch(1)
+    count = sum(p.numel() for p in model.parameters()) - model.transformer.wpe.weight.numel()
+    assert flops_per_token(model, 24) == 6 * count + 12 * 24 * 32 * 2
+    with FlopCounterMode(display=False) as counter:
+        CausalLMLoss(model)(input_ids, labels).backward()
+    vectors = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 1 and "wpe" not in name)
+    assert counter.get_total_flops() == pytest.approx(24 * (flops_per_token(model, 24) - 6 * vectors), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        ({}, True),
+        ({"steps": 0.99}, False),
+        ({"name": "NVIDIA A100-SXM4-80GB", "steps": 0.32}, True),
+        ({"name": "NVIDIA A100-SXM4-80GB", "steps": 0.31}, False),
+        ({"name": "a GPU of another maker"}, True),
+        ({"name": "a GPU of another maker", "steps": 0.99}, False),
+        ({"precision": "fp32", "steps": 0.99}, False),
+        ({"world_size": 2}, False),
+        ({"device": "cpu"}, False),
+        ({"capability": (6, 1)}, False),
+        ({"triton": None}, False),
+        ({"mask_free": False}, False),
+        ({"gradient_checkpointing": True}, False),
+    ],
+    ids=str,
+)
+def test_build_module_compiles_a_long_run_on_one_gpu(change, expected, monkeypatch):
+    """`steps` is a share of those that take an H100 1,200 s at 40 % of 989e12 operations a second."""
+    case = {"name": "NVIDIA H100 80GB HBM3", "steps": 1.01, "precision": "bf16", "world_size": 1, "device": "cuda"}
+    case |= {"capability": (9, 0), "triton": object(), "mask_free": True, "gradient_checkpointing": False, **change}
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: case["name"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: case["capability"])
+    find_spec = variants.importlib.util.find_spec  # other libraries call it too
+    monkeypatch.setattr(
+        variants.importlib.util,
+        "find_spec",
+        lambda name, *rest: case["triton"] if name == "triton" else find_spec(name, *rest),
+    )
+    module = CausalLMLoss(small_model("gpt2", 97))
+    if case["mask_free"]:
+        module.use_mask_free_attention()
+    config = TrainConfig(
+        block_size=24, gradient_accumulation_steps=3, gradient_checkpointing=case["gradient_checkpointing"]
+    )
+    tokens = 1200 * 0.4 * 989e12 / flops_per_token(module.model, 24)
+    steps = int(case["steps"] * tokens / (3 * 4 * 24))
+    runtime = Runtime(torch.device(case["device"]), 0, case["world_size"], case["precision"])
+    assert variants._compiling_pays(module, config, runtime, steps) == expected
+
+
+@pytest.mark.parametrize(
+    "setting, pays, expected", [(None, True, 1), (None, False, 0), (False, True, 0), (True, False, 1)]
+)
+def test_build_module_compiles_as_the_flag_says(setting, pays, expected, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(variants, "_compiling_pays", lambda *args: pays)
+    monkeypatch.setattr(CausalLMLoss, "compile_trunk", lambda self, rows: compiled.append(rows))
+    config = TrainConfig(block_size=24, torch_compile=setting)
+    _, description = build_module(small_model("gpt2", 97), config, batch(), CPU, total_steps=70)
+    assert compiled == expected * [config.per_device_train_batch_size] and ("compiled" in description) == bool(expected)
+
+
+def test_build_module_says_why_the_compiler_failed_and_runs_without(monkeypatch):
+    def broken(graph, _):
+        raise RuntimeError("no compiler here")
+
+    compile_trunk = CausalLMLoss.compile_trunk
+    monkeypatch.setattr(CausalLMLoss, "compile_trunk", lambda self, rows: compile_trunk(self, rows, backend=broken))
+    torch._dynamo.reset()
+    model, (input_ids, labels) = small_model("llama", 97), batch()
+    expected = CausalLMLoss(model)(input_ids, labels)
+    random_state = torch.get_rng_state()
+    module, description = build_module(model, TrainConfig(block_size=24, torch_compile=True), batch(), CPU)
+    assert "not compiled: " in description and "no compiler here" in description
+    torch.testing.assert_close(module(input_ids, labels), expected)
+    assert torch.equal(torch.get_rng_state(), random_state) and all(p.grad is None for p in model.parameters())
+    assert not distributed.out_of_memory(RuntimeError(description))
