@@ -130,7 +130,9 @@ def tokenized() -> dict:
     import numpy
     from transformers import AutoTokenizer
 
-    from mori.data.corpus import SHIPPED, TokenFile, find_files, read_documents
+    from mori.data.corpus import read_documents
+    from mori.data.files import SHIPPED, find_files
+    from mori.data.token_file import TokenFile
     from mori.model.loading import train_tokenizer
 
     transcripts = [path.read_text(encoding="utf-8") for path in sorted(SHIPPED.glob("*.txt"))]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, door
+from conftest import ROOT, run_script
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mori import distributed
@@ -210,7 +210,7 @@ def test_tokenize_names_a_missing_package_before_it_starts(tmp_path):
 @pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="datasets is not installed")
 def test_tokenize_gives_the_ids_of_run_clm(tmp_path, text_file):
     words = f"tokenize --corpus {text_file} --megabytes 0.01 --repeats 1 --arms mori run_clm --output_dir {tmp_path}"
-    done = door("bench.py", *words.split())
+    done = run_script("bench.py", *words.split())
     assert done.returncode == 0, done.stderr
     assert "datasets" in json.loads((tmp_path / "tokenize.json").read_text())["versions"]
 
@@ -252,7 +252,7 @@ def test_write_works_without_git(monkeypatch, tmp_path):
 
 
 def test_tables_are_up_to_date():
-    done = door("tables.py", "--check")
+    done = run_script("tables.py", "--check")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -288,7 +288,7 @@ def test_tables_check_reports_a_stale_file(tmp_path):
     ],
 )
 def test_bench_reports_a_mistake_in_one_line(words, named):
-    done = door("bench.py", *words.split())
+    done = run_script("bench.py", *words.split())
     assert done.returncode == 2 and done.stdout == ""
     assert len(done.stderr.splitlines()) == 1
     assert all(re.search(part, done.stderr) for part in named.split(".*|")), done.stderr

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import STORIES, door, flags, needs_stories
+from conftest import STORIES, run_script, flags, needs_stories
 from families import FAMILIES, small_model
 from packaging.version import Version
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -237,7 +237,7 @@ def test_compare_reports_every_arm_and_repeat(in_this_process, settings, tmp_pat
 
 
 def test_compare_runs_each_arm_in_a_new_process(settings, tmp_path):
-    done = door("compare.py", *flags({**settings, "max_steps": 6, "arms": "mori-exact,trainer"}))
+    done = run_script("compare.py", *flags({**settings, "max_steps": 6, "arms": "mori-exact,trainer"}))
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "runs" / "compare-run"
     assert_equal_to_the_bit(json.loads((folder / "compare.json").read_text())["pairs"]["mori-exact|trainer"], 6)

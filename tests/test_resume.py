@@ -13,7 +13,7 @@ from conftest import (
     ROOT,
     Stop,
     assert_equal_weights,
-    door,
+    run_script,
     flags,
     stop_after,
     wait_for,
@@ -85,7 +85,7 @@ def test_resumed_run_keeps_its_matmul_library(library, run_train, tmp_path, monk
 def test_killed_run_resumes_to_the_same_weights(settings, tmp_path):
     """SIGKILL after a checkpoint; dropout on, accumulation 2, a save that falls between two log lines."""
     words = flags({**settings, "gradient_accumulation_steps": 2, "max_steps": 40, "save_steps": 7, "logging_steps": 5})
-    whole = door("train.py", *words, "--run_name", "whole", "--output_dir", tmp_path / "whole")
+    whole = run_script("train.py", *words, "--run_name", "whole", "--output_dir", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
     for checkpoint in ("step-00000007", "step-00000021"):
         process = subprocess.Popen(
@@ -96,7 +96,7 @@ def test_killed_run_resumes_to_the_same_weights(settings, tmp_path):
         wait_for(tmp_path / "runs" / "run" / "checkpoints" / checkpoint / "manifest.json", process)
         process.kill()
         assert process.wait() == -signal.SIGKILL
-    done = door("train.py", *words)
+    done = run_script("train.py", *words)
     assert done.returncode == 0 and "\nresumes " in done.stdout, done.stderr
     assert_equal_weights(tmp_path / "whole", tmp_path / "brain")
     both = [read_metrics(tmp_path / "runs" / name / "metrics.jsonl") for name in ("whole", "run")]

@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from mori.config import UserError
+from mori.cli import UserError
 
 _FORMAT = 1
 _MANIFEST, _LARGEST_MANIFEST = "manifest.json", 1 << 16

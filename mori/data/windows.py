@@ -1,18 +1,18 @@
-"""Token file -> train and held-out parts -> shifted windows -> micro-batches in a seeded order."""
+"""Token ids -> training and held-out part -> shifted windows -> micro-batches in a seeded order."""
 
 import numpy
 import torch
 from torch.utils.data import Dataset
 
-from mori.config import UserError
-from mori.model.loss import IGNORE_INDEX, count_targets
+from mori.cli import UserError
+
+IGNORE_INDEX = -100  # the label of a position that does not count towards the loss, as in PyTorch
 
 
 def split(count: int, block_size: int, held_out_fraction: float) -> int:
-    """Where to cut a stream of `count` tokens: training is `[0, boundary)`, held out is `[boundary, count)`.
+    """The boundary in a stream of `count` tokens: `[0, boundary)` is for training, `[boundary, count)` is held out.
 
-    Held out is `held_out_fraction` of it, and at least one window with its last label. Raises UserError where the
-    training part would be shorter than that.
+    At least one window with its last label is held out. Raises UserError if the training part would be shorter than that.
     """
     shortest = block_size + 1
     held_out = max(round(count * held_out_fraction), shortest)
@@ -25,19 +25,24 @@ def split(count: int, block_size: int, held_out_fraction: float) -> int:
     return count - held_out
 
 
-class ShiftedDataset(Dataset):
-    """Windows over a run of token ids, with labels that are already shifted: x = ids[i:i+T], y = ids[i+1:i+T+1].
+def count_targets(labels: torch.Tensor) -> int:
+    """The number of labels, in CPU memory, that count towards the loss."""
+    return int((labels.numpy() != IGNORE_INDEX).sum())
 
-    The windows stand side by side and share no input; the last `dropped` tokens, fewer than T, do not fill one.
-    With `keep_tail` they become one more, shorter window, filled up with label -100, and nothing is dropped.
+
+class ShiftedDataset(Dataset):
+    """Windows over a sequence of token ids, with labels already shifted: x = ids[i:i+T], y = ids[i+1:i+T+1].
+
+    The windows are adjacent and share no input. The last `dropped` tokens, fewer than T, fill no window; with `keep_tail`
+    they become one more window, padded with label -100, and nothing is dropped.
     """
 
     def __init__(self, ids: numpy.ndarray, block_size: int, keep_tail: bool = False):
         """`ids`: `(N,)` of any integer type, memory-mapped or not."""
         self.ids, self.block_size = ids, block_size
-        whole, tail = divmod(len(ids) - 1, block_size)
+        full_windows, tail = divmod(len(ids) - 1, block_size)
         self.dropped = 0 if keep_tail else tail
-        self._windows = whole + (1 if keep_tail and tail else 0)
+        self._windows = full_windows + (1 if keep_tail and tail else 0)
 
     def __len__(self) -> int:
         return self._windows
@@ -48,22 +53,22 @@ class ShiftedDataset(Dataset):
         return {"input_ids": input_ids[0], "labels": labels[0]}
 
     def batch(self, indices) -> tuple[torch.Tensor, torch.Tensor]:
-        """Several windows at once: `input_ids` `(B, T)` and `labels` `(B, T)`, int64."""
+        """Several windows: `input_ids` `(B, T)` and `labels` `(B, T)`, int64."""
         offsets = numpy.asarray(indices)[:, None] * self.block_size + numpy.arange(self.block_size + 1)
-        beyond = offsets >= len(self.ids)
-        window = torch.from_numpy(self.ids[numpy.where(beyond, 0, offsets)].astype(numpy.int64))  # (B, T + 1)
+        is_padding = offsets >= len(self.ids)
+        window = torch.from_numpy(self.ids[numpy.where(is_padding, 0, offsets)].astype(numpy.int64))  # (B, T + 1)
         labels = window[:, 1:].clone()
-        labels[torch.from_numpy(beyond[:, 1:])] = IGNORE_INDEX
+        labels[torch.from_numpy(is_padding[:, 1:])] = IGNORE_INDEX
         return window[:, :-1].contiguous(), labels
 
 
 class Batches:
     """The micro-batches of every optimizer step, as a pure function of the step's number.
 
-    Each epoch visits all windows once, in a permutation drawn from `seed` and the epoch's number. A step takes the next
-    `batch_size * accumulation * world_size` windows; the last step of an epoch takes what is left. So the place in the
-    data is the step's number: resuming neither replays nor stores anything. `batch_size` may be set to another number at
-    any time: the windows of a step stay the same, and are cut into more or fewer micro-batches.
+    Each epoch visits every window once, in a permutation drawn from `seed` and the epoch's number. A step takes the next
+    `batch_size * accumulation * world_size` windows; the last step of an epoch takes those that are left. The step's number
+    is therefore the position in the data, and resuming needs no other state. `batch_size` may be changed at any time: the
+    windows of a step stay the same and are cut into more or fewer micro-batches.
     """
 
     def __init__(
@@ -85,32 +90,34 @@ class Batches:
     def __getitem__(self, step: int) -> list[list[int]]:
         """The window indices of this rank's micro-batches in optimizer step number `step` (from 0).
 
-        Every rank gets the same number of micro-batches; in the last step of an epoch one may be short, or empty.
+        Every rank gets the same number of micro-batches; in the last step of an epoch one may be short or empty.
         """
-        epoch, place = divmod(step, self.steps_per_epoch)
-        first = place * self.windows_per_step
-        group = self.order(epoch)[first : first + self.windows_per_step].tolist()
-        across = self.batch_size * self.world_size
-        mine = self.rank * self.batch_size
-        return [group[at : at + across][mine : mine + self.batch_size] for at in range(0, len(group), across)]
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        first = step_in_epoch * self.windows_per_step
+        windows = self.order(epoch)[first : first + self.windows_per_step].tolist()
+        all_ranks, offset = self.batch_size * self.world_size, self.rank * self.batch_size
+        return [
+            windows[start : start + all_ranks][offset : offset + self.batch_size]
+            for start in range(0, len(windows), all_ranks)
+        ]
 
     def windows_in(self, step: int) -> int:
-        """How many windows all ranks together visit in optimizer step number `step`."""
+        """The number of windows that all ranks together visit in optimizer step number `step`."""
         return min(self.windows_per_step, self.windows - step % self.steps_per_epoch * self.windows_per_step)
 
     def epoch(self, step: int) -> float:
-        """How many epochs are done after `step` steps."""
-        done, place = divmod(step, self.steps_per_epoch)
-        return done + min(place * self.windows_per_step, self.windows) / self.windows
+        """The number of epochs completed after `step` steps."""
+        completed, step_in_epoch = divmod(step, self.steps_per_epoch)
+        return completed + min(step_in_epoch * self.windows_per_step, self.windows) / self.windows
 
 
 def load_step(
     dataset: ShiftedDataset, groups: list[list[int]], pin: bool
 ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
-    """The micro-batches of one step, each `input_ids` and `labels` `(B, T)`, and the count of their valid labels.
+    """The micro-batches of one step, each `input_ids` and `labels` `(B, T)`, and the number of their valid labels.
 
-    In pinned memory where `pin`. A rank with nothing left to do gets one window without labels, so that it still meets
-    the others.
+    `pin`: put them into pinned memory. A rank without windows gets one without labels, because every rank must take part in
+    the exchange of gradients.
     """
     micro_batches = []
     for indices in groups:

@@ -1,8 +1,8 @@
-"""The words of a text -> their ids: each different word is tokenized once, in processes on all cores (eight at most) where a text is long.
+"""The words of a long text -> their ids. Each distinct word is tokenized once; a long text uses a process per core.
 
-A word is what stands between two borders of pre-tokens that are sure (`pieces` says which are), so it has the same ids wherever
-it stands, for models work on each pre-token alone. That is not taken on trust: the borders are looked for in what the tokenizer
-gives, and a part of the text in every few megabytes is tokenized as it stands besides.
+A word is the text between two cut points (`cuts`), so its ids do not depend on the text around it. This is also checked
+against the tokenizer's output: at each word's ends there must be token borders, and in every few MB a passage is tokenized
+as it stands and compared.
 """
 
 import itertools
@@ -20,23 +20,25 @@ from dataclasses import dataclass
 import numpy
 from tokenizers import Encoding
 
-from mori.config import RunFailed
-from mori.model.files import guarded
+from mori.cli import RunFailed, guarded
 
-KNOWN = 1 << 20  # characters of words whose ids are remembered
-_GROUP = 1 << 13  # characters of new words that are tokenized as one text
-_ALONE = 4  # parts before other processes are worth their start; what is learned from these, they know
-_PROCESSES = 8  # at most: the one that reads and hashes can keep no more of them busy
-_PARALLELISM = "TOKENIZERS_PARALLELISM"  # the switch of the library itself
+CACHE_CHARACTERS = 1 << 20  # of words whose ids are remembered
+_GROUP_CHARACTERS = 1 << 13  # of new words that are tokenized as one text
+_PARTS_BEFORE_POOL = 4  # the processes of the pool begin with the words of these
+_MAX_PROCESSES = 8  # the parent process reads and hashes for no more than these
+_PARALLELISM = "TOKENIZERS_PARALLELISM"  # an environment variable of the library `tokenizers`
 
 
 class CannotCut(Exception):
-    """The text has to be tokenized in one call: its parts do not agree."""
+    """The tokenizer's output shows that the text has to be tokenized in one call."""
 
 
 @dataclass
 class Part:
-    """Texts that follow on one another in the whole one, each between two borders, or at an end of it."""
+    """Consecutive pieces of a text, each cut at cut points or at an end of the text.
+
+    `verify`: compare the ids of the first piece with those of one call on it.
+    """
 
     texts: list[str]
     is_first: bool
@@ -49,44 +51,44 @@ class WordEncoder:
 
     Args:
         backend: a tokenizer of the library `tokenizers`.
-        word: a regular expression that finds the words of a text one after the other, the last one being empty or open.
+        word: finds the words of a text one after the other, and an empty one at the end.
+        separator: a separator that makes a cut point.
     """
 
-    def __init__(self, backend, word: re.Pattern):
-        self._backend, self._word = backend, word
-        self._forget()
+    def __init__(self, backend, word: re.Pattern, separator: str):
+        self._backend, self._word, self._after = backend, word, f"{separator}a"
+        self._clear()
 
-    def _forget(self) -> None:
-        self._known, self._n_characters = {"": b""}, 0
+    def _clear(self) -> None:
+        self._ids_of, self._n_characters = {"": b""}, 0
 
     def encode_all(self, parts: Iterator[Part]) -> Iterator[list[bytes]]:
-        """`encode` of each part, in their order; the later parts of a long text in processes on all cores.
+        """`encode` of each part, in order; a few parts are in memory at a time.
 
-        Only a few parts are held at a time. Raises RunFailed where such a process is killed.
+        Raises RunFailed if a process of the pool is killed.
         """
-        yield from map(self.encode, itertools.islice(parts, _ALONE))
-        n_workers = _cores()
-        begun = next(parts, None)
-        if begun is None:
+        yield from map(self.encode, itertools.islice(parts, _PARTS_BEFORE_POOL))
+        part, n_processes = next(parts, None), _n_processes()
+        if part is None:
             return
-        parts = itertools.chain([begun], parts)
-        if n_workers == 1:
+        parts = itertools.chain([part], parts)
+        if n_processes == 1:
             yield from map(self.encode, parts)
             return
-        os.environ.setdefault(_PARALLELISM, "true")  # else the library warns of each fork
-        pool = ProcessPoolExecutor(n_workers, multiprocessing.get_context("fork"), _begin, (self,))
-        waiting: deque = deque()
+        os.environ.setdefault(_PARALLELISM, "true")  # or the library warns at each fork
+        pool = ProcessPoolExecutor(n_processes, multiprocessing.get_context("fork"), _start_process, (self,))
+        results: deque = deque()
         try:
             for part in parts:
-                waiting.append(pool.submit(_encode, part))
-                if len(waiting) > 2 * n_workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+                results.append(pool.submit(_encode, part))
+                if len(results) > 2 * n_processes:
+                    yield results.popleft().result()
+            while results:
+                yield results.popleft().result()
         except BrokenProcessPool:
             raise RunFailed(
-                "a process that tokenizes was killed, perhaps for want of memory; run it again with less beside it, or "
-                f"with {_PARALLELISM}=false, which needs none"
+                "a process that tokenizes was killed, perhaps because memory ran out; run again with less beside it, or "
+                f"with {_PARALLELISM}=false, which starts no processes"
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
@@ -94,87 +96,83 @@ class WordEncoder:
     def encode(self, part: Part) -> list[bytes]:
         """The ids of each text of the part, as bytes of uint32.
 
-        Raises CannotCut where a word has no border of tokens at its ends after all, UserError where the tokenizer fails.
+        Raises CannotCut if the tokenizer's output contradicts the cut points, UserError if the tokenizer fails.
         """
         words = [self._word.findall(text) for text in part.texts]
         opening = closing = b""
-        if part.is_first:  # there is nothing before the first word, nor behind the last
-            opening = self._ids([[words[0].pop(0)]], before="")[0]
+        if part.is_first:  # the first and the last word of the text have no neighbour on one side
+            opening = self._encode_groups([[words[0].pop(0)]], before="")[0]
         if part.is_last:
             last = words[-1].pop() or words[-1].pop()
-            closing = self._ids([[last]], behind="")[0]
-        if self._n_characters > KNOWN:
-            self._forget()
-        known = self._known
-        new = sorted(set().union(*words).difference(known))
+            closing = self._encode_groups([[last]], after="")[0]
+        if self._n_characters > CACHE_CHARACTERS:
+            self._clear()
+        ids_of = self._ids_of
+        new = sorted(set().union(*words).difference(ids_of))
         self._n_characters += sum(map(len, new))
-        known.update(zip(new, self._ids(list(_grouped(new))), strict=True))
-        if part.verify and self._ids([["".join(words[0])]]) != [b"".join(map(known.__getitem__, words[0]))]:
+        ids_of.update(zip(new, self._encode_groups(list(_grouped(new))), strict=True))
+        ids = [b"".join(map(ids_of.__getitem__, words_of_text)) for words_of_text in words]
+        if part.verify and self._encode_groups([["".join(words[0])]]) != ids[:1]:
             raise CannotCut
-        ids = [b"".join(map(known.__getitem__, its_words)) for its_words in words]
         ids[0] = opening + ids[0]
         ids[-1] += closing
         return ids
 
-    def _ids(self, groups: list[list[str]], before: str = "a", behind: str = " a") -> list[bytes]:
-        """The ids, as bytes of uint32, of each word in groups of words that begin and end at borders; a group is one text."""
-        found = []
-        texts = [before + "".join(group) + behind for group in groups]
-        for group, encoding in zip(groups, encode_batch(self._backend, texts), strict=True):
-            ids, words = numpy.array(encoding.ids, dtype="uint32"), encoding.word_ids
-            offsets = numpy.array(encoding.offsets).reshape(-1, 2)
-            ends = len(before) + numpy.cumsum([0, *map(len, group)])
-            borders = numpy.searchsorted(offsets[:, 1], ends, side="right").tolist()
-            for place, border in zip(ends.tolist(), borders, strict=True):
-                if 0 < place < ends[-1] + len(behind) and not (
-                    0 < border < len(ids)
-                    and offsets[border - 1][1] == place <= offsets[border][0] <= place + 1
-                    and words[border - 1] != words[border]
+    def _encode_groups(self, groups: list[list[str]], before: str = "a", after: str | None = None) -> list[bytes]:
+        """The ids of each word, as bytes of uint32. Each group is tokenized as one text, between `before` and `after`."""
+        after = self._after if after is None else after
+        word_ids = []
+        texts = [before + "".join(group) + after for group in groups]
+        for text, group, encoding in zip(texts, groups, encode_batch(self._backend, texts), strict=True):
+            ids, offsets = numpy.array(encoding.ids, dtype="uint32"), numpy.array(encoding.offsets).reshape(-1, 2)
+            cuts = len(before) + numpy.cumsum([0, *map(len, group)])
+            first_tokens = numpy.searchsorted(offsets[:, 1], cuts, side="right").tolist()
+            for cut, token in zip(cuts.tolist(), first_tokens, strict=True):
+                if 0 < cut < len(text) and not (
+                    0 < token < len(ids) and offsets[token - 1][1] == cut <= offsets[token][0] <= cut + 1
                 ):
                     raise CannotCut
-            found += [ids[begin:end].tobytes() for begin, end in itertools.pairwise(borders)]
-        return found
+            word_ids += [ids[begin:end].tobytes() for begin, end in itertools.pairwise(first_tokens)]
+        return word_ids
 
 
 def encode_batch(backend, texts: list[str]) -> list[Encoding]:
-    """The encodings of the texts, on all cores, without special tokens. Raises UserError where the tokenizer fails."""
+    """The encodings of the texts, without special tokens; the library uses all cores. Raises UserError if it fails."""
     return guarded("cannot tokenize the corpus", lambda: backend.encode_batch(texts, add_special_tokens=False))
 
 
 def _grouped(words: list[str]) -> Iterator[list[str]]:
-    """Groups of words with some `_GROUP` characters in each."""
-    group, held = [], 0
+    group, n_characters = [], 0
     for word in words:
         group.append(word)
-        held += len(word)
-        if held >= _GROUP:
+        n_characters += len(word)
+        if n_characters >= _GROUP_CHARACTERS:
             yield group
-            group, held = [], 0
+            group, n_characters = [], 0
     if group:
         yield group
 
 
-def _cores() -> int:
-    """How many processes to tokenize in: as many as cores; one where the library's switch is off, or no fork is safe."""
-    off = os.environ.get(_PARALLELISM, "true").lower() in ("off", "false", "f", "no", "n", "0", "")
-    return 1 if off or not hasattr(os, "sched_getaffinity") else min(len(os.sched_getaffinity(0)), _PROCESSES)
+def _n_processes() -> int:
+    """One per core; 1 if the library's environment variable says so, or if this system cannot fork safely."""
+    is_off = os.environ.get(_PARALLELISM, "true").lower() in ("off", "false", "f", "no", "n", "0", "")
+    return 1 if is_off or not hasattr(os, "sched_getaffinity") else min(len(os.sched_getaffinity(0)), _MAX_PROCESSES)
 
 
-# --------------------------------------------------------------------------------------------- what happens in a process
+# ------------------------------------------------------------------------------------------- in a process of the pool
 
 
-def _begin(encoder: WordEncoder) -> None:
+def _start_process(encoder: WordEncoder) -> None:
     global _encoder
     _encoder = encoder
-    os.environ[_PARALLELISM] = "false"  # the library's threads are not in this process
-    for number in (signal.SIGINT, signal.SIGUSR1):  # they are for the parent to notice
+    os.environ[_PARALLELISM] = "false"  # a fork has none of the library's threads
+    for number in (signal.SIGINT, signal.SIGUSR1):  # the parent handles these
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_follow, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _follow() -> None:
-    """Die with the parent, however it died."""
+def _exit_with_parent() -> None:
     multiprocessing.parent_process().join()
     os._exit(1)
 

@@ -7,11 +7,12 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mori.config import UserError
+from mori.cli import UserError
+from mori.data.files import leads_out, memory_bytes
 
 WEIGHTS = (".safetensors", ".bin")
 # Far above the largest in use (a configuration of 1 MB, a tokenizer of 33 MB); what is parsed takes many times its size.
@@ -75,45 +76,6 @@ def check_folder(folder: Path) -> Stored:
             stored.longest = max(stored.longest, size)
     _check_numbers(folder / "config.json", stored.longest)
     return stored
-
-
-def guarded(what: str, action: Callable):
-    """`action()`, a library's work on files from anywhere; whatever it raises becomes a UserError, `what` and the reason.
-
-    What such a library raises has no common base: tokenizers raises Exception itself, and a panic of its Rust code is none.
-    """
-    try:
-        return action()
-    except UserError:
-        raise
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        reason = one_line(error)
-        if "weights_only" in str(error):  # PyTorch's advice is to run what is in the file
-            reason = (
-                "its weights are damaged, or hold more than plain tensors, which is never run; "
-                "download it again, or take one with .safetensors"
-            )
-        elif "trust_remote_code" in str(error):
-            reason = "it brings along Python code, which is not run; if you trust it, say --trust_remote_code"
-        raise UserError(f"{what}: {reason}") from None
-
-
-def one_line(error: BaseException) -> str:
-    """The beginning of what an error says."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def leads_out(path: Path, *roots: Path) -> bool:
-    """Whether `path`, all its links followed, lies in none of the folders `roots`."""
-    real = Path(os.path.realpath(path))
-    return not any(real.is_relative_to(os.path.realpath(root)) for root in roots)
-
-
-def memory_bytes() -> int:
-    """The memory of this machine."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _walk(folder: Path) -> Iterator[Path]:

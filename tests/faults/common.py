@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from mori.checkpoint import checkpoints as checkpoint
 from mori.cli import run_script
 from mori.config import TrainConfig
-from mori.data.corpus import SHIPPED
+from mori.data.files import SHIPPED
 from mori.model.loading import train_tokenizer
 from mori.tracking.monitor import read_metrics
 from mori.train import train

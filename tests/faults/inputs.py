@@ -278,7 +278,7 @@ def bad_run_file(place: Place, rng: random.Random):
 
 def bad_cache(place: Place, rng: random.Random):
     """The token file of a run that is resumed, damaged; now and then with a seal that fits."""
-    from mori.data import corpus
+    from mori.data import token_file
 
     (path,) = (place.runs / ".cache").glob("tokens-*.bin")
     raw = path.read_bytes()
@@ -290,15 +290,15 @@ def bad_cache(place: Place, rng: random.Random):
     key = rng.choice(sorted(header))
     header[key] = rng.choice((*ODD_VALUES, "object", "float64", [0, -5], [10**12], ["x"]))
     if rng.random() < 0.3:
-        ids = raw[corpus._data_start(length) :]
-        header["sha256"] = corpus._sha256(
+        ids = raw[token_file.data_start(length) :]
+        header["sha256"] = token_file.header_hash(
             {k: v for k, v in header.items() if k != "sha256"}, [numpy.frombuffer(ids, numpy.uint8)]
         )
     text = json.dumps(header).encode()
     said = rng.choice((len(text), len(text), 2**63, 10**9))
-    start = corpus._data_start(len(text))
+    start = token_file.data_start(len(text))
     head = raw[:8] + struct.pack("<Q", said) + text
-    path.write_bytes(head.ljust(start, b"\0") + raw[corpus._data_start(length) :])
+    path.write_bytes(head.ljust(start, b"\0") + raw[token_file.data_start(length) :])
     return place.train()
 
 
@@ -624,7 +624,7 @@ def _prepare(folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, GPT2Config
 
-    from mori.data.corpus import SHIPPED
+    from mori.data.files import SHIPPED
     from mori.model.loading import train_tokenizer
 
     place = Place(folder)
