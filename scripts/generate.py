@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Let a model go on from a prompt."""
+"""Continue a prompt with a trained model."""
 
 from mori.cli import parse, run_script
 from mori.config import GenerateConfig
@@ -9,9 +9,10 @@ from mori.speed.startup import imports
 def main():
     config = parse(GenerateConfig, __doc__)
     with imports():
-        from mori.generation.chat import speak
+        from mori.distributed import start
+        from mori.generation.chat import answer
 
-    speak(config)
+    answer(config, start(config.device).device)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # several test processes on a few
 import pytest
 import torch
 from families import FAMILIES, MASK_FREE, MASK_FREE_REPRESENTATIVES, REPRESENTATIVES
-from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from mori import optim
 from mori.config import TrainConfig
@@ -61,12 +61,27 @@ def small_model(tmp_path_factory, tokenizer) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def model_and_tokenizer(small_model):
+    """The model of that folder in evaluation mode, and its tokenizer."""
+    return AutoModelForCausalLM.from_pretrained(small_model).eval(), AutoTokenizer.from_pretrained(small_model)
+
+
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory) -> Path:
     """The first 3,000 characters of a transcript."""
     path = tmp_path_factory.mktemp("corpus") / "text.txt"
     path.write_text(sorted(SHIPPED.glob("*.txt"))[1].read_text(encoding="utf-8")[:3000], encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def two_threads():
+    """Two threads in PyTorch, for code that splits its work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

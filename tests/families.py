@@ -5,8 +5,9 @@ import transformers
 from packaging.version import Version
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from mori.config import SamplingConfig
 from mori.generation.decode import decode
-from mori.generation.sampling import Sampler
+from mori.generation.sampler import Sampler
 
 # What makes a model small, under all the names that configurations have for it.
 SMALL = {
@@ -77,7 +78,7 @@ def small_model(family: str, vocabulary: int) -> torch.nn.Module:
 def greedy(model, prompts: list[list[int]], count: int, **how) -> list[list[int]]:
     """Our ids after `prompts`."""
     rows = [[] for _ in prompts]
-    sampler = Sampler(range(len(prompts)), device=model.device, temperature=0)
+    sampler = Sampler(range(len(prompts)), SamplingConfig(temperature=0), device=model.device)
     for new_ids in decode(model, prompts, sampler, count, **how):
         for row, ids in zip(rows, new_ids, strict=True):
             row += ids

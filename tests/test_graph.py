@@ -1,65 +1,60 @@
-"""A step of one shape, which a GPU captures as one graph. Without a GPU the list of its calls, on fixed memory, stands for the graph."""
+"""Steps of one shape, which a GPU captures as a CUDA graph. Without a GPU, `FakeGraph` replays on fixed input tensors instead."""
 
 import pytest
 import torch
 import transformers
-from families import FAMILIES, expected, greedy, prompts_of
+from families import expected, greedy, prompts_of
 from families import small_model as model_of
 from packaging.version import Version
+from test_decode import change_weights
 from transformers import AutoModelForCausalLM
 
-from mori.generation import decode
-from mori.speed.replay import Replay
+from mori.config import SamplingConfig
+from mori.generation import replaying_reader
+from mori.generation.decode import decode
+from mori.generation.sampler import Sampler
+from mori.speed.replay import Graph, Replay
 
 needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-# Those whose step is the same list of calls everywhere in the text.
+# Their step makes the same calls at every position.
 CAPTURED = set("gpt2 gpt_neox opt falcon phi llama qwen2 qwen3 gemma granite cohere olmo2 stablelm smollm3".split())
+# Learned positions; rotary positions; a mask only in padded batches; a sliding window, which is not captured.
+REPRESENTATIVES = ["gpt2", "llama", "falcon", "gemma2"]
 OLD = Version(transformers.__version__) < Version("5.23")
-needs_one_shape = pytest.mark.skipif(OLD, reason="this release of transformers computes positions in Python: no graph")
+needs_capture = pytest.mark.skipif(OLD, reason="this release of transformers computes positions in Python: no graph")
 if Version(transformers.__version__) >= Version("5.24"):
     CAPTURED.add("gptj")
 
 
-class StandIn:
-    """What a graph is to its user: inputs are copied in, and then nothing but what was recorded happens, at the same places."""
+class FakeGraph:
+    """Like a graph: copies the inputs to their places, then runs only the recorded calls, on the same tensors."""
 
-    made = 0
+    created: list["FakeGraph"] = []
 
     def __init__(self, replay: Replay, inputs: list[torch.Tensor]):
-        type(self).made += 1
-        self.replay, self.inputs = replay, [tensor.clone() for tensor in inputs]
+        self.replay, self.inputs, self.launches = replay, [tensor.clone() for tensor in inputs], 0
+        self.created.append(self)
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
-        for own, given in zip(self.inputs, inputs, strict=True):
-            assert own.shape == given.shape
-            own.copy_(given)
+        self.launches += 1
+        for own, tensor in zip(self.inputs, inputs, strict=True):
+            assert own.shape == tensor.shape
+            own.copy_(tensor)
         return self.replay(*self.inputs)
 
 
 @pytest.fixture
-def captured(monkeypatch):
-    """As on a GPU."""
-    monkeypatch.setattr(decode, "_one_shape", lambda device, autocast: not autocast)
-    monkeypatch.setattr(decode, "Graph", StandIn)
-    launches = []
-    inside = StandIn.__call__
-    monkeypatch.setattr(StandIn, "__call__", lambda self, *inputs: launches.append(self) or inside(self, *inputs))
-    return launches
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_ids_equal_generate(family, captured):
-    model = model_of(family, 97).eval()
-    model.generation_config.eos_token_id = None
-    model.config.output_router_logits = False
-    for lengths, count in (((9,), 40), ((1,), 30), ((30,), 34), ((9, 9, 9), 20), ((3, 9, 6), 30), ((5, 2, 1), 30)):
-        prompts = prompts_of(*lengths)
-        assert greedy(model, prompts, count) == expected(model, prompts, count), lengths
-    assert (len(captured) > 150) == (family in CAPTURED and not OLD), len(captured)
+def graphs(monkeypatch) -> list[FakeGraph]:
+    """Decode as on a GPU; the graphs that were captured."""
+    monkeypatch.setattr(replaying_reader, "uses_graphs", lambda device: True)
+    monkeypatch.setattr(replaying_reader, "Graph", FakeGraph)
+    monkeypatch.setattr(FakeGraph, "created", [])
+    return FakeGraph.created
 
 
 @pytest.fixture
 def long_model():
+    """A Llama with a context of 512."""
     config = model_of("llama", 97).config
     config.max_position_embeddings = 512
     torch.manual_seed(0)
@@ -68,104 +63,76 @@ def long_model():
     return model
 
 
-@needs_one_shape
-def test_a_text_that_outgrows_its_buffers_is_captured_anew(captured, long_model):
-    StandIn.made = 0
+@pytest.mark.parametrize("family", REPRESENTATIVES)
+def test_graph_greedy_ids_equal_generate(family, graphs):
+    model = model_of(family, 97).eval()
+    model.generation_config.eos_token_id = None
+    for lengths, count in (((9,), 40), ((1,), 30), ((30,), 34), ((9, 9, 9), 20), ((3, 9, 6), 30), ((5, 2, 1), 30)):
+        prompts = prompts_of(*lengths)
+        assert greedy(model, prompts, count) == expected(model, prompts, count), lengths
+    launches = sum(graph.launches for graph in graphs)
+    assert (launches > 150) == (family in CAPTURED and not OLD), launches
+
+
+@needs_capture
+def test_graph_is_captured_again_for_larger_buffers(graphs, long_model):
     prompts = prompts_of(7, 4)
     assert greedy(long_model, prompts, 300) == expected(long_model, prompts, 300)
-    assert StandIn.made == 3 and len(captured) > 290  # for 136, 280 and 568 tokens
+    assert len(graphs) == 3  # for buffers of 136, 280 and 568 tokens
+    assert sum(graph.launches for graph in graphs) > 290
 
 
-@needs_one_shape
-def test_a_graph_serves_the_next_texts_of_its_kind(captured, long_model):
-    StandIn.made = 0
-    for lengths in ((9,), (30,), (2,)):
-        prompts = prompts_of(*lengths)
-        assert greedy(long_model, prompts, 60) == expected(long_model, prompts, 60)
-    assert StandIn.made == 1 and len({id(graph) for graph in captured}) == 1
-    assert greedy(long_model, prompts_of(9, 9), 20) and StandIn.made == 2
-    assert len(decode._kept[long_model]) == 1  # buffers are large: only the last ones are kept
-    [prompt] = prompts_of(200)  # the buffers must grow, and the graph with them
-    assert greedy(long_model, [prompt], 60) == expected(long_model, [prompt], 60)
-    assert StandIn.made == 3
-
-
-def test_two_texts_drawn_in_turn_do_not_write_into_each_other(captured, long_model):
+@needs_capture
+def test_graph_of_each_text_has_its_own_buffers(graphs, long_model):
+    """Two texts in turn."""
     [prompt] = prompts_of(9)
-    wanted = [row for _ in range(2) for row in expected(long_model, [prompt], 40)]
-    readers = [decode.decode(long_model, [prompt], decode.Sampler([0], temperature=0.0), 40) for _ in range(2)]
-    drawn = list(zip(*readers, strict=True))
-    assert [[step[i][0][0] for step in drawn] for i in range(2)] == wanted
+    sampler = Sampler([0], SamplingConfig(temperature=0))
+    steps = list(zip(*(decode(long_model, [prompt], sampler, 40) for _ in range(2)), strict=True))
+    for number in range(2):
+        assert [[step[number][0][0] for step in steps]] == expected(long_model, [prompt], 40)
+    assert len(graphs) == 2
 
 
 @pytest.mark.parametrize("change", ["in place", "other memory", "other parameters", "another type"])
-def test_a_graph_is_given_up_with_the_weights_it_knew(change, captured, long_model):
+def test_graph_uses_the_weights_of_the_moment(change, graphs, long_model):
     [prompt] = prompts_of(9)
     greedy(long_model, [prompt], 20)
-    for module in long_model.modules():
-        for name, weight in list(module.named_parameters(recurse=False)):
-            other = weight.detach() + 0.3 * torch.randn_like(weight)
-            if change == "in place":
-                weight.data.copy_(other)
-            elif change == "other memory":
-                weight.data = other
-            elif change == "other parameters":
-                setattr(module, name, torch.nn.Parameter(other))
-            else:
-                weight.data = other.double()
-    for _ in range(2):
-        assert greedy(long_model, [prompt], 20) == expected(long_model, [prompt], 20)
+    change_weights(long_model, change)
+    assert greedy(long_model, [prompt], 20) == expected(long_model, [prompt], 20)
 
 
-@needs_one_shape
-def test_what_a_diverged_text_left_behind_does_no_harm(captured, long_model):
+@needs_capture
+def test_graph_reads_no_uninitialized_memory(graphs, long_model, monkeypatch):
+    """What is behind the mask must be a number: zero times NaN is NaN."""
+    empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *a, **k: empty(self, *a, **k).fill_(torch.nan))
     [prompt] = prompts_of(9)
-    wanted = expected(long_model, [prompt], 30)
-    assert greedy(long_model, [prompt], 30) == wanted
-    embedding = long_model.get_input_embeddings().weight
-    sound = embedding.detach()[5].clone()
-    embedding.data[5] = torch.nan
-    with pytest.raises(FloatingPointError):
-        greedy(long_model, [[*prompt, 5] * 5], 3)
-    embedding.data[5] = sound
-    before = len(captured)
-    assert greedy(long_model, [prompt], 30) == wanted
-    assert len(captured) - before > 25
+    assert greedy(long_model, [prompt], 30) == expected(long_model, [prompt], 30)
+    assert sum(graph.launches for graph in graphs) > 25
 
 
-def test_a_step_that_cannot_be_captured_is_replayed(captured, long_model, monkeypatch):
-    def cannot(replay, inputs):
+def test_graph_failing_capture_leaves_the_replay(graphs, long_model, monkeypatch):
+    def fail(replay, inputs):
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(decode, "Graph", cannot)
+    monkeypatch.setattr(replaying_reader, "Graph", fail)
     prompts = prompts_of(9, 5)
     assert greedy(long_model, prompts, 40) == expected(long_model, prompts, 40)
 
 
-def test_a_wrong_graph_is_not_used(captured, long_model, monkeypatch):
-    monkeypatch.setattr(decode, "Graph", lambda replay, inputs: lambda *given: replay(*given) * 1.1)
+def test_graph_with_other_logits_is_not_used(graphs, long_model, monkeypatch):
+    monkeypatch.setattr(replaying_reader, "Graph", lambda replay, inputs: lambda *given: replay(*given) * 1.1)
     prompts = prompts_of(9)
     assert greedy(long_model, prompts, 40) == expected(long_model, prompts, 40)
 
 
-@needs_one_shape
-def test_a_kept_graph_that_became_wrong_is_recorded_anew(captured, long_model, monkeypatch):
-    [prompt] = prompts_of(9)
-    greedy(long_model, [prompt], 20)
-    StandIn.made, first = 0, captured[0]
-    inside = StandIn.__call__
-    monkeypatch.setattr(StandIn, "__call__", lambda self, *given: inside(self, *given) * (1.1 if self is first else 1))
-    assert greedy(long_model, [prompt], 30) == expected(long_model, [prompt], 30)
-    assert StandIn.made == 1
+@pytest.mark.parametrize("use_graphs", [False, True])
+def test_replay_with_other_logits_is_not_used(use_graphs, long_model, request):
+    """The replay lacks operations that a recording cannot see."""
+    if use_graphs:
+        request.getfixturevalue("graphs")
 
-
-@pytest.mark.parametrize("road", ["replay", "graph"])
-def test_a_replay_that_is_not_the_model_is_not_used(road, long_model, request):
-    """What a recording cannot see is missing from the replay."""
-    if road == "graph":
-        request.getfixturevalue("captured")
-
-    def hook(head, given, logits):
+    def hook(head, args, logits):
         with torch._C.DisableTorchFunction():
             logits.mul_(torch.linspace(-1, 1, logits.size(-1)))
 
@@ -174,28 +141,31 @@ def test_a_replay_that_is_not_the_model_is_not_used(road, long_model, request):
     assert greedy(long_model, [prompt], 40) == expected(long_model, [prompt], 40)
 
 
-def test_the_host_reads_nothing_between_blocks(captured, long_model, monkeypatch):
-    """Neither the step nor the usual controls ask the device for a value."""
+@needs_capture
+def test_graph_steps_need_no_host_sync(graphs, long_model, monkeypatch):
+    """Neither the step nor the usual controls read a value from the device; only each block of ids is read."""
     [prompt] = prompts_of(9)
-    greedy(long_model, [prompt], 20)
-    sampler = decode.Sampler([1], temperature=0.9, top_k=50, top_p=0.95, repetition_penalty=1.2)
+    config = SamplingConfig(temperature=0.9, top_k=50, top_p=0.95, repetition_penalty=1.2)
+    sampler = Sampler([1], config)
     sampler._windowed = False  # as on a GPU
     reads = []
     for name in ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__"):
-        inside = getattr(torch.Tensor, name)
-        monkeypatch.setattr(torch.Tensor, name, lambda self, *a, i=inside, n=name: reads.append(n) or i(self, *a))
-    blocks = decode.decode(long_model, [prompt], sampler, 48, steps_at_once=8)
-    next(blocks)
-    del reads[:]
+        method = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda self, *a, m=method, n=name: reads.append(n) or m(self, *a))
+    blocks = decode(long_model, [prompt], sampler, 48, steps_at_once=8)
+    next(blocks)  # records, captures and checks
+    reads.clear()
     assert len(list(blocks)) == 5 and reads == ["tolist"] * 5
 
 
 @needs_a_gpu
 @pytest.mark.parametrize("family", sorted(CAPTURED))
-def test_on_a_gpu_greedy_ids_equal_generate(family):
+def test_graph_on_a_gpu_greedy_ids_equal_generate(family, monkeypatch):
+    captured = []
+    monkeypatch.setattr(replaying_reader, "Graph", lambda *args: captured.append(1) or Graph(*args))
     model = model_of(family, 97).eval().cuda()
     model.generation_config.eos_token_id = None
     for lengths, count in (((9,), 40), ((1,), 30), ((9, 9, 9), 20), ((3, 9, 6), 30)):
         prompts = prompts_of(*lengths)
         assert greedy(model, prompts, count, steps_at_once=8) == expected(model, prompts, count), lengths
-    assert OLD or any(isinstance(kept[1], decode.Graph) for kept in decode._kept[model].values())
+    assert OLD or captured

@@ -11,7 +11,7 @@ from mori.model import loss
 from mori.model.lm import CausalLMLoss
 from mori.model.loss import chunked_cross_entropy_sum
 from mori.speed import matmul
-from mori.speed.matmul import choose_library, matmul_context, onednn_matmul
+from mori.speed.matmul import SplitMatvec, choose_library, matmul_context, onednn_matmul
 
 needs_onednn = pytest.mark.skipif(choose_library("onednn") == "torch", reason="this build of PyTorch has no oneDNN")
 
@@ -119,3 +119,24 @@ def test_measuring_matmuls_keeps_random_state_and_threads():
     assert torch.equal(torch.get_rng_state(), before) and torch.get_num_threads() == threads
     assert (0.1 < speedup < 10) == (choose_library("onednn") == "onednn")
     assert 1e8 < peak < 1e14
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize("outputs", [4096, 2310, 2309])  # the last one is prime
+def test_split_matvec_equals_float64(rows, outputs, two_threads, monkeypatch):
+    torch.manual_seed(0)
+    x, bias, weight = torch.randn(rows, 1, 768), torch.randn(outputs), torch.randn(outputs, 768)
+    matrix, calls, bmm = weight.t().contiguous(), [], torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda *args: calls.append(1) or bmm(*args))
+    exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double()).float()
+    with torch.no_grad(), SplitMatvec():
+        for result in (
+            torch.nn.functional.linear(x, weight, bias),
+            torch.nn.functional.linear(x, weight) + bias,
+            torch.addmm(bias, x[:, 0], matrix)[:, None],
+        ):
+            torch.testing.assert_close(result, exact, rtol=1e-4, atol=1e-3)
+        assert len(calls) == (1 if outputs == 2309 else 3)
+        torch.nn.functional.linear(torch.randn(9, 768), weight)
+        torch.nn.functional.linear(x, weight[:100])
+        assert len(calls) == (1 if outputs == 2309 else 3)  # many rows, or a small matrix, are not split

@@ -1,6 +1,5 @@
-import itertools
-import math
 import random
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -22,8 +21,13 @@ from transformers import (
 )
 from transformers.generation.logits_process import TopHLogitsWarper
 
+from mori.cli import UserError, flag
+from mori.config import SamplingConfig
+from mori.generation import generate as generate_module
 from mori.generation import sampling
-from mori.generation.sampling import Sampler, apply_dry, apply_frequency_and_presence, apply_xtc, draw
+from mori.generation.generate import generate
+from mori.generation.sampler import Sampler
+from mori.generation.sampling import Control, apply_dry, apply_frequency_and_presence, apply_xtc, check_token_ids
 
 PROMPT, NEW = 8, 4
 EOS = [2, 5]
@@ -31,8 +35,8 @@ BIASES = [[[1], -3.0], [[3], 2.5], [[2, 4], 1.5], [[6, 1, 5], -2.0]]
 WORDS = [[2], [0], [3, 1], [1, 2, 6]]
 DECAY = (2, 1.1)
 
-# control -> a few values of it, each with what transformers does for it: the order is that of generate().
-CONTROLS = {
+# control -> a few values, each with the processor of transformers; in the order of generate().
+TRANSFORMERS = {
     "sequence_bias": {"some": (BIASES, lambda: SequenceBiasLogitsProcessor(BIASES))},
     "repetition_penalty": {p: (p, lambda p=p: RepetitionPenaltyLogitsProcessor(p)) for p in (0.5, 1.2, 5.0)},
     "no_repeat_ngram_size": {n: (n, lambda n=n: NoRepeatNGramLogitsProcessor(n)) for n in (1, 2, 3, 20)},
@@ -52,7 +56,7 @@ CONTROLS = {
 
 
 def random_rows(count: int, vocabulary: int, seed: int) -> torch.Tensor:
-    """Rows of every nature: smooth, sharp, full of ties, full of -inf, with one token left."""
+    """Rows of logits: smooth, sharp, full of ties, full of -inf, with one token left."""
     g = torch.Generator().manual_seed(seed)
     rows = torch.randn(count, vocabulary, generator=g) * torch.logspace(-2, 2, count)[:, None]
     rows[1::5] = rows[1::5].round()
@@ -69,56 +73,58 @@ def random_texts(count: int, vocabulary: int, seed: int = 1) -> torch.Tensor:
     ).clamp(max=vocabulary - 1)
 
 
-def sampler(**controls) -> Sampler:
-    return Sampler([0], eos_ids=EOS, **controls)
+def filtered(logits: torch.Tensor, input_ids: torch.Tensor, new_tokens: int = 0, **controls) -> torch.Tensor:
+    return Sampler([0], SamplingConfig(**controls), eos_ids=EOS).filtered_logits(logits, input_ids, new_tokens)
 
 
-# 10,000 rows in all: the wide vocabularies have few rows each, the narrow ones many.
-@pytest.mark.parametrize("name", CONTROLS)
+# 10,000 rows in all: few for a large vocabulary, many for a small one.
+@pytest.mark.parametrize("name", TRANSFORMERS)
 @pytest.mark.parametrize("vocabulary, count", [(7, 6000), (320, 3500), (5003, 400), (50_257, 100)])
-def test_every_control_equals_transformers_to_the_bit(name, vocabulary, count):
+def test_control_equals_transformers_to_the_bit(name, vocabulary, count):
     rows, texts = random_rows(count, vocabulary, vocabulary), random_texts(count, vocabulary)
-    for value, theirs in CONTROLS[name].values():
-        ours = sampler(**{name: value}).filtered(rows, texts, NEW)
-        expected = theirs()(texts, rows.clone())
+    for value, processor in TRANSFORMERS[name].values():
+        ours = filtered(rows, texts, NEW, **{name: value})
+        expected = processor()(texts, rows.clone())
         assert torch.equal(ours, expected) or torch.equal(ours.nan_to_num(7e37), expected.nan_to_num(7e37)), value
 
 
 @pytest.mark.parametrize("seed", range(50))
-def test_together_in_the_order_of_generate(seed):
-    choose = random.Random(seed)
-    vocabulary = choose.choice([7, 320, 5003])
+def test_controls_together_equal_transformers(seed):
+    rng = random.Random(seed)
+    vocabulary = rng.choice([7, 320, 5003])
     rows, texts = random_rows(200, vocabulary, seed), random_texts(200, vocabulary, seed)
-    names = [name for name in CONTROLS if choose.random() < 0.4]
-    chosen = {name: choose.choice(list(CONTROLS[name].values())) for name in names}
-    theirs = rows.clone()
+    names = [name for name in TRANSFORMERS if rng.random() < 0.4]
+    chosen = {name: rng.choice(list(TRANSFORMERS[name].values())) for name in names}
+    expected = rows.clone()
     for _, processor in chosen.values():
-        theirs = processor()(texts, theirs)
-        alive = (theirs > -torch.inf).any(1)  # transformers' classes raise over a row in which all is forbidden
-        rows, texts, theirs = rows[alive], texts[alive], theirs[alive]
+        expected = processor()(texts, expected)
+        alive = (expected > -torch.inf).any(1)  # transformers raises if a row has no token left
+        rows, texts, expected = rows[alive], texts[alive], expected[alive]
     assert len(rows) > 20
-    ours = sampler(**{name: value for name, (value, _) in chosen.items()}).filtered(rows, texts, NEW)
-    assert torch.equal(ours.nan_to_num(7e37), theirs.nan_to_num(7e37)), names
+    ours = filtered(rows, texts, NEW, **{name: value for name, (value, _) in chosen.items()})
+    assert torch.equal(ours.nan_to_num(7e37), expected.nan_to_num(7e37)), names
 
 
-def test_the_order_is_that_in_which_generate_builds_its_own():
+def test_controls_order_is_that_of_generate():
     from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config
 
     model = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=50, n_embd=8, n_layer=1, n_head=1))
-    values = {name: list(of.values())[0][0] for name, of in CONTROLS.items()}
+    values = {name: list(cases.values())[0][0] for name, cases in TRANSFORMERS.items()}
     config = GenerationConfig(do_sample=True, eos_token_id=EOS, **values)
     config._eos_token_tensor = torch.tensor(EOS)
     built = model._get_logits_processor(config, input_ids_seq_length=PROMPT)
-    assert [type(processor) for processor in built] == [type(list(of.values())[0][1]()) for of in CONTROLS.values()]
+    processors = [list(cases.values())[0][1]() for cases in TRANSFORMERS.values()]
+    assert [type(processor) for processor in built] == [type(processor) for processor in processors]
+    shared = [control.name for control in sampling.CONTROLS if control.name in TRANSFORMERS]
+    assert shared == list(TRANSFORMERS)
 
 
-def test_unset_controls_do_nothing():
+def test_unset_controls_change_nothing():
     rows = random_rows(50, 320, 2)
-    assert torch.equal(sampler().filtered(rows, torch.zeros(50, 1, dtype=torch.long)), rows)
+    assert torch.equal(filtered(rows, torch.zeros(50, 1, dtype=torch.long)), rows)
 
 
-def test_padding_is_no_token_of_the_text():
-    """A padded text, its padding beyond the vocabulary, is filtered as the text alone."""
+def test_controls_ignore_padding():
     rows = random_rows(6, 50, 3)[:1]
     text = torch.tensor([[4, 1, 2, 4, 1]])
     padded = torch.cat([torch.full((1, 3), 50), text], dim=1)
@@ -129,16 +135,16 @@ def test_padding_is_no_token_of_the_text():
         {"frequency_penalty": 0.5, "presence_penalty": 0.5},
         {"dry_multiplier": 1.0},
     ):
-        alone, beside = (sampler(**controls).filtered(rows, ids, 2) for ids in (text, padded))
-        assert torch.equal(alone, beside) and not torch.equal(alone, rows), controls
-    first = torch.tensor([[50, 50, 1]])  # a text shorter than an n-gram repeats nothing, though its padding does
-    assert torch.equal(sampler(no_repeat_ngram_size=2).filtered(rows, first), rows)
+        without, with_padding = (filtered(rows, ids, 2, **controls) for ids in (text, padded))
+        assert torch.equal(without, with_padding) and not torch.equal(without, rows), controls
+    short = torch.tensor([[50, 50, 1]])  # the padding repeats an n-gram, the text is too short for one
+    assert torch.equal(filtered(rows, short, no_repeat_ngram_size=2), rows)
 
 
-def test_frequency_and_presence_count_what_was_drawn():
-    """The formula of the API reference, by hand: 2 was drawn three times, 0 once, 1 stood in the prompt only."""
+def test_frequency_and_presence_count_drawn_tokens_only():
+    """2 was drawn three times, 0 once; 1 is in the prompt only."""
     logits, text = torch.tensor([[1.0, 1.0, 1.0, 1.0]]), torch.tensor([[1, 1, 2, 0, 2, 2]])
-    ours = sampler(frequency_penalty=0.5, presence_penalty=0.25).filtered(logits, text, 4)
+    ours = filtered(logits, text, 4, frequency_penalty=0.5, presence_penalty=0.25)
     assert ours.tolist() == [[1 - 0.5 - 0.25, 1.0, 1 - 1.5 - 0.25, 1.0]]
     assert torch.equal(apply_frequency_and_presence(logits, text[:, 2:], 0.5, 0.25), ours)
 
@@ -146,20 +152,20 @@ def test_frequency_and_presence_count_what_was_drawn():
 @pytest.mark.parametrize(
     "text, breakers, penalties",
     [
-        ([1, 2, 3, 9, 1, 2], [], {3: 1.0}),  # "1 2" came before, and 3 followed: n = 2, the allowed length
+        ([1, 2, 3, 9, 1, 2], [], {3: 1.0}),  # 3 followed the earlier "1 2": n = 2, the allowed length
         ([7, 1, 2, 3, 9, 7, 1, 2], [], {3: 1.75}),  # one token longer
         ([5, 7, 1, 2, 3, 9, 5, 7, 1, 2], [], {3: 1.75**2}),
-        ([2, 3, 9, 2], [], {}),  # one token alone is below the allowed length
-        ([1, 2, 3, 9, 1, 2], [1], {}),  # the repetition may not reach over 1, so it is one token long
+        ([2, 3, 9, 2], [], {}),  # one token is below the allowed length
+        ([1, 2, 3, 9, 1, 2], [1], {}),  # the repetition excludes 1, so it is one token long
         ([1, 2, 3, 9, 1, 2], [2], {}),  # it ends with a breaker
-        ([1, 2, 3, 9, 1, 2], [3], {}),  # what would follow is a breaker
-        ([1, 2, 3, 8, 1, 2, 4, 8, 1, 2], [], {3: 1.0, 4: 1.75}),  # two ways to go on
+        ([1, 2, 3, 9, 1, 2], [3], {}),  # the next token is a breaker
+        ([1, 2, 3, 8, 1, 2, 4, 8, 1, 2], [], {3: 1.0, 4: 1.75}),  # two continuations
         ([1, 2, 3, 7, 1, 2, 3, 9, 7, 1, 2], [], {3: 1.75}),  # the longest counts
         ([4, 4, 4, 4], [], {4: 1.75}),  # an overlap with itself: three tokens before the last repeat
         ([6], [], {}),
     ],
 )
-def test_dry_by_worked_examples(text, breakers, penalties):
+def test_dry_worked_examples(text, breakers, penalties):
     ours = apply_dry(torch.zeros(1, 12), torch.tensor([text]), 1.0, 1.75, 2, breakers)
     assert {token: -value for token, value in enumerate(ours[0].tolist()) if value} == pytest.approx(penalties)
 
@@ -167,21 +173,21 @@ def test_dry_by_worked_examples(text, breakers, penalties):
 def dry_by_search(
     text: list[int], breakers: list[int], multiplier: float, base: float, allowed: int
 ) -> dict[int, float]:
-    """DRY by its definition: the longest suffix of the text that stands before an earlier occurrence of the token."""
+    """DRY by its definition: the longest suffix of the text that precedes an earlier occurrence of the token."""
     longest = {}
-    for at in range(1, len(text)):
+    for position in range(1, len(text)):
         n = 0
-        while n < at and text[at - 1 - n] == text[-1 - n] and text[-1 - n] not in breakers:
+        while n < position and text[position - 1 - n] == text[-1 - n] and text[-1 - n] not in breakers:
             n += 1
-        if n >= allowed and text[at] not in breakers:
-            longest[text[at]] = max(longest.get(text[at], 0), n)
+        if n >= allowed and text[position] not in breakers:
+            longest[text[position]] = max(longest.get(text[position], 0), n)
     return {token: multiplier * base ** (n - allowed) for token, n in longest.items()}
 
 
-def test_dry_against_a_search_in_random_texts():
+def test_dry_equals_search_in_random_texts():
     for seed in range(200):
-        choose = random.Random(seed)
-        text = [choose.randrange(4) for _ in range(choose.randrange(1, 40))]
+        rng = random.Random(seed)
+        text = [rng.randrange(4) for _ in range(rng.randrange(1, 40))]
         breakers = [3] if seed % 2 else []
         ours = apply_dry(torch.zeros(1, 5), torch.tensor([text]), 0.8, 1.5, 1 + seed % 3, breakers)
         expected = dry_by_search(text, breakers, 0.8, 1.5, 1 + seed % 3)
@@ -189,180 +195,69 @@ def test_dry_against_a_search_in_random_texts():
 
 
 @pytest.mark.parametrize(
-    "probabilities, threshold, left",
+    "probabilities, threshold, kept",
     [
-        ([0.4, 0.3, 0.2, 0.1], 0.15, [2, 3]),  # of the three above, the least likely stays
+        ([0.4, 0.3, 0.2, 0.1], 0.15, [2, 3]),  # of three above the threshold, the least likely stays
         ([0.4, 0.3, 0.2, 0.1], 0.25, [1, 2, 3]),
-        ([0.6, 0.2, 0.1, 0.1], 0.5, [0, 1, 2, 3]),  # one alone above: nothing is taken away
+        ([0.6, 0.2, 0.1, 0.1], 0.5, [0, 1, 2, 3]),  # only one above: all stay
         ([0.4, 0.3, 0.2, 0.1], 0.9, [0, 1, 2, 3]),
-        ([0.3, 0.3, 0.3, 0.1], 0.2, [0, 3]),  # of equals, one stays
+        ([0.3, 0.3, 0.3, 0.1], 0.2, [0, 3]),  # one of several equals stays
     ],
 )
-def test_xtc_by_worked_examples(probabilities, threshold, left):
+def test_xtc_worked_examples(probabilities, threshold, kept):
     logits = torch.tensor([probabilities, probabilities]).log()
     ours = apply_xtc(logits, threshold, torch.tensor([[True], [False]]))
-    assert ours[0].isfinite().nonzero()[:, 0].tolist() == left and torch.equal(ours[1], logits[1])
+    assert ours[0].isfinite().nonzero()[:, 0].tolist() == kept and torch.equal(ours[1], logits[1])
 
 
-def test_xtc_happens_as_often_as_it_should():
-    made = Sampler([0], xtc_probability=0.3)
-    assert sum(bool(made._chance()) for _ in range(4000)) / 4000 == pytest.approx(0.3, abs=0.03)
+def test_xtc_probability_is_the_share_of_changed_steps():
+    sampler = Sampler([0], SamplingConfig(xtc_probability=0.3, xtc_threshold=0.2))
+    logits, text = torch.tensor([[0.5, 0.3, 0.2]]).log(), torch.zeros(1, 1, dtype=torch.long)
+    changed = sum(not torch.equal(sampler.filtered_logits(logits, text), logits) for _ in range(4000))
+    assert changed / 4000 == pytest.approx(0.3, abs=0.03)
 
 
-def test_temperature_zero_is_greedy_and_the_penalty_still_counts():
-    rows, none = torch.tensor([[0.0, 3.0, 2.9]]), torch.tensor([[0]])
-    assert sampler(temperature=0, top_k=2)(rows, none).tolist() == [[1]]
-    assert sampler(temperature=0, repetition_penalty=1.2)(rows, torch.tensor([[1]])).tolist() == [[2]]
+def test_check_token_ids_names_the_control():
+    check_token_ids(SamplingConfig(suppress_tokens=[9], bad_words_ids=[[1, 9]], sequence_bias=[[[9], 1.0]]), 10)
+    for controls in ({"suppress_tokens": [10]}, {"bad_words_ids": [[1, 10]]}, {"sequence_bias": [[[10], 1.0]]}):
+        with pytest.raises(UserError, match=f"{next(iter(controls))} names token 10, .* ends at 9"):
+            check_token_ids(SamplingConfig(**controls), 10)
 
 
-SETTINGS = [
-    {},
-    {"temperature": 0.7},
-    {"top_k": 5},
-    {"top_p": 0.8},
-    {"top_k": 20, "top_p": 0.9, "temperature": 0.9},
-    {"top_k": 30, "repetition_penalty": 1.2, "temperature": 1.5},
-    {"min_p": 0.1},
-    {"typical_p": 0.7},
-    {"eta_cutoff": 0.05, "top_h": 0.8},
-    {"epsilon_cutoff": 0.02, "top_p": 0.95},
-]
-DRAWS = 1_000_000
+@dataclass
+class MadeUpConfig(SamplingConfig):
+    only_token: int = flag(0, "all tokens but this one are forbidden; 0 is off")
 
 
-def chi_square_quantile(freedom: int) -> float:
-    """The 99.99 % quantile of chi-square, by Wilson and Hilferty (1931)."""
-    return freedom * (1 - 2 / (9 * freedom) + 3.719 * math.sqrt(2 / (9 * freedom))) ** 3
+def add_control(monkeypatch, always: bool) -> None:
+    """What a contributor does for a new control: a field, a function, an entry in the table."""
+
+    def apply_only_token(logits: torch.Tensor, token: int) -> torch.Tensor:
+        kept = torch.arange(logits.size(1), device=logits.device) == token
+        return logits.masked_fill(~kept, -torch.inf)
+
+    entry = Control(
+        "only_token",
+        lambda c: c.only_token,
+        lambda x, step, c: apply_only_token(x, c.only_token),
+        always=always,
+        token_ids=lambda c: [c.only_token],
+    )
+    monkeypatch.setattr(sampling, "CONTROLS", (entry, *sampling.CONTROLS))
+    monkeypatch.setattr(generate_module, "SamplingConfig", MadeUpConfig)
 
 
-def chi_square(controls: dict, wrong: float = 0.0) -> tuple[float, float]:
-    """Pearson's statistic over a million draws against the exact probabilities, and its bound.
-
-    The exact ones come from transformers' processors and a float64 softmax; `wrong` takes this share from the likeliest.
-    """
-    logits = torch.randn(1, 60, generator=torch.Generator().manual_seed(0)) * 1.5
-    text = torch.tensor([[3, 7, 11]])
-    expected = logits.clone()
-    for name in CONTROLS:
-        if name in controls:
-            theirs = next((make for value, make in CONTROLS[name].values() if value == controls[name]), None)
-            classes = {name: type(list(CONTROLS[name].values())[0][1]())}
-            expected = (theirs or (lambda n=name, c=classes: c[n](controls[n])))()(text, expected)
-    probabilities = expected.double().softmax(-1)[0]
-    made = Sampler(["chi"], **controls)
-    made.streams = [random.Random(str(controls))] * 50_000
-    tokens = []
-    for _ in range(
-        DRAWS // 50_000
-    ):  # one row of logits, drawn from by many numbers: what the sampler does for each row
-        tokens.append(made(logits.expand(50_000, -1), text.expand(50_000, -1))[:, 0])
-    counts = torch.bincount(torch.cat(tokens), minlength=60).double()
-    if wrong:
-        best = probabilities.argmax()
-        probabilities[best] *= 1 - wrong
-        probabilities /= probabilities.sum()
-    possible = probabilities > 0
-    assert not counts[~possible].any()
-    statistic = ((counts - probabilities * DRAWS) ** 2 / (probabilities * DRAWS))[possible].sum().item()
-    return statistic, chi_square_quantile(max(1, int(possible.sum()) - 1))
-
-
-@pytest.mark.parametrize("controls", SETTINGS, ids=lambda c: "-".join(c) or "none")
-def test_a_million_draws_follow_the_exact_probabilities(controls):
-    statistic, bound = chi_square(controls)
-    assert statistic < bound
-
-
-def test_an_error_of_one_percent_in_one_token_is_seen():
-    statistic, bound = chi_square({"top_k": 5}, wrong=0.01)
-    assert statistic > bound
-
-
-@pytest.mark.parametrize(
-    "controls",
-    [
-        {"top_k": 50, "top_p": 0.95},
-        {"top_k": 7},
-        {"top_p": 0.5},
-        {"top_p": 0.99, "temperature": 1.4},
-        {"top_k": 40, "temperature": 0.6},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("vocabulary", [7, 320, 5003, 50_257])
-def test_the_window_draws_the_token_that_all_the_vocabulary_would(controls, vocabulary, monkeypatch):
-    rows = random_rows(100, vocabulary, 11)
-    texts = torch.zeros(1, 1, dtype=torch.long)
-    fast, slow = Sampler([5], **controls), Sampler([5], **controls)
-    slow._windowed = False
-    through_window = []
-    inside = fast._draw_within_window
-    monkeypatch.setattr(fast, "_draw_within_window", lambda *a: through_window.append(inside(*a)) or through_window[-1])
-    for row in rows:
-        assert torch.equal(fast(row[None], texts), slow(row[None], texts))
-    if vocabulary > sampling.WINDOW:
-        assert any(token is not None for token in through_window)  # the window is used at all
-
-
-def test_a_border_within_a_rounding_error_is_left_to_the_exact_functions():
-    """The likeliest tokens have 0.5 together, to the last bits: rounding decides whether the next one stays."""
-    torch.manual_seed(0)
-    made = [Sampler([5], top_p=0.5) for _ in range(2)]
-    made[1]._windowed = False
-    for _ in range(300):
-        likely, rest = torch.rand(3, dtype=torch.float64) + 0.5, torch.rand(297, dtype=torch.float64) * 0.05
-        rest[0] = 0.4 * rest.sum()
-        row = torch.cat([likely / likely.sum(), rest / rest.sum()]).div(2).log().float()
-        drawn = [one(row[None], torch.zeros(1, 1, dtype=torch.long)) for one in made]
-        assert torch.equal(*drawn)
-
-
-def test_a_nucleus_that_spills_over_the_window_is_found_whole():
-    flat = torch.zeros(1, 5000) + torch.arange(5000) * 1e-5
-    made = Sampler([1], top_p=0.9)
-    drawn = {made(flat, torch.zeros(1, 1, dtype=torch.long)).item() for _ in range(400)}
-    assert len(drawn) > sampling.WINDOW and min(drawn) < 4000 and min(drawn) >= 460
-
-
-def test_a_row_draws_the_same_whatever_stands_beside_it():
-    rows, none = random_rows(8, 500, 4), torch.zeros(8, 1, dtype=torch.long)
-    for controls in ({}, {"top_k": 9}, {"top_p": 0.9}, {"top_k": 30, "top_p": 0.7, "xtc_probability": 0.5}):
-        together = Sampler([f"s{i}" for i in range(8)], **controls)
-        draws = torch.cat([together(rows, none) for _ in range(5)], dim=1)
-        for i in range(8):
-            alone = Sampler([f"s{i}"], **controls)
-            assert (
-                torch.cat([alone(rows[i : i + 1], none[:1]) for _ in range(5)], dim=1).tolist()
-                == draws[i : i + 1].tolist()
-            )
-
-
-def test_the_seed_decides_and_the_global_generators_are_left_alone():
-    logits, none = torch.zeros(64, 1000), torch.zeros(64, 1, dtype=torch.long)
-    torch.manual_seed(0)
-    random.seed(0)
-    before = torch.get_rng_state(), random.getstate()
-    first = Sampler(range(64))(logits, none)
-    assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
-    assert torch.equal(Sampler(range(64))(logits, none), first)
-    assert not torch.equal(Sampler(range(64, 128))(logits, none), first)
-    assert len(set(first[:, 0].tolist())) > 50
-
-
-@pytest.mark.parametrize(
-    "logits, temperature",
-    list(itertools.product([[[torch.nan, 1.0]], [[torch.inf, 1.0]], [[-torch.inf, -torch.inf]]], [0.0, 1.0]))
-    + [([[0.0, 1.0]], 1e-42)],
-)
-@pytest.mark.parametrize("top_k", [0, 1])
-def test_logits_that_are_not_finite_give_no_token(logits, temperature, top_k):
-    if temperature == 0 and logits == [[torch.nan, 1.0]]:
-        logits = [[1.0, torch.nan]]
-    assert sampler(temperature=temperature, top_k=top_k)(torch.tensor(logits), torch.tensor([[0]])).tolist() == [[-1]]
-
-
-def test_the_border_of_the_last_token():
-    """Uniforms of 0 and just below 1 fall on tokens that have a probability."""
-    logits = torch.tensor([[-torch.inf, 0.0, 1.0, -torch.inf]])
-    assert draw(logits, torch.tensor([[0.0]], dtype=torch.float64)).item() == 1
-    assert draw(logits, torch.tensor([[1 - 2**-53]], dtype=torch.float64)).item() == 2
+@pytest.mark.parametrize("others", [{"temperature": 0}, {}, {"top_k": 5}, {"top_p": 0.9, "temperature": 0.7}], ids=str)
+@pytest.mark.parametrize("always", [True, False])
+def test_new_control_works_through_generate(always, others, model_and_tokenizer, monkeypatch):
+    """Also with top_k and top_p, for which a CPU has a fast window that knows nothing of the new control."""
+    add_control(monkeypatch, always)
+    others = {**others, "max_new_tokens": 4}
+    [unset], [completion] = (
+        generate(*model_and_tokenizer, ["Halo"], **controls) for controls in (others, {**others, "only_token": 42})
+    )
+    acts = always or others.get("temperature") != 0
+    assert (completion.new_token_ids == [42] * 4) == acts
+    assert unset.new_token_ids != [42] * 4
+    with pytest.raises(UserError, match="only_token names token 9999"):
+        generate(*model_and_tokenizer, ["Halo"], only_token=9999)

@@ -16,10 +16,11 @@ from mori import distributed
 from mori.bench import harness
 from mori.bench.options import DECODE_ARMS, SHAPES, DecodeBenchConfig
 from mori.cli import RunFailed
+from mori.config import SamplingConfig
 from mori.data.files import SHIPPED
 from mori.distributed import Runtime
 from mori.generation.decode import decode as decode_ids
-from mori.generation.sampling import Sampler
+from mori.generation.sampler import Sampler
 from mori.model import loading
 from mori.model.variants import fuse_activations
 from mori.speed.startup import keep_freed_memory
@@ -181,7 +182,7 @@ def _generate_with_mori(model, prompts: torch.Tensor, count: int, controls: dict
     """The new ids after each prompt; `times` receives the time of each token."""
     rows: list[list[int]] = [[] for _ in prompts]
     at_once = 8 if model.device.type == "cuda" and times is None else 1
-    sampler = Sampler(list(range(len(rows))), device=model.device, **controls)
+    sampler = Sampler(range(len(rows)), SamplingConfig(**controls), device=model.device)
     for new_ids in decode_ids(model, prompts.tolist(), sampler, count, steps_at_once=at_once):
         for row, ids in zip(rows, new_ids, strict=True):
             row += ids
@@ -243,9 +244,7 @@ def _model(config: DecodeBenchConfig, **changes):
 
 def _save_model(config: DecodeBenchConfig, folder: Path) -> None:
     """Save a model of this shape with its own tokenizer, for the arms that measure whole processes."""
-    tokenizer = loading.train_tokenizer(
-        [path.read_text(encoding="utf-8") for path in sorted(SHIPPED.glob("*.txt"))]
-    )
+    tokenizer = loading.train_tokenizer([path.read_text(encoding="utf-8") for path in sorted(SHIPPED.glob("*.txt"))])
     tokenizer.eos_token = None
     vocab_size = max(len(tokenizer), SHAPES[config.shape]["vocab_size"])
     loading.save(_model(config, vocab_size=vocab_size), tokenizer, folder)

@@ -1,4 +1,4 @@
-"""What `scripts/generate.py` does: answers to the prompts it was given, or a prompt line to talk at."""
+"""What `scripts/generate.py` does: it answers the given prompts, or opens a prompt line."""
 
 import importlib.util
 import json
@@ -9,67 +9,66 @@ import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from mori import distributed as runtime
+import torch
+from torch import nn
+
 from mori.cli import UserError, parse
 from mori.config import PRESETS, GenerateConfig, SamplingConfig
-from mori.generation.generate import brought_settings, check_prompts, generate, settings_for
-from mori.model.loading import fuse_activations, load_config, load_model, load_tokenizer
+from mori.generation.generate import check_prompts, generate, model_settings, resolve_settings
+from mori.model.loading import load_config, load_model, load_tokenizer
+from mori.model.variants import fuse_activations
 from mori.speed.startup import keep_freed_memory
 
-HELP = """Type a text, and the model goes on from it. The up arrow brings earlier lines back.
+HELP = """Type a text, and the model continues it. The arrow keys recall earlier lines.
 /temperature 0.7   set any control (top_k, top_p, min_p, repetition_penalty, max_new_tokens ...); without a value, show it
-/seed 7            set the seed; without a value, take a new one
-/again             the last text once more, with the next seed
-/settings          show what is set
-/help              this
+/seed 7            set the seed; without a value, choose a random one
+/again             repeat the last text with the next seed
+/settings          show all settings in force
+/help              show this help
 Ctrl-C stops an answer, Ctrl-D (or /quit) leaves."""
 
 
-def speak(config: GenerateConfig) -> None:
-    """Load the model, and print what it says after each prompt; or talk, where `interactive` is set."""
+def answer(config: GenerateConfig, device: torch.device) -> None:
+    """Load the model and print its answer to each prompt, or open the prompt line if `interactive` is set.
+
+    Raises UserError for a model or prompts that cannot be used, and for logits that are not finite.
+    """
     if config.model in PRESETS:
         raise UserError(
-            f"{config.model} is a model to be trained; give --model the folder where scripts/train.py left its brain"
+            f"{config.model} is a model to be trained first; give --model the output folder of scripts/train.py"
         )
-    prompts = _prompts(config)
-    place = runtime.start(config.device)
-    if place.device.type == "cpu":
+    prompts = _read_prompts(config)
+    if device.type == "cpu":
         keep_freed_memory()
     tokenizer = load_tokenizer(config.model, (), config.trust_remote_code)
     model_config = load_config(config.model, tokenizer, trust_remote_code=config.trust_remote_code)
-    model = load_model(config.model, model_config, config.trust_remote_code).to(place.device).eval()
+    model = load_model(config.model, model_config, config.trust_remote_code).to(device).eval()
     fuse_activations(model)
     controls = {name: value for name, value in config.sampling().items() if name in config.given}
-    brought = {name: value for name, value in brought_settings(model).items() if name not in controls}
-    if brought:
-        shown = ", ".join(f"{name} {value}" for name, value in brought.items())
-        print(f"from the model's generation_config.json: {shown} (flags go before)", file=sys.stderr)
-    how = {name: getattr(config, name) for name in ("seed", "batch_size", "crop_prompt", "on_full_context")}
+    defaults = [f"{name} {value}" for name, value in model_settings(model).items() if name not in controls]
+    if defaults:
+        settings = ", ".join(defaults)
+        print(f"from the model's generation_config.json: {settings} (flags take precedence)", file=sys.stderr)
+    options = {name: getattr(config, name) for name in ("seed", "batch_size", "crop_prompt", "on_full_context")}
     if config.interactive:
-        return _converse(model, tokenizer, controls, how)
-    single = len(prompts) * settings_for(model, controls).num_return_sequences == 1 and not config.json
-    if single:
-        check_prompts(prompts, tokenizer, model_config, config.crop_prompt)  # before anything stands on the screen
-        _print_now(prompts[0])
+        return PromptLine(model, tokenizer, controls, options).run()
+    streamed = len(prompts) * resolve_settings(model, controls).num_return_sequences == 1 and not config.json
+    if streamed:
+        check_prompts(prompts, tokenizer, model_config, config.crop_prompt)  # an error comes before any output
+        _print_piece(0, prompts[0])
+        options["on_text"] = _print_piece
     try:
-        completions = generate(
-            model,
-            tokenizer,
-            prompts,
-            **how,
-            on_text=(lambda _, piece: _print_now(piece)) if single else None,
-            **controls,
-        )
+        completions = generate(model, tokenizer, prompts, **options, **controls)
     except FloatingPointError as error:
         raise UserError(str(error)) from None
     if config.json:
         json.dump([asdict(completion) for completion in completions], sys.stdout, ensure_ascii=False)
-    elif not single:
+    elif not streamed:
         print(f"\n{'-' * 40}\n".join(completion.prompt + completion.text for completion in completions), end="")
     print()
 
 
-def _prompts(config: GenerateConfig) -> list[str]:
+def _read_prompts(config: GenerateConfig) -> list[str]:
     if not config.prompt_file:
         return config.prompt
     try:
@@ -78,79 +77,94 @@ def _prompts(config: GenerateConfig) -> list[str]:
         raise UserError(f"cannot read prompt_file {config.prompt_file}: {error}") from None
     prompts = [line for line in lines if line.strip()]
     if not prompts:
-        raise UserError(f"prompt_file {config.prompt_file} has no prompt in it")
+        raise UserError(f"prompt_file {config.prompt_file} holds no prompt")
     return (config.prompt if "prompt" in config.given else []) + prompts
 
 
-def _converse(model, tokenizer, controls: dict, how: dict) -> None:
-    """A prompt line with history, until the end of input."""
-    if importlib.util.find_spec("readline"):
-        import readline  # noqa: F401 (input() has a history from now on)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's `&` has its children ignore it
-    print("/help shows what can be done; Ctrl-D leaves")
-    said = []  # the last text, so that /again can say it again
-    while True:
-        try:
-            line = input("> ")
-            if line == "/quit":
+class PromptLine:
+    """A prompt line with history: it continues each line, and obeys those that begin with /.
+
+    Args:
+        controls: the fields of SamplingConfig that flags have set; commands change them.
+        options: the other arguments of `generate()`, with `seed`.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer, controls: dict, options: dict):
+        self.model, self.tokenizer, self.controls, self.options = model, tokenizer, controls, options
+        self.last_prompt = ""
+
+    def run(self) -> None:
+        """Read lines until the end of input or /quit."""
+        if importlib.util.find_spec("readline"):
+            import readline  # noqa: F401 (gives input() a history)
+        # A shell script's `&` makes its children ignore Ctrl-C.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        print("/help lists the commands; Ctrl-D leaves")
+        while True:
+            try:
+                line = input("> ")
+                if line == "/quit":
+                    return
+                self._answer_line(line)
+            except EOFError:
+                print()
                 return
-            _turn(line, said, model, tokenizer, controls, how)
-        except EOFError:
-            print()
+            except KeyboardInterrupt:
+                print("\n(stopped)")
+            except (UserError, FloatingPointError) as error:
+                print(f"error: {error}")
+
+    def _answer_line(self, line: str) -> None:
+        if line.strip() == "/again":
+            if not self.last_prompt:
+                raise UserError("/again: there is no text to repeat yet")
+            self.options["seed"] = (self.options["seed"] + 1) % 2**32
+            line = self.last_prompt
+        elif line.startswith("/"):
+            print(self._run_command(line))
             return
-        except KeyboardInterrupt:
-            print("\n(stopped)")
-        except (UserError, FloatingPointError) as mistake:
-            print(f"mistake: {mistake}")
+        if line.strip():
+            self.last_prompt = line
+            _print_piece(0, line)
+            generate(self.model, self.tokenizer, [line], **self.options, on_text=_print_piece, **self.controls)
+            print()
+
+    def _run_command(self, line: str) -> str:
+        """Run a line that begins with /; returns the reply. Raises UserError for an unknown command or an invalid value."""
+        try:
+            command, *words = shlex.split(line[1:]) or [""]
+        except ValueError as error:
+            raise UserError(f"{line}: {error}") from None
+        if command == "help":
+            return HELP
+        if command == "settings":
+            return self._show_settings()
+        if command == "seed":
+            seed = parse(GenerateConfig, "", ["--seed", *words]).seed if words else _random_seed()
+            self.options["seed"] = seed
+            return f"seed {seed}"
+        if command not in {field.name for field in fields(SamplingConfig)} - {"num_return_sequences"}:
+            raise UserError(f"/{command} is no command; /help lists them")
+        if words:
+            value = getattr(parse(GenerateConfig, "", [f"--{command}", *words]), command)
+            resolve_settings(self.model, {**self.controls, command: value})  # it may contradict another setting
+            self.controls[command] = value
+        return f"{command} {getattr(resolve_settings(self.model, self.controls), command)}"
+
+    def _show_settings(self) -> str:
+        defaults, settings = SamplingConfig(), resolve_settings(self.model, self.controls)
+        lines = [f"seed {self.options['seed']}"]
+        for field in fields(SamplingConfig):
+            value = getattr(settings, field.name)
+            if value != getattr(defaults, field.name) or field.name in self.controls:
+                lines.append(f"{field.name} {value}")
+        return "\n".join(lines)
 
 
-def _turn(line: str, said: list[str], model, tokenizer, controls: dict, how: dict) -> None:
-    """Answer one line."""
-    if line.strip() == "/again":
-        if not said:
-            raise UserError("/again: nothing was said yet")
-        how["seed"] = (how["seed"] + 1) % 2**32
-        line = said[0]
-    elif line.startswith("/"):
-        print(_obey(line, model, controls, how))
-        return
-    if line.strip():
-        said[:] = [line]
-        _print_now(line)
-        generate(model, tokenizer, [line], **how, on_text=lambda _, piece: _print_now(piece), **controls)
-        print()
+def _random_seed() -> int:
+    return random.SystemRandom().randrange(2**32)
 
 
-def _obey(line: str, model, controls: dict, how: dict) -> str:
-    """Do what a line that begins with / says, and return the answer to it. Raises UserError where it makes no sense."""
-    try:
-        command, *words = shlex.split(line[1:]) or [""]
-    except ValueError as error:
-        raise UserError(f"{line}: {error}") from None
-    known = {f.name for f in fields(SamplingConfig)} - {"num_return_sequences"}
-    if command == "help":
-        return HELP
-    if command == "settings":
-        default = SamplingConfig().sampling()
-        inforce = settings_for(model, controls).sampling()
-        return "\n".join(
-            [f"seed {how['seed']}"] + [f"{n} {v}" for n, v in inforce.items() if v != default[n] or n in controls]
-        )
-    if command == "seed" and not words:
-        how["seed"] = random.SystemRandom().randrange(2**32)
-    elif command == "seed":
-        how["seed"] = parse(GenerateConfig, "", ["--seed", *words]).seed
-    elif command not in known:
-        raise UserError(f"/{command} is no command; /help lists them")
-    elif words:
-        value = getattr(parse(GenerateConfig, "", [f"--{command}", *words]), command)
-        settings_for(model, {**controls, command: value})  # may contradict another
-        controls[command] = value
-    return (
-        f"seed {how['seed']}" if command == "seed" else f"{command} {getattr(settings_for(model, controls), command)}"
-    )
-
-
-def _print_now(text: str) -> None:
-    sys.stdout.write(text)
+def _print_piece(_: int, piece: str) -> None:
+    sys.stdout.write(piece)
     sys.stdout.flush()

@@ -1,24 +1,23 @@
-"""From logits to the next token: controls that are pure functions, and one object that applies them and draws.
+"""Sampler controls: pure functions on logits, and `CONTROLS`, the ordered table of when and how each one applies.
 
-Everywhere `logits` is `(B, V)` in float and -inf marks a token that cannot be drawn; `input_ids` is `(B, S)`, the text so
-far, in which padding has the id V or above. The controls that `generate()` has do the same arithmetic in the same order.
+`logits` is `(B, V)` in float; -inf marks a token that cannot be drawn. `input_ids` is `(B, S)`, the text so far; the id of
+padding is V or above. The controls that `generate()` of transformers has do the same arithmetic in the same order.
+
+To add a control, write a field in `config.SamplingConfig`, a function here, and its entry in `CONTROLS`.
 """
 
-import math
-import random
-from bisect import bisect_right
-from itertools import accumulate
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import pad
 
-WINDOW = 256  # likeliest tokens among which a nucleus is looked for before all are sorted
-_UNSURE = 1e-4  # a cumulated probability this near to top_p is decided by the exact function
-_AHEAD = 64  # steps whose random numbers are brought to the device at once, so that it does not wait for the host
+from mori.cli import UserError
+from mori.config import SamplingConfig
 
 
 def apply_sequence_bias(logits: torch.Tensor, input_ids: torch.Tensor, biases: list) -> torch.Tensor:
-    """Add a bias to the last token of each sequence whose other tokens the text ends with; `biases` is `[[ids, bias], ...]`.
+    """Add a bias to the last token of each sequence whose other tokens end the text; `biases` is `[[ids, bias], ...]`.
 
     transformers' documentation of `sequence_bias`.
     """
@@ -27,72 +26,71 @@ def apply_sequence_bias(logits: torch.Tensor, input_ids: torch.Tensor, biases: l
         *prefix, last = ids
         if len(prefix) > input_ids.size(1):
             continue
-        wanted = torch.tensor(prefix, dtype=torch.long, device=input_ids.device)
-        ends_so = (input_ids[:, input_ids.size(1) - len(prefix) :] == wanted).all(-1)
-        total[:, last] += torch.where(ends_so, bias, 0.0)
+        expected = torch.tensor(prefix, dtype=torch.long, device=input_ids.device)
+        prefix_ends_text = (input_ids[:, input_ids.size(1) - len(prefix) :] == expected).all(-1)
+        total[:, last] += torch.where(prefix_ends_text, bias, 0.0)
     return logits + total
 
 
 def apply_repetition_penalty(logits: torch.Tensor, input_ids: torch.Tensor, penalty: float) -> torch.Tensor:
-    """Make the tokens already in the text less likely: positive logits / penalty, negative ones * penalty.
+    """Make the tokens of the text less likely: positive logits / penalty, negative logits * penalty.
 
-    Keskar et al., 2019, CTRL (arXiv:1909.05858), section 4.1; the prompt counts, each token once, padding does not.
+    Keskar et al., 2019, CTRL (arXiv:1909.05858), section 4.1. The prompt counts, each token once; padding does not count.
     """
-    spare = pad(logits, (0, 1))  # a column for padding
+    extended = pad(logits, (0, 1))  # the last column receives the padding
     input_ids = input_ids.clamp(max=logits.size(1))
-    seen = spare.gather(1, input_ids)
-    return spare.scatter(1, input_ids, torch.where(seen < 0, seen * penalty, seen / penalty))[:, :-1]
+    seen = extended.gather(1, input_ids)
+    return extended.scatter(1, input_ids, torch.where(seen < 0, seen * penalty, seen / penalty))[:, :-1]
 
 
 def apply_no_repeat_ngram(logits: torch.Tensor, input_ids: torch.Tensor, size: int) -> torch.Tensor:
-    """Forbid every token that would complete an n-gram of `size` tokens the text has already (Paulus et al., 2017, arXiv:1705.04304)."""
+    """Forbid every token that would repeat an n-gram of `size` tokens of the text (Paulus et al., 2017, arXiv:1705.04304)."""
     length, vocabulary = input_ids.size(1), logits.size(1)
     if length < size:
         return logits
-    windows = input_ids.unfold(1, size, 1)  # (B, S - size + 1, size)
-    repeats = (windows[..., :-1] == input_ids[:, None, length + 1 - size :]).all(-1) & (windows < vocabulary).all(-1)
-    banned = torch.zeros(len(logits), vocabulary + 1, dtype=torch.bool, device=logits.device)
-    banned.scatter_(1, torch.where(repeats, windows[..., -1], vocabulary), True)
-    return logits.masked_fill(banned[:, :-1], -torch.inf)
+    ngrams = input_ids.unfold(1, size, 1)  # (B, S - size + 1, size)
+    repeats = (ngrams[..., :-1] == input_ids[:, None, length + 1 - size :]).all(-1) & (ngrams < vocabulary).all(-1)
+    forbidden = torch.zeros(len(logits), vocabulary + 1, dtype=torch.bool, device=logits.device)
+    forbidden.scatter_(1, torch.where(repeats, ngrams[..., -1], vocabulary), True)
+    return logits.masked_fill(forbidden[:, :-1], -torch.inf)
 
 
 def apply_bad_words(logits: torch.Tensor, input_ids: torch.Tensor, words: list, eos_ids: list[int]) -> torch.Tensor:
-    """Forbid the last token of each id sequence whose other tokens the text ends with; an end-of-text token alone stays.
+    """Forbid the last token of each id sequence whose other tokens end the text; skip a lone end-of-text token.
 
     transformers' documentation of `bad_words_ids`.
     """
-    return apply_sequence_bias(
-        logits, input_ids, [[ids, -torch.inf] for ids in words if ids not in [[e] for e in eos_ids]]
-    )
+    ends = [[eos_id] for eos_id in eos_ids]
+    return apply_sequence_bias(logits, input_ids, [[ids, -torch.inf] for ids in words if ids not in ends])
 
 
 def suppress(logits: torch.Tensor, tokens: list[int]) -> torch.Tensor:
-    """Forbid `tokens`: those of `suppress_tokens`, or the end of the text before `min_new_tokens`."""
-    everyone = torch.arange(logits.size(1), device=logits.device)
-    return torch.where(torch.isin(everyone, torch.tensor(tokens, device=logits.device)), -torch.inf, logits)
+    """Forbid `tokens`."""
+    vocabulary = torch.arange(logits.size(1), device=logits.device)
+    forbidden = torch.isin(vocabulary, torch.tensor(tokens, dtype=torch.long, device=logits.device))
+    return torch.where(forbidden, -torch.inf, logits)
 
 
-def apply_exponential_decay(logits: torch.Tensor, over: int, factor: float, eos_ids: list[int]) -> torch.Tensor:
-    """Raise the end-of-text logits by their size times `factor ** over - 1`, once the text is `over` tokens too long.
+def apply_exponential_decay(logits: torch.Tensor, excess: int, factor: float, eos_ids: list[int]) -> torch.Tensor:
+    """Raise the end-of-text logits by their size times `factor ** excess - 1`, once the text has `excess` tokens too many.
 
     transformers' documentation of `exponential_decay_length_penalty`.
     """
-    if over <= 0:
+    if excess <= 0:
         return logits
     ends = logits[:, eos_ids]
-    raised = (ends.abs() * (factor**over - 1)).masked_fill(~ends.isfinite(), 0.0)
     penalty = torch.zeros_like(logits)
-    penalty[:, eos_ids] = raised
+    penalty[:, eos_ids] = (ends.abs() * (factor**excess - 1)).masked_fill(~ends.isfinite(), 0.0)
     return logits + penalty
 
 
 def apply_frequency_and_presence(
     logits: torch.Tensor, new_ids: torch.Tensor, frequency: float, presence: float
 ) -> torch.Tensor:
-    """Subtract `frequency` for each time a token was drawn, and `presence` once where it was drawn at all.
+    """Subtract `frequency` for each time a token was drawn, and `presence` if it was drawn at all.
 
-    The formula of the OpenAI API reference ("Frequency and presence penalties"); `new_ids` `(B, N)` are the tokens drawn
-    so far: the prompt does not count.
+    The formula of the OpenAI API reference ("Frequency and presence penalties"). `new_ids` `(B, N)` are the tokens drawn so
+    far: the prompt does not count.
     """
     counts = torch.zeros_like(logits).scatter_add_(1, new_ids, torch.ones_like(new_ids, dtype=logits.dtype))
     return logits - counts * frequency - (counts > 0) * presence
@@ -104,30 +102,32 @@ def apply_dry(
     multiplier: float,
     base: float,
     allowed_length: int,
-    breakers: list[int],
+    breaker_ids: list[int],
 ) -> torch.Tensor:
-    """Don't Repeat Yourself: subtract `multiplier * base ** (n - allowed_length)` from a token that would lengthen a repetition.
+    """Don't Repeat Yourself: subtract `multiplier * base ** (n - allowed_length)` from a token that would extend a repetition.
 
-    n is how many tokens before it the repetition has, at least `allowed_length`; no repetition reaches over a token of
-    `breakers`. P. E. Weidmann, 2024 (text-generation-webui, pull request 5677), as in llama.cpp; the longest n counts.
+    n is the number of tokens that repeat before it; it must reach `allowed_length`, and the longest repetition counts. No
+    repetition contains a token of `breaker_ids`. P. E. Weidmann, 2024 (text-generation-webui, pull request 5677), as in
+    llama.cpp.
     """
     length, vocabulary = input_ids.size(1), logits.size(1)
-    stop = torch.isin(input_ids, torch.tensor(breakers, dtype=torch.long, device=input_ids.device))
-    stop |= input_ids >= vocabulary
-    matched = torch.zeros(len(logits), length - 1, dtype=torch.long, device=logits.device)
-    going_on = ~stop[:, 1:]  # column i: the text up to token i, continued by token i + 1
+    breaks = torch.isin(input_ids, torch.tensor(breaker_ids, dtype=torch.long, device=input_ids.device))
+    breaks |= input_ids >= vocabulary
+    lengths = torch.zeros(len(logits), length - 1, dtype=torch.long, device=logits.device)
+    # Column i: whether the text up to token i ends like the whole text, so that token i + 1 would extend the repetition.
+    matches = ~breaks[:, 1:]
     for back in range(length - 1):
         last = input_ids[:, length - 1 - back]
-        same = (input_ids[:, : length - 1 - back] == last[:, None]) & ~stop[:, length - 1 - back, None]
-        going_on = going_on & pad(same, (back, 0))
-        if not going_on.any():
+        same = (input_ids[:, : length - 1 - back] == last[:, None]) & ~breaks[:, length - 1 - back, None]
+        matches = matches & pad(same, (back, 0))
+        if not matches.any():
             break
-        matched += going_on
-    penalty = multiplier * base ** (matched - allowed_length).to(logits.dtype)
-    penalty = torch.where(matched >= allowed_length, penalty, 0.0) if length > 1 else penalty
-    spare = pad(torch.zeros_like(logits), (0, 1))
-    spare.scatter_reduce_(1, input_ids[:, 1:].clamp(max=vocabulary), penalty, "amax")
-    return logits - spare[:, :-1]
+        lengths += matches
+    penalty = multiplier * base ** (lengths - allowed_length).to(logits.dtype)
+    penalty = torch.where(lengths >= allowed_length, penalty, 0.0) if length > 1 else penalty
+    largest = pad(torch.zeros_like(logits), (0, 1))  # the last column receives the padding
+    largest.scatter_reduce_(1, input_ids[:, 1:].clamp(max=vocabulary), penalty, "amax")
+    return logits - largest[:, :-1]
 
 
 def apply_temperature(logits: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -136,22 +136,22 @@ def apply_temperature(logits: torch.Tensor, temperature: float) -> torch.Tensor:
 
 
 def apply_top_h(logits: torch.Tensor, h: float) -> torch.Tensor:
-    """Keep the likeliest tokens, of the first 100, whose entropy together is at most `h` times that of all 100.
+    """Keep the likeliest of the first 100 tokens whose summed entropy is at most `h` times the entropy of all 100.
 
     Potraghloo et al., 2025, Top-H decoding (arXiv:2509.02510).
     """
-    likeliest, tokens = logits.topk(min(100, logits.size(1)))
-    likeliest = likeliest - likeliest.logsumexp(-1, keepdim=True)
-    probabilities = likeliest.softmax(-1)
-    terms = likeliest.clamp(min=torch.finfo(logits.dtype).min) * probabilities
-    budget = -terms.sum(-1, keepdim=True) * h
-    kept = (-probabilities * probabilities.log()).cumsum(-1) <= budget
+    log_probs, tokens = logits.topk(min(100, logits.size(1)))
+    log_probs = log_probs - log_probs.logsumexp(-1, keepdim=True)
+    probs = log_probs.softmax(-1)
+    terms = log_probs.clamp(min=torch.finfo(logits.dtype).min) * probs
+    max_entropy = -terms.sum(-1, keepdim=True) * h
+    kept = (-probs * probs.log()).cumsum(-1) <= max_entropy
     kept[:, 0] = True
     return logits.masked_fill(~torch.zeros_like(logits, dtype=torch.bool).scatter(1, tokens, kept), -torch.inf)
 
 
 def apply_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
-    """Keep the `k` largest logits of each row, and whatever ties with the last of them (Fan et al., 2018, arXiv:1805.04833)."""
+    """Keep the `k` largest logits of each row, and all that tie with the smallest of them (Fan et al., 2018, arXiv:1805.04833)."""
     smallest_kept = logits.topk(min(k, logits.size(-1))).values[:, -1:]
     return logits.masked_fill(logits < smallest_kept, -torch.inf)
 
@@ -166,18 +166,18 @@ def apply_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
 
 def apply_min_p(logits: torch.Tensor, p: float) -> torch.Tensor:
     """Keep the tokens with at least `p` times the probability of the likeliest (Nguyen et al., 2024, arXiv:2407.01082)."""
-    probabilities = logits.softmax(-1)
-    best, token = probabilities.max(-1, keepdim=True)
-    return logits.masked_fill((probabilities < p * best).scatter(1, token, False), -torch.inf)
+    probs = logits.softmax(-1)
+    best, token = probs.max(-1, keepdim=True)
+    return logits.masked_fill((probs < p * best).scatter(1, token, False), -torch.inf)
 
 
 def apply_typical_p(logits: torch.Tensor, mass: float) -> torch.Tensor:
     """Keep the tokens whose surprise is nearest to the entropy, until they reach `mass` (Meister et al., 2022, arXiv:2202.00666)."""
-    logs = logits.log_softmax(-1)
-    entropy = -(logs * logs.exp()).nansum(-1, keepdim=True)
-    distance, order = (-logs - entropy).abs().sort(dim=-1)
-    reached = logits.gather(1, order).softmax(-1).cumsum(-1)
-    last = (reached < mass).sum(1, keepdim=True).clamp(max=logits.size(1) - 1)
+    log_probs = logits.log_softmax(-1)
+    entropy = -(log_probs * log_probs.exp()).nansum(-1, keepdim=True)
+    distance, order = (-log_probs - entropy).abs().sort(dim=-1)
+    cumulated = logits.gather(1, order).softmax(-1).cumsum(-1)
+    last = (cumulated < mass).sum(1, keepdim=True).clamp(max=logits.size(1) - 1)
     dropped = distance > distance.gather(1, last)
     dropped[:, 0] = False
     return logits.masked_fill(dropped.scatter(1, order, dropped), -torch.inf)
@@ -192,206 +192,157 @@ def apply_epsilon_cutoff(logits: torch.Tensor, epsilon: float | torch.Tensor) ->
 def apply_eta_cutoff(logits: torch.Tensor, epsilon: float) -> torch.Tensor:
     """`apply_epsilon_cutoff` at min(epsilon, sqrt(epsilon) * exp(-entropy)) (Hewitt et al., 2022, arXiv:2210.15191)."""
     epsilon = torch.tensor(epsilon, device=logits.device)
-    logs = logits - logits.logsumexp(-1, keepdim=True)
-    entropy = -(logs.clamp(min=torch.finfo(logits.dtype).min) * logs.softmax(-1)).sum(-1)
+    log_probs = logits - logits.logsumexp(-1, keepdim=True)
+    entropy = -(log_probs.clamp(min=torch.finfo(logits.dtype).min) * log_probs.softmax(-1)).sum(-1)
     return apply_epsilon_cutoff(logits, torch.min(epsilon, epsilon.sqrt() * torch.exp(-entropy))[:, None])
 
 
 def apply_xtc(logits: torch.Tensor, threshold: float, rows: torch.Tensor) -> torch.Tensor:
     """Exclude Top Choices: of the tokens with a probability of `threshold` or more, keep only the least likely.
 
-    Only in the rows where `rows` `(B, 1)` is true. P. E. Weidmann, 2024 (text-generation-webui, pull request 6335), as
-    in llama.cpp.
+    Changes only the rows for which `rows` `(B, 1)` is true. P. E. Weidmann, 2024 (text-generation-webui, pull request 6335),
+    as in llama.cpp.
     """
-    probabilities = logits.softmax(-1)
-    above = probabilities >= threshold
-    least = torch.where(above, probabilities, torch.inf).argmin(-1, keepdim=True)
+    probs = logits.softmax(-1)
+    above = probs >= threshold
+    least = torch.where(above, probs, torch.inf).argmin(-1, keepdim=True)
     return logits.masked_fill(above.scatter(1, least, False) & rows, -torch.inf)
 
 
-def draw(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """The token of each row, `(B, 1)`, at which the cumulated probability passes `uniforms` `(B, 1)`, float64 in [0, 1).
+@dataclass(slots=True)
+class Step:
+    """What a control can use besides the logits and the config.
 
-    A row's token depends on nothing beside it. Sums are in float64. -1 where no token has a probability.
+    `input_ids` `(B, S)` is the text so far, of which the last `new_tokens` were drawn. `uniforms(name)` returns the next
+    random number of each row, `(B, 1)` float64 in [0, 1), from streams that are reserved for `name`.
     """
-    weights = (logits - logits.amax(-1, keepdim=True)).exp()
-    reached = weights.cumsum(-1, dtype=torch.float64)
-    total = reached[:, -1:]
-    token = torch.searchsorted(reached, uniforms.clamp(max=1 - 2**-50) * total, right=True)
-    return torch.where(total.isfinite() & (token < logits.size(1)), token, -1)
+
+    input_ids: torch.Tensor
+    new_tokens: int
+    eos_ids: list[int]
+    dry_breaker_ids: list[int]
+    uniforms: Callable[[str], torch.Tensor]
+
+    @property
+    def new_ids(self) -> torch.Tensor:
+        """The tokens drawn so far, `(B, N)`."""
+        return self.input_ids[:, self.input_ids.size(1) - self.new_tokens :]
 
 
-class Sampler:
-    """Draws the next token of each row, as the settings say.
+@dataclass(frozen=True)
+class Control:
+    """An entry of `CONTROLS`.
 
     Args:
-        seeds: what each row's random numbers come from, one value for each row. A row's numbers are
-            `random.Random(str(seed)).random()`, a stream that Python promises to keep: they do not depend on the
-            device, on the rows beside it, or on anybody else who draws random numbers.
-        eos_ids: the tokens that end a text.
-        dry_breaker_ids: the tokens over which DRY sees no repetition.
-
-    The others are the fields of `config.SamplingConfig`. The controls are applied in the order of `generate()`; frequency, presence and DRY
-    stand where it puts a caller's own processors, XTC at the end.
+        name: the field of the config that turns it on.
+        active: whether a config turns it on.
+        apply: `(logits, step, config)` -> the new logits.
+        always: applies to greedy decoding as well; others apply when sampling only, and after those.
+        token_ids: the token ids that a config names for it, to be checked against the vocabulary.
     """
 
-    def __init__(
-        self,
-        seeds: list,
-        *,
-        device: torch.device | str = "cpu",
-        eos_ids: list[int] = (),
-        temperature: float = 1.0,
-        top_h: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        typical_p: float = 1.0,
-        epsilon_cutoff: float = 0.0,
-        eta_cutoff: float = 0.0,
-        xtc_probability: float = 0.0,
-        xtc_threshold: float = 0.1,
-        repetition_penalty: float = 1.0,
-        frequency_penalty: float = 0.0,
-        presence_penalty: float = 0.0,
-        no_repeat_ngram_size: int = 0,
-        dry_multiplier: float = 0.0,
-        dry_base: float = 1.75,
-        dry_allowed_length: int = 2,
-        dry_breaker_ids: list[int] = (),
-        sequence_bias: list = (),
-        bad_words_ids: list = (),
-        suppress_tokens: list[int] = (),
-        min_new_tokens: int = 0,
-        exponential_decay_length_penalty: list = (),
-    ):
-        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
-        self.device, self.xtc_probability = device, xtc_probability
-        self.streams = [random.Random(str(seed)) for seed in seeds]
-        self.xtc_streams = [random.Random(f"{seed}/xtc") for seed in seeds]
-        eos_ids, breakers = list(eos_ids), list(dry_breaker_ids)
-
-        # (whether it is on, what it does with logits, the text so far, and how many of its tokens are new)
-        always = (
-            (sequence_bias, lambda x, ids, new: apply_sequence_bias(x, ids, sequence_bias)),
-            (repetition_penalty != 1, lambda x, ids, new: apply_repetition_penalty(x, ids, repetition_penalty)),
-            (no_repeat_ngram_size, lambda x, ids, new: apply_no_repeat_ngram(x, ids, no_repeat_ngram_size)),
-            (bad_words_ids, lambda x, ids, new: apply_bad_words(x, ids, bad_words_ids, eos_ids)),
-            (min_new_tokens and eos_ids, lambda x, ids, new: suppress(x, eos_ids) if new < min_new_tokens else x),
-            (
-                exponential_decay_length_penalty and eos_ids,
-                lambda x, ids, new: apply_exponential_decay(
-                    x, new - int(exponential_decay_length_penalty[0]), exponential_decay_length_penalty[1], eos_ids
-                ),
-            ),
-            (suppress_tokens, lambda x, ids, new: suppress(x, suppress_tokens)),
-            (
-                frequency_penalty or presence_penalty,
-                lambda x, ids, new: apply_frequency_and_presence(
-                    x, ids[:, ids.size(1) - new :], frequency_penalty, presence_penalty
-                ),
-            ),
-            (
-                dry_multiplier,
-                lambda x, ids, new: apply_dry(x, ids, dry_multiplier, dry_base, dry_allowed_length, breakers),
-            ),
-        )
-        when_sampling = (
-            (temperature != 1, lambda x, ids, new: apply_temperature(x, temperature)),
-            (top_h < 1, lambda x, ids, new: apply_top_h(x, top_h)),
-            (top_k, lambda x, ids, new: apply_top_k(x, top_k)),
-            (top_p < 1, lambda x, ids, new: apply_top_p(x, top_p)),
-            (min_p, lambda x, ids, new: apply_min_p(x, min_p)),
-            (typical_p < 1, lambda x, ids, new: apply_typical_p(x, typical_p)),
-            (epsilon_cutoff, lambda x, ids, new: apply_epsilon_cutoff(x, epsilon_cutoff)),
-            (eta_cutoff, lambda x, ids, new: apply_eta_cutoff(x, eta_cutoff)),
-            (xtc_probability, lambda x, ids, new: apply_xtc(x, xtc_threshold, self._chance())),
-        )
-        self._first = [apply for on, apply in always if on]
-        self._then = [apply for on, apply in when_sampling if on] if temperature else []
-        wide = (top_h < 1, min_p, typical_p < 1, epsilon_cutoff, eta_cutoff, xtc_probability)
-        # The host would have to read every token from a GPU, which sorts a vocabulary in less time than that takes.
-        self._windowed = (top_k or top_p < 1) and not any(wide) and torch.device(device).type == "cpu"
-        self._ahead: list[torch.Tensor] = []  # the next steps' random numbers, (B, 1) each, the last one first
-
-    def filtered(self, logits: torch.Tensor, input_ids: torch.Tensor, new_tokens: int = 0) -> torch.Tensor:
-        """The logits after every control that is on; the last `new_tokens` of `input_ids` are not of the prompt."""
-        for apply in (*self._first, *self._then):
-            logits = apply(logits, input_ids, new_tokens)
-        return logits
-
-    def __call__(self, logits: torch.Tensor, input_ids: torch.Tensor, new_tokens: int = 0) -> torch.Tensor:
-        """The next token of each row, `(B, 1)`; -1 where the logits are not finite or every token is forbidden."""
-        logits = logits.float()
-        for apply in self._first:
-            logits = apply(logits, input_ids, new_tokens)
-        if not self.temperature:
-            best, token = logits.max(-1, keepdim=True)
-            return torch.where(best.isfinite(), token, -1)
-        if self._windowed:
-            numbers = [stream.random() for stream in self.streams]
-            if (tokens := self._draw_within_window(logits, numbers)) is not None:
-                return tokens
-            uniforms = torch.tensor(numbers, dtype=torch.float64)[:, None]
-        else:
-            uniforms = self._next_numbers()
-        for apply in self._then:
-            logits = apply(logits, input_ids, new_tokens)
-        return draw(logits, uniforms)
-
-    def _next_numbers(self) -> torch.Tensor:
-        if not self._ahead:
-            self._ahead = list(_numbers(self.streams, _AHEAD).to(self.device).flip(0))
-        return self._ahead.pop()
-
-    def _draw_within_window(self, logits: torch.Tensor, uniforms: list[float]) -> torch.Tensor | None:
-        """What temperature, top_k, top_p and `draw` give, by looking at the likeliest tokens only; None where that is not sure.
-
-        So few numbers are decided on in plain Python, at a fraction of what the small operations of PyTorch or NumPy cost.
-        """
-        size = self.top_k or WINDOW
-        if size >= logits.size(1):
-            return None
-        top, tokens = logits.topk(size + 1)  # one more, to see a tie at the border
-        top = (top / self.temperature).tolist()
-        totals = [None] * len(top)
-        if not self.top_k:
-            best = torch.tensor([row[:1] for row in top])
-            totals = (logits / self.temperature).sub_(best).exp_().sum(-1, dtype=torch.float64).tolist()
-        drawn = list(map(self._draw_from, top, tokens.tolist(), totals, uniforms))
-        return None if None in drawn else torch.tensor(drawn)[:, None]
-
-    def _draw_from(self, logits: list[float], tokens: list[int], total: float | None, uniform: float) -> int | None:
-        """One row's token, of the likeliest `tokens`; None where the exact functions must decide.
-
-        `total` is the weight of all the vocabulary, where the likeliest token's is 1; None where top_k keeps but these. The
-        kept tokens are put back into the order of the vocabulary, so that the token is the one of `draw` (but where the
-        random number falls within a rounding error of the border between two).
-        """
-        if not math.isfinite(logits[0]) or total is None and logits[-2] == logits[-1]:
-            return None  # top_k keeps whatever ties with the last
-        weights = [math.exp(logit - logits[0]) for logit in logits]
-        kept = len(tokens) - 1 if total is None else None
-        if self.top_p < 1:
-            total, reached = total or sum(weights[:kept]), 0.0
-            for place, weight in enumerate(weights[:kept]):
-                beyond = reached / total - self.top_p  # by how much the likelier ones alone exceed top_p
-                if abs(beyond) < _UNSURE:
-                    return None
-                if beyond > 0:
-                    kept = place
-                    break
-                reached += weight
-        if kept is None or logits[kept - 1] == logits[kept]:
-            return None  # the nucleus may reach beyond the window, or transformers' sort decides which of a tie stay
-        in_order = sorted(zip(tokens[:kept], weights, strict=False))
-        reached = list(accumulate(weight for _, weight in in_order))
-        return in_order[bisect_right(reached, min(uniform, 1 - 2**-50) * reached[-1])][0]
-
-    def _chance(self) -> torch.Tensor:
-        return _numbers(self.xtc_streams, 1)[0].to(self.device) < self.xtc_probability
+    name: str
+    active: Callable[[SamplingConfig], object]
+    apply: Callable[[torch.Tensor, Step, SamplingConfig], torch.Tensor]
+    always: bool = False
+    token_ids: Callable[[SamplingConfig], list[int]] = lambda config: []
 
 
-def _numbers(streams: list[random.Random], steps: int) -> torch.Tensor:
-    """The next numbers of each stream, `(steps, B, 1)`."""
-    return torch.tensor([[[stream.random()] for stream in streams] for _ in range(steps)], dtype=torch.float64)
+# In the order of generate(). It has no frequency and presence penalties and no DRY: they stand at the place of a caller's own
+# processors; and no XTC: it is the last.
+CONTROLS = (
+    Control(
+        "sequence_bias",
+        lambda c: c.sequence_bias,
+        lambda x, step, c: apply_sequence_bias(x, step.input_ids, c.sequence_bias),
+        always=True,
+        token_ids=lambda c: [token for ids, _ in c.sequence_bias for token in ids],
+    ),
+    Control(
+        "repetition_penalty",
+        lambda c: c.repetition_penalty != 1,
+        lambda x, step, c: apply_repetition_penalty(x, step.input_ids, c.repetition_penalty),
+        always=True,
+    ),
+    Control(
+        "no_repeat_ngram_size",
+        lambda c: c.no_repeat_ngram_size,
+        lambda x, step, c: apply_no_repeat_ngram(x, step.input_ids, c.no_repeat_ngram_size),
+        always=True,
+    ),
+    Control(
+        "bad_words_ids",
+        lambda c: c.bad_words_ids,
+        lambda x, step, c: apply_bad_words(x, step.input_ids, c.bad_words_ids, step.eos_ids),
+        always=True,
+        token_ids=lambda c: [token for ids in c.bad_words_ids for token in ids],
+    ),
+    Control(
+        "min_new_tokens",
+        lambda c: c.min_new_tokens,
+        lambda x, step, c: suppress(x, step.eos_ids) if step.new_tokens < c.min_new_tokens else x,
+        always=True,
+    ),
+    Control(
+        "exponential_decay_length_penalty",
+        lambda c: c.exponential_decay_length_penalty,
+        lambda x, step, c: apply_exponential_decay(
+            x,
+            step.new_tokens - int(c.exponential_decay_length_penalty[0]),
+            c.exponential_decay_length_penalty[1],
+            step.eos_ids,
+        ),
+        always=True,
+    ),
+    Control(
+        "suppress_tokens",
+        lambda c: c.suppress_tokens,
+        lambda x, step, c: suppress(x, c.suppress_tokens),
+        always=True,
+        token_ids=lambda c: c.suppress_tokens,
+    ),
+    Control(
+        "frequency_penalty",
+        lambda c: c.frequency_penalty or c.presence_penalty,
+        lambda x, step, c: apply_frequency_and_presence(x, step.new_ids, c.frequency_penalty, c.presence_penalty),
+        always=True,
+    ),
+    Control(
+        "dry_multiplier",
+        lambda c: c.dry_multiplier,
+        lambda x, step, c: apply_dry(
+            x, step.input_ids, c.dry_multiplier, c.dry_base, c.dry_allowed_length, step.dry_breaker_ids
+        ),
+        always=True,
+    ),
+    Control("temperature", lambda c: c.temperature != 1, lambda x, step, c: apply_temperature(x, c.temperature)),
+    Control("top_h", lambda c: c.top_h < 1, lambda x, step, c: apply_top_h(x, c.top_h)),
+    Control("top_k", lambda c: c.top_k, lambda x, step, c: apply_top_k(x, c.top_k)),
+    Control("top_p", lambda c: c.top_p < 1, lambda x, step, c: apply_top_p(x, c.top_p)),
+    Control("min_p", lambda c: c.min_p, lambda x, step, c: apply_min_p(x, c.min_p)),
+    Control("typical_p", lambda c: c.typical_p < 1, lambda x, step, c: apply_typical_p(x, c.typical_p)),
+    Control("epsilon_cutoff", lambda c: c.epsilon_cutoff, lambda x, step, c: apply_epsilon_cutoff(x, c.epsilon_cutoff)),
+    Control("eta_cutoff", lambda c: c.eta_cutoff, lambda x, step, c: apply_eta_cutoff(x, c.eta_cutoff)),
+    Control(
+        "xtc_probability",
+        lambda c: c.xtc_probability,
+        lambda x, step, c: apply_xtc(x, c.xtc_threshold, step.uniforms("xtc") < c.xtc_probability),
+    ),
+)
+
+
+def active_controls(config: SamplingConfig) -> tuple[list[Control], list[Control]]:
+    """The controls that `config` turns on: those that always apply, and those that apply when sampling."""
+    active = [control for control in CONTROLS if control.active(config)]
+    always = [control for control in active if control.always]
+    when_sampling = [control for control in active if not control.always and config.temperature > 0]
+    return always, when_sampling
+
+
+def check_token_ids(config: SamplingConfig, vocabulary: int) -> None:
+    """Raise UserError for a token id in `config` that the model's `vocabulary` does not have."""
+    for control in CONTROLS:
+        if (largest := max(control.token_ids(config), default=0)) >= vocabulary:
+            raise UserError(
+                f"{control.name} names token {largest}, but the model's vocabulary ends at {vocabulary - 1}"
+            )

@@ -1,0 +1,227 @@
+"""A faster reader for models with an ordinary key-value cache: their step is recorded, then replayed without its Python.
+
+On a GPU the step has one shape (attention reads whole buffers behind a mask) and is captured as a CUDA graph. Sliding windows,
+state spaces and experts whose path depends on the values keep the plain `Reader`.
+"""
+
+import contextlib
+
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicLayer
+
+from mori.generation.reader import MARGIN, Reader
+from mori.speed.replay import Graph, Recording, Replay
+
+
+class BufferedLayer(DynamicLayer):
+    """One layer's keys and values `(B, H, S, D)` in buffers that are allocated ahead, so that a new token copies no old ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.length = 0  # tokens in the buffers
+        self.recording: Recording | None = None  # notes an update as one call
+        self.column: torch.Tensor | None = None  # (1,); if set, an update writes there and returns the whole buffers
+
+    def lazy_initialization(self, keys: torch.Tensor, values: torch.Tensor | None = None) -> None:
+        """Note type and device; `update` allocates the buffers."""
+        self.dtype, self.device = keys.dtype, keys.device
+        self.is_initialized = True
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *_, **__) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append keys and values; returns all that attention shall read."""
+        if not self.is_initialized:
+            self.lazy_initialization(keys)
+            self.keys, self.values = _enlarged(keys, MARGIN), _enlarged(values, MARGIN)
+        if self.column is not None:
+            self.keys.index_copy_(2, self.column, keys)
+            self.values.index_copy_(2, self.column, values)
+            return self.keys, self.values
+        if self.recording:
+            return self.recording.call(self._append, keys, values)
+        return self._append(keys, values)
+
+    def _append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        start, count = self.length, keys.size(2)
+        self.length = end = start + count
+        self.reserve(end)
+        self.keys.narrow(2, start, count).copy_(keys)
+        self.values.narrow(2, start, count).copy_(values)
+        return self.keys.narrow(2, 0, end), self.values.narrow(2, 0, end)
+
+    def reserve(self, length: int) -> None:
+        """Enlarge the buffers if they cannot hold `length` tokens."""
+        if length > self.capacity:
+            self.keys, self.values = _enlarged(self.keys, length), _enlarged(self.values, length)
+
+    @property
+    def capacity(self) -> int:
+        """The number of tokens that the buffers can hold."""
+        return self.keys.size(2) if self.is_initialized else 0
+
+    def get_seq_length(self, *_) -> int:
+        """The number of tokens in the buffers."""
+        return self.length
+
+
+def open_reader(model: nn.Module, pads: torch.Tensor, context: int | None) -> Reader:
+    """The fastest reader for the model and its device; arguments as for `Reader`."""
+    reader = Reader(model, pads, context)
+    layers = getattr(reader.cache, "layers", None)
+    ordinary = layers and all(type(layer) is DynamicLayer for layer in layers)
+    if not ordinary or "position_ids" not in reader.parameters:
+        return reader
+    return (GraphReader if uses_graphs(pads.device) else ReplayingReader)(model, pads, context)
+
+
+def uses_graphs(device: torch.device) -> bool:
+    """Whether steps are captured as CUDA graphs. Not under autocast, which would cast all weights in every step."""
+    return device.type == "cuda" and not torch.is_autocast_enabled(device.type)
+
+
+class ReplayingReader(Reader):
+    """Records two steps in a row. If both made the same calls, and the replay gives the model's own logits, the later steps
+    are replayed; otherwise every step runs the model.
+    """
+
+    def __init__(self, model: nn.Module, pads: torch.Tensor, context: int | None):
+        super().__init__(model, pads, context)
+        self.layers = [BufferedLayer() for _ in self.cache.layers]
+        self.cache.layers = self.layers
+        self.recordable = True
+        self.recording: Recording | None = None  # of the step before
+        self.replay: Replay | Graph | None = None
+
+    def step(self, newest: torch.Tensor) -> torch.Tensor:
+        """The logits `(B, V)` after the newest token `(B, 1)`."""
+        if self.replay:
+            return self.replayed(newest)
+        return self._recorded(newest) if self.recordable else self.forward(newest)
+
+    @torch.inference_mode()
+    def replayed(self, newest: torch.Tensor) -> torch.Tensor:
+        """The logits `(B, V)` after the newest token, by the replay."""
+        return self.replay(*self.step_inputs(newest))
+
+    def step_inputs(self, newest: torch.Tensor) -> list[torch.Tensor]:
+        """The tensors that differ from step to step."""
+        inputs = [newest, self.positions.narrow(1, self.length - 1, 1)]
+        return [*inputs, self.visible.narrow(3, 0, self.length)] if self.padded else inputs
+
+    def recordable_step(self, inputs: list[torch.Tensor], recording: Recording) -> torch.Tensor:
+        """The model's pass in the form that is recorded: all that differs from step to step is in `inputs`."""
+        newest, positions, *mask = inputs
+        for layer in self.layers:
+            layer.recording = recording
+        return self.forward(newest, *mask, positions=positions)
+
+    def matches(self, logits: torch.Tensor, own: torch.Tensor) -> bool:
+        """Whether `logits` are the model's `own`."""
+        return torch.equal(logits, own)
+
+    def gets_own_mask(self) -> bool:
+        """Whether `recordable_step` leaves the attention mask to the model, so that its logits need no check."""
+        return not self.padded
+
+    def make_replay(self, recording: Recording, logits: torch.Tensor, inputs: list[torch.Tensor]) -> Replay | Graph:
+        """The replay of two equal recordings, the second of which gave `logits` for `inputs`."""
+        return Replay(recording, self.recording, logits)
+
+    def _recorded(self, newest: torch.Tensor) -> torch.Tensor:
+        """The logits of a step that is recorded; at the second one, make and check the replay."""
+        own = None
+        if not self.gets_own_mask():
+            own = self.forward(newest)
+            self._set_length(self.length - 1)
+        inputs = self.step_inputs(newest)
+        recording, logits = Recording(inputs), None
+        # The calls may depend on values (Unrecordable), or the model may reject the mask.
+        with contextlib.suppress(RuntimeError, ValueError, TypeError), recording:
+            logits = self.recordable_step(inputs, recording)
+        for layer in self.layers:
+            layer.recording = layer.column = None
+        own = logits if own is None else own
+        self.recordable = logits is not None and self.matches(logits, own)
+        if self.recordable and self.recording:
+            self._set_length(self.length - 1)
+            self.recordable = recording.same_as(self.recording) and self._start_replaying(
+                recording, logits, inputs, own
+            )
+        self.recording = recording
+        if not self.recordable:
+            self.replay = None
+            self._set_length(self.length - 1)
+            return self.forward(newest)
+        self._set_length(self.length)
+        return own
+
+    @torch.inference_mode()
+    def _start_replaying(
+        self, recording: Recording, logits: torch.Tensor, inputs: list[torch.Tensor], own: torch.Tensor
+    ) -> bool:
+        """Make the replay; returns whether it gives the model's own logits."""
+        own = own.clone()  # the replay may write into this tensor
+        try:
+            self.replay = self.make_replay(recording, logits, inputs)
+            return self.matches(self.replay(*inputs), own)
+        except RuntimeError:
+            return False
+
+    def _set_length(self, length: int) -> None:
+        for layer in self.layers:
+            layer.length = length
+
+
+class GraphReader(ReplayingReader):
+    """Captures the replay as a CUDA graph: every step reads the whole buffers, masked, so that no shape changes."""
+
+    def __init__(self, model: nn.Module, pads: torch.Tensor, context: int | None):
+        super().__init__(model, pads, context)
+        self.capacity = 0  # of the buffers that were recorded
+
+    def step(self, newest: torch.Tensor) -> torch.Tensor:
+        """The logits `(B, V)` after the newest token; larger buffers need a new recording."""
+        for layer in self.layers:
+            layer.reserve(self.length)
+        if self.capacity != self.layers[0].capacity:
+            self.capacity = self.layers[0].capacity
+            self.slots = torch.arange(self.capacity, device=self.pads.device)
+            self.replay, self.recording = None, None
+            self._set_length(self.length - 1)
+        return super().step(newest)
+
+    def step_inputs(self, newest: torch.Tensor) -> list[torch.Tensor]:
+        """The newest token, its column in the buffers, and the padding of each text."""
+        return [newest, self.columns.narrow(0, self.length - 1, 1), self.pads]
+
+    def recordable_step(self, inputs: list[torch.Tensor], recording: Recording) -> torch.Tensor:
+        """The pass with a mask over the whole buffers."""
+        newest, column, pads = inputs
+        for layer in self.layers:
+            layer.column = column
+        visible = ((self.slots >= pads) & (self.slots <= column))[:, None, None]  # (B, 1, 1, S)
+        return self.forward(newest, visible, (column - pads).clamp(0, self.last_position))
+
+    def matches(self, logits: torch.Tensor, own: torch.Tensor) -> bool:
+        """Up to rounding: other kernels sum over whole buffers."""
+        tolerance = 5e-2 if own.dtype in (torch.float16, torch.bfloat16) else 1e-3
+        return bool((logits - own).abs().max() <= tolerance * own.abs().max())
+
+    def gets_own_mask(self) -> bool:
+        """Never: the mask covers the whole buffers."""
+        return False
+
+    def make_replay(self, recording: Recording, logits: torch.Tensor, inputs: list[torch.Tensor]) -> Replay | Graph:
+        """The graph; the plain replay if the calls cannot be captured."""
+        replay = super().make_replay(recording, logits, inputs)
+        with contextlib.suppress(RuntimeError):
+            return Graph(replay, inputs)
+        return replay
+
+
+def _enlarged(tensor: torch.Tensor, extra: int) -> torch.Tensor:
+    """A copy with `extra` zeros or more after the S tokens; in all a multiple of 8, which masked attention on a GPU needs."""
+    batch, heads, length, size = tensor.shape
+    larger = tensor.new_zeros(batch, heads, (length + extra + 7) // 8 * 8, size)
+    larger.narrow(2, 0, length).copy_(tensor)
+    return larger
