@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mori import optim
@@ -11,6 +12,7 @@ from mori.checkpoint import checkpoints as checkpoint
 from mori.checkpoint.files import describe
 from mori.checkpoint.optimizer_state import pack, unpack
 from mori.cli import UserError
+from mori.config import TrainConfig
 
 
 class Uneven(torch.optim.Optimizer):
@@ -176,9 +178,8 @@ def test_checkpoint_from_before_plain_values_were_saved_is_loaded(name, tmp_path
     if name == "adamw_bnb_8bit":
         pytest.importorskip("bitsandbytes")
 
-    def built(model):
-        settings = {"lr": 0.01, "weight_decay": 0.1, "betas": (0.9, 0.99), "eps": 1e-8}
-        return optim.adamw(model, name="adamw_torch_fused" if name == "bfloat16" else name, **settings)
+    optimizer_name = "adamw_torch_fused" if name == "bfloat16" else name
+    config = TrainConfig(learning_rate=0.01, weight_decay=0.1, optim=optimizer_name)
 
     models = []
     for _ in range(2):
@@ -188,7 +189,7 @@ def test_checkpoint_from_before_plain_values_were_saved_is_loaded(name, tmp_path
                 torch.bfloat16 if name == "bfloat16" else torch.float32
             )
         )
-    optimizers = [built(model) for model in models]
+    optimizers = [optim.OPTIMIZERS[optimizer_name](model, config) for model in models]
 
     def advance(model, optimizer, number):
         generator = torch.Generator().manual_seed(number)
@@ -198,6 +199,10 @@ def test_checkpoint_from_before_plain_values_were_saved_is_loaded(name, tmp_path
 
     advance(models[0], optimizers[0], 0)
     folder = checkpoint.save(tmp_path, 1, model=models[0], optimizer=optimizers[0], state={})
+    tensors = load_file(folder / "optimizer.safetensors")
+    for index, values in json.loads((folder / "state.json").read_text())["optimizer"].get("state", {}).items():
+        tensors |= {f"{index}.{name}": torch.as_tensor(value) for name, value in values.items()}
+    save_file(tensors, folder / "optimizer.safetensors")
     change_state(folder, lambda state: state.pop("optimizer"))
     checkpoint.load_tensors(folder, models[1], optimizers[1])
     for model, optimizer in zip(models, optimizers, strict=True):
@@ -211,8 +216,8 @@ def change_state(folder, change) -> None:
     state = json.loads(path.read_text())
     change(state)
     path.write_text(json.dumps(state))
-    files = json.loads((folder / "manifest.json").read_text())["files"]
-    checkpoint.write_manifest(folder, state["step"], files | {"state.json": describe(path)})
+    names = [path.name for path in folder.iterdir() if path.name != "manifest.json"]
+    checkpoint.write_manifest(folder, state["step"], {name: describe(folder / name) for name in names})
     checkpoint.verify(folder)
 
 

@@ -17,8 +17,7 @@ from mori import optim
 from mori.checkpoint import checkpoints, files
 from mori.cli import RunFailed
 from mori.model.lm import CausalLMLoss
-from mori.tracking.loggers import read_metrics
-from mori.tracking.monitor import Monitor
+from mori.tracking.loggers import MetricsFile, read_metrics
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -205,15 +204,14 @@ def test_full_disk_does_not_stop_the_training(run_train, tmp_path, monkeypatch, 
 
 def test_unwritable_log_does_not_stop_the_training(run_train, tmp_path, capsys, monkeypatch):
     """For a while the log's folder is gone: each write fails, is told once, and is tried again."""
-    real, calls = Monitor.scalars, []
+    real, calls = MetricsFile.scalars, []
 
     def scalars(self, *arguments):
         calls.append(1)
-        here = tmp_path / ("gone" if 3 <= len(calls) < 6 else "runs/run") / "metrics.jsonl"
-        self._path = here
+        self.run_dir = tmp_path / ("missing" if 3 <= len(calls) < 6 else "runs/run")
         real(self, *arguments)
 
-    monkeypatch.setattr(Monitor, "scalars", scalars)
+    monkeypatch.setattr(MetricsFile, "scalars", scalars)
     run_train(eval_steps=100)
     assert capsys.readouterr().out.count("cannot be written") == 1
     steps = [line["step"] for line in read_metrics(tmp_path / "runs" / "run" / "metrics.jsonl")]
