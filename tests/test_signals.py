@@ -38,7 +38,9 @@ PLACES = {
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("number", SIGNALS)
-def test_signal_saves_within_a_step_and_the_resumed_run_is_bit_identical(run_train, tmp_path, monkeypatch, place, number):
+def test_signal_saves_within_a_step_and_the_resumed_run_is_bit_identical(
+    run_train, tmp_path, monkeypatch, place, number
+):
     module, name, at_call, expected_step = PLACES[place]
     options = {"gradient_accumulation_steps": 2, "logging_steps": 5}
     run_train(**options, run_name="whole", output_dir=str(tmp_path / "whole"))

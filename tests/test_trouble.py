@@ -136,9 +136,7 @@ def test_failed_prune_is_not_a_failed_save(run_train, tmp_path, capsys, monkeypa
 
 
 @pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
-def test_infinite_norm_is_skipped_with_a_scaler_too(
-    run_train, small_model, tmp_path, monkeypatch, max_grad_norm
-):
+def test_infinite_norm_is_skipped_with_a_scaler_too(run_train, small_model, tmp_path, monkeypatch, max_grad_norm):
     """Gradients of 1e30 are finite, their norm is not."""
     real = CausalLMLoss.forward
 

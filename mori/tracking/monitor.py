@@ -8,8 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from mori.cli import UserError
-from mori.model.files import guarded
+from mori.cli import UserError, guarded
 from mori.tracking import loggers
 from mori.tracking.loggers import Logger
 
