@@ -235,7 +235,7 @@ def test_finished_run_restores_a_replaced_model(run_train, tmp_path):
 
 
 def test_run_folder_is_locked(run_train, tmp_path):
-    from mori.run import lock
+    from mori.checkpoint.run_folder import lock
 
     run_train(max_steps=2)
     with lock(tmp_path / "runs" / "run"):

@@ -24,11 +24,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from mori.checkpoint import checkpoints as checkpoint
+from mori.checkpoint import files
 from mori.cli import run_script
 from mori.config import TrainConfig
 from mori.data.files import SHIPPED
 from mori.model.loading import train_tokenizer
-from mori.tracking.monitor import read_metrics
+from mori.tracking.loggers import read_metrics
 from mori.train import train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -139,7 +140,7 @@ class Lab:
         lines = [[line.get(n) for n in names] for line in read_metrics(self.run_dir(name) / "metrics.jsonl")]
         lines = [line for line in lines if any(line[1:])]
         return {
-            "brain": checkpoint.hashes(self.folder / name / "brain")["model.safetensors"],
+            "brain": files.hashes(self.folder / name / "brain")["model.safetensors"],
             "model": described["model.safetensors"]["sha256"],
             "optimizer": described["optimizer.safetensors"]["sha256"],
             "state": {k: v for k, v in state["progress"].items() if isinstance(v, (int, list)) and k not in APART},
