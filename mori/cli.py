@@ -77,7 +77,8 @@ class Config:
 
     def mistakes(self) -> list[str]:
         """Everything that is wrong with the values, one phrase each."""
-        out_of_range = [problem for f in fields(self) for problem in _range_mistakes(f, getattr(self, f.name))]
+        declared = [f for members in self.groups().values() for f in members]
+        out_of_range = [problem for f in declared for problem in _range_mistakes(f, getattr(self, f.name))]
         return out_of_range + self.contradictions()
 
     def contradictions(self) -> list[str]:

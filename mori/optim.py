@@ -56,8 +56,18 @@ def adamw_8bit(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
 
     class EightBitAdamW(AdamW8bit):
         def state_dict(self) -> dict:
-            """As every optimizer of PyTorch; bitsandbytes wraps some tensors for FSDP."""
-            return torch.optim.Optimizer.state_dict(self)
+            """Tensors only; bitsandbytes wraps some of them for FSDP and counts steps in an int."""
+            own = torch.optim.Optimizer.state_dict(self)
+            state = {
+                index: {name: torch.as_tensor(value) for name, value in values.items()}
+                for index, values in own["state"].items()
+            }
+            return {**own, "state": state}
+
+        def load_state_dict(self, state_dict: dict) -> None:
+            """Load the result of `state_dict`."""
+            state = {index: {**values, "step": int(values["step"])} for index, values in state_dict["state"].items()}
+            super().load_state_dict({**state_dict, "state": state})
 
     for module in model.modules():
         if isinstance(module, nn.Embedding):

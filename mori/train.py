@@ -216,7 +216,7 @@ def save(run: Run, state: State) -> bool:
         run.monitor.sync()
         try:
             checkpoints.save(root, state.step, model=state.model, optimizer=state.optimizer, state=saved)
-        except (OSError, FloatingPointError, checkpoints.CorruptCheckpoint, torch.OutOfMemoryError) as error:
+        except (OSError, FloatingPointError, TypeError, checkpoints.CorruptCheckpoint, torch.OutOfMemoryError) as error:
             run.monitor.say(f"WARNING: no checkpoint at step {state.step}: {error}; training continues")
             failed = True
     if runtime.any(failed):  # the ranks wait here, so that none exits during the save
@@ -286,7 +286,8 @@ def _readable_failures() -> Iterator[None]:
         raise
     except (RuntimeError, MemoryError) as error:
         if distributed.out_of_memory(error):
-            raise RunFailed(f"memory ran out: {str(error).splitlines()[0]}") from None
+            advice = "use a smaller --block_size or --model, or --precision bf16"
+            raise RunFailed(f"memory ran out: {str(error).splitlines()[0]}; {advice}") from None
         if distributed.lost_a_rank(error):
             advice = "the same command resumes from the last checkpoint"
             raise RunFailed(f"another rank is gone, or did not answer in time; {advice}") from None

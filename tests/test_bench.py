@@ -230,7 +230,7 @@ def test_peak_memory_excludes_the_parent_process():
     data = bytearray(1 << 30)
     data[:: 1 << 12] = b"1" * len(data[:: 1 << 12])
     del data
-    code = "import torch; from mori.tracking.monitor import peak_memory_bytes as peak; print(peak(torch.device('cpu')))"
+    code = "import torch; from mori.tracking.memory import peak_memory_bytes as peak; print(peak(torch.device('cpu')))"
     assert 50 << 20 < int(harness.run_process("mori", ["-c", code], threads=1)) < 1 << 30
 
 
@@ -337,5 +337,6 @@ def test_measured_peak_is_measured_at_every_call():
 
 def test_measured_peak_is_the_best_of_three(monkeypatch):
     peaks = iter([1.0, 3.0, 2.0, 3.0, None, 2.0])
-    monkeypatch.setattr(bench_train, "peak_flops", lambda runtime: next(peaks))
-    assert [bench_train.measured_peak(None), bench_train.measured_peak(None)] == [3.0, None]
+    monkeypatch.setattr(bench_train, "peak_flops", lambda *_: next(peaks))
+    runtime = distributed.Runtime(torch.device("cpu"), 0, 1, "fp32")
+    assert [bench_train.measured_peak(runtime), bench_train.measured_peak(runtime)] == [3.0, None]

@@ -15,11 +15,11 @@ from families import FAMILIES, small_model
 from packaging.version import Version
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+import mori.train
 from mori.bench import arms, compare, harness
 from mori.bench.options import CompareConfig
 from mori.cli import RunFailed, UserError, checked
 from mori.config import TrainConfig
-from mori.data import windows as data
 from mori.model import loading
 from mori.model import loss as losses
 
@@ -137,13 +137,13 @@ def test_mori_exact_equals_trainer_for_the_family(both, tokenizer, tmp_path, fam
 
 def test_comparison_shows_the_divisor_of_a_micro_batch(both, monkeypatch):
     """With accumulation, the divisor is the number of labels in the step, not in the micro-batch."""
-    load_step = data.load_step
+    load_step = mori.train.load_step
 
     def wrong(*arguments, **keywords):
         micro_batches, n_targets = load_step(*arguments, **keywords)
         return micro_batches, n_targets // len(micro_batches)
 
-    monkeypatch.setattr(data, "load_step", wrong)
+    monkeypatch.setattr(mori.train, "load_step", wrong)
     _, _, pair = both(gradient_accumulation_steps=2, max_steps=3)
     assert pair["max_abs_loss_diff"] > 1 and not pair["timing_valid"]
 
@@ -258,7 +258,7 @@ def test_compare_names_a_failed_arm_and_compares_the_others(in_this_process, set
 
 
 def test_compare_reports_mistakes_before_any_arm_starts(settings, tmp_path):
-    with pytest.raises(UserError, match="arm 'trainr'.*repeats"):
+    with pytest.raises(UserError, match="repeats.*arm 'trainr'"):
         checked(CompareConfig(arms=["mori,trainr"], repeats=0))
     for change in ({"eval_on_start": False}, {"document_mask": True}, {"dtype": "bfloat16"}):
         with pytest.raises(UserError, match=next(iter(change))):

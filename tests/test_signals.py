@@ -28,7 +28,7 @@ def saved_steps(tmp_path: Path) -> list[str]:
 PLACES = {
     "before the first step": (mori.train, "evaluate", 1, 0),
     "in a step": (optim, "set_learning_rate", 3, 3),
-    "in an accumulation": (mori.train, "load_step", 5, 4),
+    "in an accumulation": (mori.train, "load_step", 5, 5),
     "in an evaluation": (mori.train, "evaluate", 2, 6),
     "in the samples": (mori.train, "generate", 2, 6),
     "in a save": (checkpoints, "save", 1, 4),

@@ -71,7 +71,7 @@ def test_run_fails_if_not_one_window_fits(run_train, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(CausalLMLoss, "forward", forward)
-    with pytest.raises(RunFailed, match="not even one window fits"):
+    with pytest.raises(RunFailed, match="use a smaller --block_size"):
         run_train()
 
 

@@ -36,10 +36,8 @@ from mori.train import train
 
 # `mori-exact` does all floating-point operations in Trainer's order.
 _REORDERING = ("torch_compile", "tf32", "chunked_loss", "mask_free_attention", "fused_activations")
-_CHANGES = {
-    "mori-exact": {**dict.fromkeys(_REORDERING, False), "cpu_matmul": "torch"},
-    "mori-compiled": {"torch_compile": True},
-}
+_EXACT = {**dict.fromkeys(_REORDERING, False), "cpu_matmul": "torch"}
+_CHANGES = {"mori-exact": _EXACT, "mori-compiled": {"torch_compile": True}}
 # The fields of the config that Trainer has under the same name and with the same meaning.
 _SAME_IN_TRAINER = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "optim", "learning_rate", "weight_decay",
@@ -95,12 +93,8 @@ class _Clock:
 
 
 def _batches(config: TrainConfig, windows: int) -> Batches:
-    return Batches(
-        windows,
-        batch_size=config.per_device_train_batch_size,
-        accumulation=config.gradient_accumulation_steps,
-        seed=config.seed,
-    )
+    size, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    return Batches(windows, batch_size=size, accumulation=accumulation, seed=config.seed)
 
 
 def _distinct_tokens(batches: Batches, steps: int, block_size: int) -> int:

@@ -55,6 +55,8 @@ class CompareConfig(TrainConfig):
                 mistakes.append(
                     f"{name} does not exist in Trainer, so the arms would not do the same work; leave it out"
                 )
+        if self.optim == "muon":
+            mistakes.append("optim muon does not exist in Trainer; take another one")
         if not self.eval_on_start:
             mistakes.append("eval_on_start must stay on: the report shows every arm's loss before training")
         return mistakes + super().contradictions()

@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 
 from mori import optim
 from mori.checkpoint import checkpoints as checkpoint
-from mori.model import loading as model
+from mori.model import lm
 from mori.tracking.loggers import read_metrics
 
 from .common import STEPS, Case, Lab, patched, row, run, seeds, together
 
-_forward = model.CausalLMLoss.forward
+_forward = lm.CausalLMLoss.forward
 
 
 def _poison(where: str, value: float, at_call: int, forever: bool) -> None:
@@ -42,7 +42,7 @@ def _poison(where: str, value: float, at_call: int, forever: bool) -> None:
             loss = loss * 1e30
         return loss
 
-    model.CausalLMLoss.forward = forward
+    lm.CausalLMLoss.forward = forward
 
 
 class _Bad(torch.autograd.Function):
@@ -138,7 +138,7 @@ def _room_for(windows: int, place: str, from_call: int = 1) -> None:
             hooks.append(self.model.transformer.h[0].register_full_backward_pre_hook(full))
         return _forward(self, input_ids, labels, n_targets)
 
-    model.CausalLMLoss.forward = forward
+    lm.CausalLMLoss.forward = forward
 
 
 def memory(lab: Lab, full: bool, seed: int) -> list[dict]:

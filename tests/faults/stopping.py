@@ -12,8 +12,8 @@ from pathlib import Path
 import mori.train
 from mori import optim
 from mori.checkpoint import checkpoints as checkpoint
-from mori.data import windows as data
-from mori.model import loading as model
+from mori.distributed import Runtime
+from mori.model.lm import CausalLMLoss
 from mori.tracking.loggers import read_metrics
 
 from .common import (
@@ -275,11 +275,11 @@ def signals(lab: Lab, full: bool, seed: int) -> list[dict]:
     options = {"warmup_steps": 4}
     whole = lab.whole(**options)
     places = {
-        "the first batch": (data, "load_step", [1]),
+        "the first batch": (mori.train, "load_step", [1]),
         "a step in the warm-up": (optim, "set_learning_rate", [1, 2, 3]),
         "a step": (optim, "set_learning_rate", [5, 8, 9, 11, 12]),
-        "an accumulation": (mori.train.runtime.Runtime, "no_sync", [6, 11, 16]),
-        "an evaluation": (model.CausalLMLoss, "forward", [1, 2, 3]),
+        "an accumulation": (Runtime, "no_sync", [6, 11, 16]),
+        "an evaluation": (CausalLMLoss, "forward", [1, 2, 3]),
         "the samples": (mori.train, "generate", [1, 2, 3]),
         "a save": (checkpoint, "save", [1, 2, 3]),
     }
