@@ -18,7 +18,6 @@ from mori.checkpoint import checkpoints, run_folder
 from mori.checkpoint.files import publish, set_aside, write_json
 from mori.cli import RunFailed, UserError, checked
 from mori.config import TrainConfig, steps_of
-from mori.data.files import find_files
 from mori.data.token_file import separator
 from mori.data.windows import Batches, load_step
 from mori.distributed import BatchSize, Runtime
@@ -45,6 +44,7 @@ class Run:
     total_steps: int
     run_dir: Path
     output_dir: Path
+    started: float  # by time.perf_counter()
     resumed: Path | None = None  # the checkpoint that the run resumes from
     module: CausalLMLoss | None = None  # set by `build`
     parallel: nn.Module | None = None  # `module`, in DDP if there are several ranks
@@ -156,7 +156,9 @@ class State:
         saved_step: the step of the newest checkpoint.
     """
 
-    def __init__(self, config: TrainConfig, runtime: Runtime, model: nn.Module, optimizer: torch.optim.Optimizer):
+    def __init__(
+        self, config: TrainConfig, runtime: Runtime, model: nn.Module, optimizer: torch.optim.Optimizer, started: float
+    ):
         self.model, self.optimizer, self.scaler = model, optimizer, runtime.grad_scaler()
         self.runtime = runtime
         self.step = 0
@@ -172,7 +174,7 @@ class State:
         self.micro_batch = BatchSize(config.per_device_train_batch_size * accumulated)
         self.eval_batch = BatchSize(config.per_device_eval_batch_size)
         self.saved_step: int | None = None
-        self._wall_seconds, self._started = 0.0, time.perf_counter()
+        self._wall_seconds, self._started = 0.0, started
 
     @property
     def wall_seconds(self) -> float:
@@ -240,12 +242,10 @@ def check(config: TrainConfig, locks: contextlib.ExitStack) -> Run:
 
     From here on `locks` keeps other processes out of the run's folder. Raises UserError for every mistake of the user.
     """
+    started = time.perf_counter()
     config = checked(config).resolve()
-    if (
-        distributed.restarted()
-    ):  # torchrun repeats the command; the first start has carried out its other values already
+    if distributed.restarted():  # `none`, or a named checkpoint, was meant for the first start
         config = replace(config, resume_from_checkpoint="auto")
-    find_files(config.corpus)
     run_dir, output_dir = Path(config.logging_dir).resolve() / config.run_name, Path(config.output_dir).resolve()
     run_folder.check_writable(run_dir, output_dir)
     runtime = distributed.start(config.device, config.precision, config.ddp_timeout)
@@ -262,7 +262,8 @@ def check(config: TrainConfig, locks: contextlib.ExitStack) -> Run:
         rank=runtime.rank,
         world_size=runtime.world_size,
     )
-    run = Run(config, runtime, data, batches, config.total_steps(batches.steps_per_epoch), run_dir, output_dir)
+    total_steps = config.total_steps(batches.steps_per_epoch)
+    run = Run(config, runtime, data, batches, total_steps, run_dir, output_dir, started)
     if run.warmup_steps > run.total_steps:
         raise UserError(f"warmup_steps {run.warmup_steps} is more than the {run.total_steps} steps of the run")
 
@@ -292,7 +293,7 @@ def build(run: Run, locks: contextlib.ExitStack) -> State:
         total_steps=run.total_steps,
         cpu_matmul=library,
     )
-    state = State(config, runtime, model, optim.build_optimizer(model, config))
+    state = State(config, runtime, model, optim.build_optimizer(model, config), run.started)
     distributed.set_seed(config.seed + runtime.rank)
     remembered = runtime.on_main(lambda: run_folder.remembered_batch_size(config, run.run_dir))
     state.micro_batch.size = min(state.micro_batch.size, remembered or state.micro_batch.size)
