@@ -1,6 +1,6 @@
 """Flags, errors and exit codes: how a config is declared, checked, and read from the command line.
 
-Only the standard library is imported here, so that `--help` and a mistake in a flag answer at once.
+Only the standard library is imported here, so that `--help` and flag errors appear immediately.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def flag(default, help: str, *, kind=None, **rules):
     """Declare a dataclass field that is also a command-line flag.
 
     Args:
-        default: the value where the flag is not given. None stands for a value that depends on other fields.
+        default: the value if the flag is omitted. None means computed from other fields.
         kind: the type of the value, or of a list's items; derived from `default` if omitted. `json_list` reads a whole list
             from one JSON text.
         rules: the range, checked by `Config.mistakes`: `min`, `max` (inclusive), `above`, `below` (exclusive), `choices`,
@@ -217,7 +217,7 @@ def _shown_default(f: dataclasses.Field) -> str:
 
 
 def guarded(what: str, action: Callable):
-    """Return `action()`, a library's work on untrusted files; its errors become a UserError made of `what` and the reason.
+    """Call `action`, library code that reads untrusted files, and convert its errors to UserError, `what` and the reason.
 
     Such libraries share no base class of errors: tokenizers raises bare Exceptions, and its Rust panics are BaseExceptions.
     """
@@ -229,13 +229,13 @@ def guarded(what: str, action: Callable):
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         reason = one_line(error)
-        if "weights_only" in str(error):  # PyTorch advises to run the code in the file
+        if "weights_only" in str(error):  # PyTorch's message recommends to run the file's code
             reason = (
                 "its weights are damaged, or contain more than plain tensors, which is never run; "
                 "download it again, or take a model with .safetensors"
             )
         elif "trust_remote_code" in str(error):
-            reason = "it brings along Python code, which is not run; if you trust it, say --trust_remote_code"
+            reason = "it contains Python code, which is not run; if you trust it, pass --trust_remote_code"
         raise UserError(f"{what}: {reason}") from None
 
 
@@ -272,6 +272,6 @@ def run_script(name: str, main: Callable[[], int | None]) -> None:
 
 
 def print_error(line: str) -> None:
-    """Print a line on standard error; ignores a full disk behind it."""
+    """Print a line on standard error; ignores write errors."""
     with contextlib.suppress(OSError):
         print(line, file=sys.stderr, flush=True)

@@ -1,7 +1,7 @@
 """What a run is: its fields, with their defaults, ranges and command-line help.
 
 A field is declared once (`cli.flag`); the class that declares it is its group in `--help`. Only the standard library is
-imported here, so that `--help` and a mistake in a flag answer at once.
+imported here, so that `--help` and flag errors appear immediately.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ class ModelConfig(Config):
     group = "model"
 
     model: str = flag("mini", "'mini' (a small GPT-2 made from scratch), a folder, or a name on the hub")
-    trust_remote_code: bool = flag(False, "run the Python code that a model brings along")
+    trust_remote_code: bool = flag(False, "allow Python code from the model's repository")
 
 
 @dataclass
@@ -34,7 +34,7 @@ class TrainedModelConfig(ModelConfig):
     dtype: str = flag(
         "float32",
         "type of the weights while training; bfloat16 halves the memory of weights and gradients and rounds updates "
-        "stochastically: another result, and the host waits for the device at each step",
+        "stochastically: results differ, and each step synchronizes host and device",
         choices=("float32", "bfloat16"),
     )
 
@@ -50,7 +50,7 @@ class CorpusConfig(Config):
     )
     block_size: int = flag(128, "tokens in one training window", above=0)
     document_mask: bool = flag(
-        False, "documents that share a window do not see each other, and positions restart in each of them"
+        False, "mask attention between documents that share a window, and restart positions in each"
     )
     held_out_fraction: float = flag(
         0.05,
@@ -79,8 +79,8 @@ class TrainingConfig(Config):
     optim: str = flag(
         "adamw_torch_fused",
         "optimizer: AdamW in PyTorch's fused kernel; AdamW with 8-bit moments by bitsandbytes (2 bytes a weight instead of "
-        "8; another result); muon (torch.optim.Muon for the hidden matrices, AdamW for the rest); adafactor "
-        "(torch.optim.Adafactor)",
+        "8; results differ); muon (torch.optim.Muon for the hidden matrices, AdamW for the rest); adafactor "
+        "(Trainer's: factored second moments)",
         choices=("adamw_torch_fused", "adamw_bnb_8bit", "muon", "adafactor"),
     )
     learning_rate: float | None = flag(None, "peak learning rate", pretrained=5e-5, scratch=1e-3, above=0)
@@ -97,7 +97,7 @@ class TrainingConfig(Config):
     max_grad_norm: float = flag(1.0, "clip the gradient to this norm; 0 is off", min=0)
     max_nonfinite_steps: int = flag(
         20,
-        "stop after this many steps in a row whose gradient is not finite (none of them is taken)",
+        "stop after this many consecutive steps with a non-finite gradient (they are skipped)",
         above=0,
         may_change=True,
     )
@@ -113,7 +113,9 @@ class SpeedConfig(Config):
     chunked_loss: bool = flag(
         True, "compute the logits, and their gradients, for a few hundred tokens at a time, if the model allows it"
     )
-    mask_free_attention: bool = flag(True, "causal attention without a mask, if every layer sees all tokens before")
+    mask_free_attention: bool = flag(
+        True, "causal attention without a mask, if every layer attends to all earlier tokens"
+    )
     fused_activations: bool = flag(True, "PyTorch's GELU kernel instead of one written out in Python")
     cpu_matmul: str = flag(
         "auto",
@@ -127,7 +129,7 @@ class SpeedConfig(Config):
     )
     torch_compile: bool | None = flag(
         None,
-        "compile the model: minutes at the start, faster steps after; unset compiles a long run on one GPU",
+        "compile the model: takes minutes at the start, then speeds up steps; unset compiles long runs on one GPU only",
         kind=bool,
     )
 
@@ -156,9 +158,7 @@ class TrainDeviceConfig(DeviceConfig):
         "precision of the forward pass; auto is bf16 or fp16 on a GPU and fp32 on a CPU",
         choices=("auto", "fp32", "bf16", "fp16"),
     )
-    ddp_timeout: int = flag(
-        1800, "seconds after which the ranks give up one that does not answer", above=0, may_change=True
-    )
+    ddp_timeout: int = flag(1800, "seconds before an unresponsive rank is treated as lost", above=0, may_change=True)
 
 
 @dataclass
@@ -167,14 +167,14 @@ class LoggingConfig(Config):
 
     group, may_change = "logging", True
 
-    logging_steps: int = flag(10, "log every so many steps", above=0)
+    logging_steps: int = flag(10, "interval of logging, in steps", above=0)
     eval_steps: float = flag(
-        0.1, "evaluate and sample every so many steps; below 1 a share of all steps", above=0, share=True
+        0.1, "interval of evaluation and samples, in steps; below 1 a fraction of all steps", above=0, share=True
     )
     eval_on_start: bool = flag(True, "evaluate and sample before the first step as well")
     per_device_eval_batch_size: int = flag(8, "windows in one batch of the evaluation", above=0)
     save_steps: float = flag(
-        0.1, "save a checkpoint every so many steps; below 1 a share of all steps", above=0, share=True
+        0.1, "interval of checkpoints, in steps; below 1 a fraction of all steps", above=0, share=True
     )
     save_total_limit: int = flag(2, "checkpoints to keep, besides the best one", above=0)
 
@@ -216,12 +216,12 @@ class SamplingConfig(Config):
     )
     bad_words_ids: list = flag([], "sequences of ids that are never completed, as JSON: [[5, 7], ...]", kind=json_list)
     suppress_tokens: list[int] = flag([], "token ids that are never drawn", kind=int)
-    min_new_tokens: int = flag(0, "the text does not end before this many tokens", min=0)
+    min_new_tokens: int = flag(0, "suppress the end of the text until this many tokens", min=0)
     exponential_decay_length_penalty: list[float] = flag(
         [], "after the first number of tokens, the end's logit grows by the power of the second", kind=float
     )
     max_new_tokens: int = flag(100, "tokens to draw after the prompt", min=1)
-    max_time: float = flag(0.0, "seconds after which no further token is begun; 0 is off", min=0)
+    max_time: float = flag(0.0, "stop generating after this many seconds; 0 is off", min=0)
     stop_strings: list[str] = flag([], "texts that end the answer, and are not part of it")
     num_return_sequences: int = flag(1, "texts to draw for each prompt", min=1)
 
@@ -369,11 +369,11 @@ class GenerateConfig(ModelConfig, SamplingConfig, DeviceConfig):
     prompt: list[str] = flag([""], "text to continue; several give several answers, an empty one starts from nothing")
     prompt_file: str = flag("", "a UTF-8 file with one prompt on each line; empty lines are skipped")
     seed: int = flag(0, "seed of the sampler; every prompt starts from it", min=0, max=2**32 - 1)
-    batch_size: int = flag(32, "texts that are drawn side by side", min=1)
+    batch_size: int = flag(32, "texts that are decoded in one batch", min=1)
     crop_prompt: bool = flag(False, "drop the beginning of a prompt that is longer than the context")
     on_full_context: str = flag(
         "stop",
-        "what happens when the context is full: stop, or slide on with its newer half",
+        "what happens when the context is full: stop, or slide: drop its older half and continue",
         choices=("stop", "slide"),
     )
     interactive: bool = flag(False, "a prompt line: type, read the answer, change settings with /help")

@@ -34,8 +34,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     decay, no_decay = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            plain = _NO_DECAY.search(name.lower()) or id(parameter) in in_layer_norm
-            (no_decay if plain else decay).append(parameter)
+            exempt = _NO_DECAY.search(name.lower()) or id(parameter) in in_layer_norm
+            (no_decay if exempt else decay).append(parameter)
     return [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
 
 
@@ -48,7 +48,7 @@ def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
 
 
 def adamw_8bit(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW with 8-bit moments by bitsandbytes (Dettmers et al., 2022, arXiv:2110.02861); those of embeddings have 32 bits.
+    """AdamW with 8-bit moments by bitsandbytes (Dettmers et al., 2022, arXiv:2110.02861); embeddings keep 32-bit moments.
 
     Trainer sets up `optim="adamw_bnb_8bit"` in the same way.
     """
@@ -90,7 +90,8 @@ def muon(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """
     head = model.get_output_embeddings()
     looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    looked_up |= set() if head is None else {id(head.weight)}
+    if head is not None:
+        looked_up.add(id(head.weight))
     hidden, others = [], []
     for group in parameter_groups(model, config.weight_decay):
         matrices = [p for p in group["params"] if p.dim() == 2 and id(p) not in looked_up]
@@ -120,7 +121,7 @@ class CombinedOptimizer(torch.optim.Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """Let every part work on its slice of the common groups and on the common state."""
+        """Give each part its slice of the shared groups, and the shared state."""
         start = 0
         for part in self.parts:
             end = start + len(part.param_groups)
@@ -141,9 +142,9 @@ class CombinedOptimizer(torch.optim.Optimizer):
 class RoundingAdamW(torch.optim.Optimizer):
     """AdamW for bf16 weights: fp32 moments and arithmetic, and stochastic rounding of the new weight.
 
-    An update smaller than a weight's last bit is applied now and then instead of being lost each time (Zamirai et al., 2020,
-    arXiv:2010.06192). The random numbers depend on the step's number only: they are the same on every rank and after a
-    resume. Parameters in fp32 are not rounded.
+    An update smaller than a weight's last bit is applied with proportional probability instead of always being rounded away
+    (Zamirai et al., 2020, arXiv:2010.06192). The generator is seeded with the step number, so ranks and resumed runs draw the
+    same numbers. Parameters in fp32 are not rounded.
     """
 
     @torch.no_grad()
@@ -179,15 +180,6 @@ class RoundingAdamW(torch.optim.Optimizer):
                         weight = round_stochastically(weight, generators[part.device])
                     part.copy_(weight)
 
-    def load_state_dict(self, state_dict: dict) -> None:
-        """Load the state and keep the moments in fp32; PyTorch casts them to the type of the weights."""
-        super().load_state_dict(state_dict)
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        for index, values in state_dict["state"].items():
-            device = parameters[index].device
-            for name, value in values.items():
-                self.state[parameters[index]][name] = value.clone() if name == "step" else value.to(device, copy=True)
-
 
 def round_stochastically(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Round fp32 `values` to one of the two neighbours in bf16, the nearer with the higher probability: the mean is kept.
@@ -220,14 +212,14 @@ def _constant(step: int, warmup_steps: int, total_steps: int) -> float:
     return 1.0
 
 
-# The share of the peak learning rate in a step after the warm-up.
+# The fraction of the peak learning rate at each step after the warm-up.
 SCHEDULES: dict[str, Callable[[int, int, int], float]] = {"linear": _linear, "cosine": _cosine, "constant": _constant}
 
 
 def learning_rate(step: int, *, peak: float, schedule: str, warmup_steps: int, total_steps: int) -> float:
-    """The learning rate of optimizer step number `step`, counted from 0: a linear rise from 0, then `SCHEDULES[schedule]`.
+    """The learning rate of optimizer step number `step`, counted from 0: linear warm-up from 0, then `SCHEDULES[schedule]`.
 
-    The operations have the order of `transformers.get_scheduler`, so that the values are equal to the last bit.
+    The operations are in the same order as in `transformers.get_scheduler`, so the values are bit-identical.
     """
     if step < warmup_steps:
         return peak * (step / max(1, warmup_steps))
@@ -244,7 +236,7 @@ def step_if_finite(optimizer: torch.optim.Optimizer, grad_norm: torch.Tensor) ->
     """Take an optimizer step unless `grad_norm` is NaN or infinite; returns 1.0 if the step was skipped, else 0.0.
 
     PyTorch's fused kernels read `found_inf` on the device, as for `torch.amp.GradScaler`; for any other optimizer the host
-    reads the norm. (GradScaler's own `step` looks at single gradients, not at their norm.)
+    reads the norm. (GradScaler's own `step` checks individual gradients, not the norm.)
     """
     nonfinite = grad_norm.isfinite().logical_not().float()
     if optimizer.defaults.get("fused"):

@@ -1,4 +1,4 @@
-"""From files to windows: what every command does before it trains, compares or measures."""
+"""Prepare the data for training, comparison and benchmarks."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from mori.model import loading
 class Prepared:
     """A tokenizer, a model's configuration, and the corpus as windows of token ids.
 
-    `held_out_bytes` is the size of the text behind the held-out labels.
+    `held_out_bytes` is the number of bytes of text that the held-out labels cover.
     """
 
     documents: list[corpus.Document]
@@ -38,7 +38,7 @@ class Prepared:
 
 
 def prepare(config: TrainConfig, runtime: Runtime) -> Prepared:
-    """Files to documents to token ids to windows, with the tokenizer and the configuration of the model.
+    """Read files, tokenize documents and cut the token ids into windows; load tokenizer and model configuration.
 
     Token ids are cached in `logging_dir`. Raises UserError for missing or unreadable files, a model that cannot be loaded,
     prompts, windows or token ids that do not fit it, and a corpus that is too short.
@@ -65,7 +65,7 @@ def prepare(config: TrainConfig, runtime: Runtime) -> Prepared:
         token_file=token_file,
         train=train,
         held_out=ShiftedDataset(token_file.ids[boundary:], config.block_size, keep_tail=True),
-        # The first held-out token is nobody's label: its bytes are not predicted.
+        # The first held-out token is never a label, so its bytes are not counted.
         held_out_bytes=text_bytes_from(boundary + 1, token_file, documents, tokenizer),
         ledger=corpus.Ledger(
             bytes=sum(document.bytes for document in documents),

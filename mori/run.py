@@ -1,7 +1,7 @@
-"""What training works with: `Run`, which is built once, and `State`, which the loop changes and every checkpoint holds.
+"""`Run`, which is built once, and `State`, which the loop changes and every checkpoint saves.
 
-`check` validates all input and finds out where the run resumes; `build` loads the model and makes the optimizer; `restore` puts a
-checkpoint's state in place. Nothing slow happens before `check` has looked at everything that a user can get wrong.
+`check` validates all input and finds the checkpoint to resume from; `build` loads the model and builds the optimizer; `restore`
+loads a checkpoint.
 """
 
 import contextlib
@@ -92,14 +92,14 @@ class Run:
         return due and state.step > 0 and state.saved_step != state.step
 
     def log_is_due(self, state: "State") -> bool:
-        """Whether to log now: at every interval, at the end, and as soon as a run that only skips steps must end."""
+        """Whether to log now: at every interval, at the end, and if a run that only skips steps must end."""
         if state.step % self.config.logging_steps == 0 or state.step == self.total_steps:
             return True
         limit = self.config.max_nonfinite_steps
-        return state.step % limit == 0 and bool(state.skipped[1] >= limit)  # asks the device only every `limit` steps
+        return state.step % limit == 0 and bool(state.skipped[1] >= limit)  # reads the device only every `limit` steps
 
     def finished_summary(self) -> dict | None:
-        """The summary of a run that has nothing left to do, which is said; else None."""
+        """Close a run that has nothing left to do, say so, and return its summary; None for any other run."""
         summary = run_folder.finished_summary(self.run_dir, self.output_dir, self.resumed, self.total_steps)
         if summary and self.runtime.is_main:
             say(
@@ -111,7 +111,7 @@ class Run:
         return summary
 
     def publish(self) -> None:
-        """Put the trained model at `output_dir`; the one before stays as `<name>.previous`."""
+        """Write the trained model to `output_dir`; an existing model is renamed to `<name>.previous`."""
         with self.module.as_loaded() as model:
             bad = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
             if bad:
@@ -127,7 +127,7 @@ class Run:
 
     @contextlib.contextmanager
     def writes(self) -> Iterator[None]:
-        """A context in which a file that cannot be written ends the run in one line."""
+        """Convert OSError to a RunFailed of one line."""
         try:
             yield
         except OSError as error:
@@ -145,13 +145,13 @@ _PROGRESS = {
 
 
 class State:
-    """All that the loop changes; `state_dict` and the tensors of `model` and `optimizer` are what a checkpoint holds.
+    """Everything that the loop changes; a checkpoint holds `state_dict` and the tensors of `model` and `optimizer`.
 
     Attributes:
         step: the number of optimizer steps done.
-        before, best, after: the evaluations at step 0, with the lowest loss, and the newest one.
+        before, best, after: the evaluation at step 0, the best (lowest loss), and the latest.
         losses: the losses of the steps since the last log, scalars on the device.
-        skipped: `(2,)` on the device: the steps skipped in all, and in a row up to now.
+        skipped: `(2,)` on the device: skipped steps, in total and consecutive.
         micro_batch, eval_batch: windows in one forward pass; fewer than the config's after memory ran out.
         saved_step: the step of the newest checkpoint.
     """
@@ -182,7 +182,7 @@ class State:
         return self._wall_seconds + time.perf_counter() - self._started
 
     def state_dict(self) -> dict:
-        """All but the tensors of model and optimizer, as JSON values. A collective call: all ranks make it."""
+        """Everything but the tensors of model and optimizer, as JSON values. Collective: every rank must call it."""
         losses = torch.stack(self.losses).tolist() if self.losses else []
         skipped_steps, skipped_in_a_row = map(int, self.skipped.tolist())
         progress = {
@@ -210,14 +210,14 @@ class State:
         self.throughput.tokens += tokens
 
     def load_state_dict(self, saved: dict) -> None:
-        """Restore the result of `state_dict`, and the random generators. Raises an error for any other value."""
+        """Restore the result of `state_dict`, and the random generators. Raises an error if the value is malformed."""
         rank = saved["ranks"][self.runtime.rank]
         progress = {**saved["progress"], "unlogged_losses": rank["unlogged_losses"]}
         if progress.keys() != _PROGRESS.keys():
             raise ValueError(f"progress has the fields {', '.join(progress)}")
-        for name, kinds in _PROGRESS.items():
+        for name, types in _PROGRESS.items():
             value = progress[name]
-            if not isinstance(value, kinds) or isinstance(value, dict) and not {"step", "loss"} <= value.keys():
+            if not isinstance(value, types) or isinstance(value, dict) and not {"step", "loss"} <= value.keys():
                 raise ValueError(f"{name} is {value!r}")
         if not all(isinstance(loss, float) for loss in progress["unlogged_losses"]):
             raise ValueError("unlogged_losses are not numbers")
@@ -250,7 +250,9 @@ def check(config: TrainConfig, locks: contextlib.ExitStack) -> Run:
     run_folder.check_writable(run_dir, output_dir)
     runtime = distributed.start(config.device, config.precision, config.ddp_timeout)
     if config.dtype == "bfloat16" and runtime.precision != "bf16":
-        raise UserError(f"dtype bfloat16 needs bf16 arithmetic, this is {runtime.precision}; say --precision bf16")
+        raise UserError(
+            f"dtype bfloat16 needs bf16 arithmetic, but precision is {runtime.precision}; pass --precision bf16"
+        )
     if runtime.device.type == "cpu":
         keep_freed_memory()
     data = prepare(config, runtime)
@@ -277,7 +279,7 @@ def check(config: TrainConfig, locks: contextlib.ExitStack) -> Run:
 
 
 def build(run: Run, locks: contextlib.ExitStack) -> State:
-    """Load the model, choose its fastest safe form, make the optimizer, restore a checkpoint, and open the run's folder."""
+    """Load the model, select its fastest verified variant, build the optimizer, restore a checkpoint, open the run's folder."""
     config, runtime = run.config, run.runtime
     model = loading.load_model(config.model, run.data.model_config, config.trust_remote_code)
     model = loading.move(model, runtime.device)
@@ -316,24 +318,24 @@ def build(run: Run, locks: contextlib.ExitStack) -> State:
         resumed=run.resumed is not None,
     )
     if state.micro_batch.size < config.per_device_train_batch_size:
-        run.monitor.say(f"{state.micro_batch.size} window(s) at a time: memory ran out before with more")
+        run.monitor.say(f"{state.micro_batch.size} window(s) at a time: more did not fit in memory before")
     return state
 
 
 def restore(folder: Path, state: State) -> None:
-    """Put a checkpoint's tensors, counters and random state in place. Raises UserError if they are not those of this run."""
+    """Load tensors, counters and random state. Raises UserError if they do not match this run."""
     saved = checkpoints.load_state(folder)
     try:
         checkpoints.load_tensors(folder, state.model, state.optimizer)
         state.load_state_dict(saved)
-    except UserError:
+    except (UserError, torch.OutOfMemoryError):
         raise
     except (OSError, LookupError, TypeError, ValueError, RuntimeError, OverflowError, AttributeError) as error:
         raise UserError(f"{folder / 'state.json'} is not a state of mori ({error}); take another checkpoint") from None
 
 
 def choose_cpu_matmul(run: Run, model: nn.Module) -> str:
-    """The library of large matmuls on a CPU. A resumed run keeps that of its checkpoint: the last bits differ."""
+    """The library of large matmuls on a CPU. A resumed run keeps its checkpoint's, because libraries differ in the last bits."""
     if not takes_onednn(model, run.config, run.runtime):
         return "torch"
     saved = checkpoints.load_state(run.resumed) if run.resumed else {}
@@ -351,20 +353,20 @@ def _empty_micro_batch(run: Run) -> tuple[torch.Tensor, ...]:
 
 
 def _open_folder(run: Run, locks: contextlib.ExitStack, about: dict) -> None:
-    """Create the run's folder, lock it, and write down what the run is."""
+    """Create and lock the run's folder; write its config, environment and ledger."""
     with run.writes():
         if run.config.resume_from_checkpoint == "none":
             set_aside(run.run_dir)
         run.run_dir.mkdir(parents=True, exist_ok=True)
         locks.close()
-        locks.enter_context(run_folder.lock(run.run_dir))  # after set_aside, another folder has this name
+        locks.enter_context(run_folder.lock(run.run_dir))  # set_aside renamed the locked folder
         write_json(run.run_dir / "config.json", asdict(run.config))
         write_json(run.run_dir / "environment.json", about)
         write_json(run.run_dir / "ledger.json", asdict(run.data.ledger))
 
 
 def _introduction(run: Run, model: nn.Module, description: str, about: dict) -> str:
-    """What the run reads, trains and writes, in words."""
+    """The start-up message."""
     return introduction(
         run.config,
         environment=about,

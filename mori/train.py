@@ -1,6 +1,6 @@
-"""The training loop. Start here: `train` is the order of events, `train_step` is one optimizer step.
+"""The training loop. Start here: `train` is the outer loop, `train_step` is one optimizer step.
 
-`run.py` has the two nouns: `Run` is built once before the first step; `State` is what the loop changes and checkpoints hold.
+`run.py` defines `Run`, which is built once before the first step, and `State`, which the loop changes and checkpoints save.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from mori import distributed, optim
 from mori.checkpoint import checkpoints, files, run_folder
-from mori.cli import Interrupted, RunFailed
+from mori.cli import Interrupted, RunFailed, one_line
 from mori.config import TrainConfig
 from mori.data.windows import load_step
 from mori.evaluate import evaluate, first_nonfinite_tensor
@@ -29,9 +29,9 @@ def train(config: TrainConfig, on_step: Callable[[int, float], None] = lambda st
 
     After each step, `on_step` receives the number of steps done and the seconds spent training so far.
 
-    Raises UserError for the user's mistakes, before anything slow; RunFailed if the run cannot continue (the gradient is not
-    finite again and again, memory does not hold one window, another rank is gone, or the model or the last checkpoint cannot be
-    written); Interrupted after a signal, once the step is done and the run is saved.
+    Raises UserError for the user's mistakes, before the first step; RunFailed if the run cannot continue (the gradient is
+    non-finite in too many consecutive steps, one window does not fit in memory, another rank has exited, or the model or the last
+    checkpoint cannot be written); Interrupted after a signal, once the step is done and the run is saved.
     """
     with distributed.StopSignals() as signals, contextlib.ExitStack() as locks, _readable_failures():
         run = check(config, locks)
@@ -89,7 +89,7 @@ def accumulate_gradients(run: Run, state: State) -> torch.Tensor:
         loss, step_loss = None, torch.zeros((), device=device)  # None frees the failed attempt's graph before the retry
         with state.throughput.waiting():
             micro_batches, n_targets = load_step(run.data.train, run.batches[state.step], pin=device.type == "cuda")
-        # The valid targets of the step over all micro-batches and ranks. DDP averages gradients: hence the division.
+        # The valid targets of the step over all micro-batches and ranks. DDP averages over ranks: divide by world_size.
         divisor = runtime.all_sum(n_targets.to(device, non_blocking=True)) / runtime.world_size
         with state.micro_batch:
             for number, (input_ids, labels) in enumerate(micro_batches, start=1):
@@ -111,24 +111,23 @@ def accumulate_gradients(run: Run, state: State) -> torch.Tensor:
 def undo(run: Run, state: State, random_state: tuple) -> None:
     """Reset gradients and random state, so that the step can be retried with a smaller micro-batch.
 
-    With several ranks the others wait for this rank's gradients: raises RunFailed, and torchrun restarts all of them.
+    With several ranks, the others are waiting for this rank's gradients: raises RunFailed, and torchrun restarts all ranks.
     """
-    runtime, size = run.runtime, state.micro_batch.size
-    if runtime.world_size > 1:
-        run_folder.remember_batch_size(run.run_dir, runtime.rank, size)
-        advice = f"the same command resumes with {size} window(s) at a time"
-        raise RunFailed(f"memory ran out on rank {runtime.rank}; {advice}")
+    rank, size = run.runtime.rank, state.micro_batch.size
+    if run.runtime.world_size > 1:
+        run_folder.remember_batch_size(run.run_dir, rank, size)
+        raise RunFailed(f"memory ran out on rank {rank}; the same command resumes with {size} window(s) at a time")
     state.optimizer.zero_grad()
     distributed.set_random_state(random_state)
     run.monitor.say(
-        f"step {state.step + 1}: memory ran out; this step and all that follow are done with {size} window(s) at a time instead of "
+        f"step {state.step + 1}: memory ran out; from this step on, micro-batches have {size} window(s) at a time instead of "
         f"{run.batches.batch_size} (the windows of a step stay the same)"
     )
     run.monitor.scalars(state.step, {"train/micro_batch_size": size})
 
 
 def evaluate_and_sample(run: Run, state: State, signals: distributed.StopSignals) -> None:
-    """Evaluate on the held-out text and draw samples; neither moves the random numbers of the training."""
+    """Evaluate on the held-out text and draw samples; neither changes the training's random state."""
     config, runtime, monitor = run.config, run.runtime, run.monitor
     size = state.eval_batch.size
     evaluation = evaluate(
@@ -170,7 +169,7 @@ def evaluate_and_sample(run: Run, state: State, signals: distributed.StopSignals
 
 
 def log(run: Run, state: State, grad_norm: torch.Tensor, lr: float) -> None:
-    """Read the numbers of the interval from the device and write them; stop a run that only skips steps."""
+    """Read the interval's metrics from the device and log them; fail the run after too many consecutive skipped steps."""
     runtime = run.runtime
     losses = runtime.all_sum(torch.stack(state.losses)).tolist()
     state.losses = []
@@ -199,35 +198,43 @@ def give_up(run: Run, state: State, loss: float, skipped_in_a_row: int) -> None:
     """Raise RunFailed with the windows of the last step and the first tensor in it that is not finite."""
     indices = run.batches[state.step - 1]
     name = first_nonfinite_tensor(run.module, *load_step(run.data.train, indices, pin=False), run.runtime)
-    ranks = run.runtime.gather((name, [index for group in indices for index in group]))
-    name, windows = next((rank for rank in ranks if rank[0]), ranks[0])
+    findings = run.runtime.gather((name, [index for group in indices for index in group]))
+    name, windows = next((finding for finding in findings if finding[0]), findings[0])
     raise RunFailed(
-        f"the gradient was not finite in {skipped_in_a_row} steps in a row, up to step {state.step} (loss {loss}); none of them was "
-        f"taken, the checkpoints are good. First to go bad: {name or 'the scaled gradient'}, on the training windows "
+        f"the gradient was not finite in {skipped_in_a_row} steps in a row, up to step {state.step} (loss {loss}); they were "
+        f"skipped, the checkpoints are intact. First non-finite tensor: {name or 'the gradient norm'}, on the training windows "
         f"{', '.join(map(str, windows))}. Lower --learning_rate or use --precision fp32"
     )
 
 
-def save(run: Run, state: State) -> bool:
-    """Save a checkpoint, from which the run resumes as if it had never stopped; returns whether that succeeded."""
+def save(run: Run, state: State) -> None:
+    """Save a checkpoint; a run resumed from it continues as if it had never stopped. A failure is a warning."""
     runtime, root, failed = run.runtime, run.run_dir / "checkpoints", False
     saved = {**run.identity(), "cpu_matmul": run.module.cpu_matmul, **state.state_dict()}
     if runtime.is_main:
         run.monitor.sync()
         try:
             checkpoints.save(root, state.step, model=state.model, optimizer=state.optimizer, state=saved)
-        except (OSError, FloatingPointError, TypeError, checkpoints.CorruptCheckpoint, torch.OutOfMemoryError) as error:
+        except (
+            OSError,
+            FloatingPointError,
+            TypeError,
+            RuntimeError,
+            MemoryError,
+            checkpoints.CorruptCheckpoint,
+        ) as error:
+            if isinstance(error, (RuntimeError, MemoryError)) and not distributed.out_of_memory(error):
+                raise
             run.monitor.say(f"WARNING: no checkpoint at step {state.step}: {error}; training continues")
             failed = True
     if runtime.any(failed):  # the ranks wait here, so that none exits during the save
-        return False
+        return
     state.saved_step = state.step
     if runtime.is_main:
         try:
             checkpoints.prune(root, run.config.save_total_limit, state.best and state.best["step"])
         except OSError as error:
-            run.monitor.say(f"WARNING: an old checkpoint is left: {error}")
-    return True
+            run.monitor.say(f"WARNING: could not delete an old checkpoint: {error}")
 
 
 def stop(run: Run, state: State, received: str) -> None:
@@ -248,7 +255,6 @@ def finish(run: Run, state: State) -> dict:
     config, runtime = run.config, run.runtime
     run.monitor.say("\n".join(["after:", *state.samples_after]))
     run.monitor.close()
-    tokens, seconds = state.throughput.tokens, state.throughput.seconds
     summary = {
         "run_name": config.run_name,
         "model": config.model,
@@ -258,7 +264,7 @@ def finish(run: Run, state: State) -> dict:
         "steps": run.total_steps,
         "skipped_steps": int(state.skipped[0]),
         "wall_seconds": state.wall_seconds,
-        "tokens_per_second": tokens / seconds if seconds else 0.0,
+        "tokens_per_second": state.throughput.average,
         "peak_memory_bytes": peak_memory_bytes(runtime.device),
         "output_dir": config.output_dir,
     }
@@ -279,16 +285,16 @@ def finish(run: Run, state: State) -> dict:
 
 @contextlib.contextmanager
 def _readable_failures() -> Iterator[None]:
-    """Turn a lack of memory, and a lost rank, into RunFailed."""
+    """Convert out-of-memory and lost-rank errors to RunFailed."""
     try:
         yield
     except (RunFailed, Interrupted):
         raise
     except (RuntimeError, MemoryError) as error:
         if distributed.out_of_memory(error):
-            advice = "use a smaller --block_size or --model, or --precision bf16"
-            raise RunFailed(f"memory ran out: {str(error).splitlines()[0]}; {advice}") from None
-        if distributed.lost_a_rank(error):
-            advice = "the same command resumes from the last checkpoint"
-            raise RunFailed(f"another rank is gone, or did not answer in time; {advice}") from None
-        raise
+            reason = f"memory ran out: {one_line(error)}; use a smaller --block_size or --model, or --precision bf16"
+        elif distributed.lost_a_rank(error):
+            reason = "another rank exited or timed out; the same command resumes from the last checkpoint"
+        else:
+            raise
+        raise RunFailed(reason) from None

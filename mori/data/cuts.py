@@ -87,12 +87,21 @@ class Cutter:
             if normalized and _allows_cuts(settings, separator, normalized, self._normalize):
                 self.separators[separator] = normalized
         if self.separators:
-            letters, separators = f"[{self._letter_ranges()}]", f"[{''.join(self.separators)}]"
-            other = f"[^{''.join(self.separators)}]"
-            self._cut_point = re.compile(f"(?<={letters}){separators}(?={letters})")
-            self.word = re.compile(
-                rf"{separators}?{other}*(?:{separators}{other}*)*?(?:(?<={letters})(?={separators}{letters})|\Z)"
-            )
+            self._letters = f"[{self._letter_ranges()}]"
+            self._compile("".join(self.separators))
+
+    def _compile(self, characters: str) -> None:
+        """Make the patterns of cut points and words for some of the separators."""
+        letters, separators, other = self._letters, f"[{characters}]", f"[^{characters}]"
+        self._cut_point = re.compile(f"(?<={letters}){separators}(?={letters})")
+        self.word = re.compile(
+            rf"{separators}?{other}*(?:{separators}{other}*)*?(?:(?<={letters})(?={separators}{letters})|\Z)"
+        )
+
+    def suit(self, beginning: str) -> None:
+        """Search for the first separator only if the text has it every 1,000 characters: that is faster than for all."""
+        first = next(iter(self.separators))
+        self._compile(first if beginning.count(first) * 1000 >= len(beginning) else "".join(self.separators))
 
     def pieces(self, chunks: Iterator[str], n_characters: int) -> Iterator[Piece]:
         """Cut a text that comes in chunks at the first cut point after each `n_characters`."""

@@ -95,6 +95,7 @@ class TextEncoder:
         if self._backend is None or n_characters < LONG_CHARACTERS or not self.cutter.separators:
             yield numpy.array(encode(self._tokenizer, join(chunks)), dtype="uint32"), 0
             return
+        self.cutter.suit("".join(beginning))
         pieces = self.cutter.pieces(chunks, PIECE_CHARACTERS)
         first = next(pieces)
         if first.is_last:

@@ -23,10 +23,10 @@ class CausalLMLoss(nn.Module):
 
     Args:
         model: any causal language model of transformers.
-        chunked_loss: never hold all logits (`loss.chunked_cross_entropy_sum`); only for models with a plain head, see
+        chunked_loss: never materialize all logits (`loss.chunked_cross_entropy_sum`); only for models with a plain head, see
             `watch_head`.
         cpu_matmul: the library of large fp32 matmuls on a CPU, "torch" or "onednn".
-        separator: the token before each document; if given, no token sees another document (`document_mask`).
+        separator: the token between documents; if given, no token attends to another document (`document_mask`).
 
     Attributes:
         rows: the number of windows in a batch; a compiled model pads a smaller batch to it.
@@ -57,7 +57,7 @@ class CausalLMLoss(nn.Module):
                 (`output_router_logits`) is then added, weighted by this batch's share of the labels.
         """
         compiled = self.training and self.compiled
-        if compiled and (missing := self.rows - len(input_ids)) > 0:  # another shape would be compiled again
+        if compiled and (missing := self.rows - len(input_ids)) > 0:  # another shape would trigger a recompilation
             input_ids, labels = pad(input_ids, (0, 0, 0, missing)), pad(labels, (0, 0, 0, missing), value=IGNORE_INDEX)
         documents = {} if self.separator is None else document_mask(input_ids, self.separator)
         with self.matmul_context(), contextlib.nullcontext() if compiled else self._eager():
@@ -86,19 +86,19 @@ class CausalLMLoss(nn.Module):
         self._set_attention(MASK_FREE, None)
 
     def use_own_attention(self) -> None:
-        """Attend as the model was loaded."""
+        """Restore the model's own attention."""
         if self.mask_free:
             self.mask_free = False
             self._set_attention(*self._own_attention)
 
     def _set_attention(self, implementation: str, pad_token_id: int | None) -> None:
         self.model.set_attn_implementation(implementation)
-        # With a padding token and no mask, GPT-2 asks the device for padding in every pass (transformers 5.23).
+        # With a padding token and no mask, GPT-2 checks for padding on the device in every pass (transformers 5.23).
         self.model.config.pad_token_id = pad_token_id
 
     @contextlib.contextmanager
     def as_loaded(self) -> Iterator[nn.Module]:
-        """The model as transformers loaded it, with its own attention and not compiled: to generate with it, or save it."""
+        """The model as transformers loaded it, with its own attention and not compiled, for generation and saving."""
         mask_free = self.mask_free
         self.use_own_attention()
         try:
@@ -145,16 +145,16 @@ def document_mask(input_ids: torch.Tensor, separator: int) -> dict[str, torch.Te
 def attends_to_all_before(model: nn.Module, block_size: int) -> bool:
     """Whether every layer sees all earlier tokens in a window of `block_size`, through transformers' SDPA.
 
-    Then causal attention needs no mask. transformers builds one nevertheless for a compiled model, which loses the fast
-    kernels, and asks the device in every eager pass whether it needs one.
+    Then causal attention needs no mask. transformers still builds one when compiling, which disables the fast kernels; in
+    eager mode it checks on the device in every pass.
     """
     text = model.config.get_text_config()
     windows = [getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size")]
-    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    layer_types = set(getattr(text, "layer_types", None) or ["full_attention"])
     return (
         model.config._attn_implementation == "sdpa"
         and model._supports_attention_backend
-        and kinds <= {"full_attention", "sliding_attention", "chunked_attention"}
+        and layer_types <= {"full_attention", "sliding_attention", "chunked_attention"}
         and all(isinstance(window, int) and window >= block_size for window in windows if window)
     )
 

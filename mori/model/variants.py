@@ -1,4 +1,4 @@
-"""Faster and smaller variants of a training step, each checked on the model at hand against the model's own loss."""
+"""Faster and smaller variants of a training step, each verified against the model's own loss."""
 
 import contextlib
 import importlib.util
@@ -14,11 +14,11 @@ from mori.data.windows import IGNORE_INDEX
 from mori.model.lm import CausalLMLoss, attends_to_all_before, watch_head
 from mori.speed.peak import LARGEST_GPU_PEAK, flops_per_token, peak_flops
 
-_CHECKED_TOKENS = 16  # reading the weights takes most of the time of so short a pass
-# Compiling takes a minute or two and should gain at least a tenth of the run: twenty minutes at the usual share of the peak. A
-# GPU of unknown peak counts as the fastest: then only a run that is long on any GPU is compiled.
+_CHECKED_TOKENS = 16  # so few that reading the weights dominates
+# Compilation takes one or two minutes; it pays off in runs over 20 minutes at the typical MFU. A GPU of unknown peak is assumed
+# to be the fastest.
 _WORTH_COMPILING_SECONDS = 1200
-_USUAL_SHARE = 0.4
+_TYPICAL_MFU = 0.4
 
 
 def build_module(
@@ -33,8 +33,8 @@ def build_module(
 ) -> tuple[CausalLMLoss, str]:
     """The model with its loss in the fastest form that is safe for it, and a description of that form.
 
-    Each variant has a flag in `config`. A short pass over the batch must give the model's own loss; otherwise the model stays
-    as it is.
+    Each variant has a flag in `config`. A short pass over the batch must give the model's own loss; otherwise attention, loss
+    and matmuls stay the model's own.
 
     Args:
         batch: `input_ids` and `labels`, `(B, T)`, on the host.
@@ -58,7 +58,7 @@ def build_module(
         module.separator = separator
         if not _keeps_documents_apart(module, config.block_size, input_ids, runtime):
             raise UserError(
-                f"document_mask: {type(model).__name__} cannot keep documents apart with this tokenizer; leave the flag out"
+                f"document_mask: {type(model).__name__} cannot keep documents apart with this tokenizer; remove the flag"
             )
         chosen.append("documents kept apart")
     with watch_head(model) as plain_head:
@@ -75,10 +75,10 @@ def build_module(
     if cpu_matmul == "onednn":
         module.cpu_matmul = cpu_matmul
         chosen.append("matmuls by oneDNN")
-    if abs(_loss(module, input_ids, labels, runtime) - own_loss) > _tolerance(runtime) * abs(own_loss):
+    if not abs(_loss(module, input_ids, labels, runtime) - own_loss) <= _tolerance(runtime) * abs(own_loss):  # or NaN
         module.use_own_attention()
         module.chunked_loss, module.cpu_matmul = False, "torch"
-        chosen = [*safe, "the rest is off: the loss check failed for this model"]
+        chosen = [*safe, "other variants disabled: the loss check failed"]
     if config.torch_compile or config.torch_compile is None and _compiling_pays(module, config, runtime, total_steps):
         chosen.append(_compile(module, config, batch, runtime))
     return module, ", ".join(chosen) or "nothing"
@@ -95,7 +95,7 @@ def takes_onednn(model: nn.Module, config: TrainConfig, runtime) -> bool:
 
 
 def fuse_activations(model: nn.Module) -> int:
-    """Replace each tanh GELU that is written out in Python by PyTorch's kernel; returns their number.
+    """Replace Python tanh-GELU modules by PyTorch's kernel; returns their number.
 
     It is the same function (Hendrycks and Gimpel, 2016, arXiv:1606.08415) up to the last bits, and keeps one MLP-sized tensor for
     the backward pass instead of several. Saved files do not change.
@@ -114,10 +114,10 @@ def fuse_activations(model: nn.Module) -> int:
 def _enable_gradient_checkpointing(module: CausalLMLoss, config: TrainConfig) -> None:
     model = module.model
     if not model.supports_gradient_checkpointing:
-        raise UserError(f"{type(model).__name__} has no gradient checkpointing; leave --gradient_checkpointing out")
+        raise UserError(f"{type(model).__name__} has no gradient checkpointing; remove --gradient_checkpointing")
     enable = getattr(model, "activation_checkpointing_enable", None)  # its name since transformers 5.24
     options = {"use_reentrant": False}
-    if not config.torch_compile:  # the compiler accepts no contexts; the second one is that of the recomputation
+    if not config.torch_compile:  # torch.compile does not support context_fn; the second context is for recomputation
         options["context_fn"] = lambda: (contextlib.nullcontext(), module.matmul_context())
     (enable or model.gradient_checkpointing_enable)(options)
 
@@ -133,6 +133,8 @@ def _compile(module: CausalLMLoss, config: TrainConfig, batch: tuple[torch.Tenso
     except torch._dynamo.exc.TorchDynamoException as error:
         module.compiled = False
         return f"not compiled: {one_line(error)}"
+    except torch.OutOfMemoryError:
+        pass  # the first step halves the micro-batch
     finally:
         module.zero_grad()
     return "compiled"
@@ -141,7 +143,7 @@ def _compile(module: CausalLMLoss, config: TrainConfig, batch: tuple[torch.Tenso
 def _compiling_pays(module: CausalLMLoss, config: TrainConfig, runtime, total_steps: int) -> bool:
     """Whether the run is long enough, on one GPU that PyTorch's compiler knows, with the usual variants.
 
-    With several ranks a compiled backward pass gives all gradients at its end, and no exchange overlaps with it.
+    Under DDP, a compiled backward pass produces all gradients at its end, so communication cannot overlap.
     """
     if runtime.device.type != "cuda" or runtime.world_size > 1 or not module.mask_free or config.gradient_checkpointing:
         return False
@@ -150,11 +152,11 @@ def _compiling_pays(module: CausalLMLoss, config: TrainConfig, runtime, total_st
     windows = total_steps * config.gradient_accumulation_steps * config.per_device_train_batch_size
     operations = windows * config.block_size * flops_per_token(module.model, config.block_size)
     peak = peak_flops(runtime.device, runtime.precision) or LARGEST_GPU_PEAK
-    return operations > _WORTH_COMPILING_SECONDS * _USUAL_SHARE * peak
+    return operations > _WORTH_COMPILING_SECONDS * _TYPICAL_MFU * peak
 
 
 def _keeps_documents_apart(module: CausalLMLoss, block_size: int, input_ids: torch.Tensor, runtime) -> bool:
-    """Whether a document's loss behind another document, in `input_ids` `(1, T)`, is the loss it has alone."""
+    """Whether a document has the same loss after another document, in `input_ids` `(1, T)`, as on its own."""
     parameters = inspect.signature(module.model.base_model.forward).parameters
     if (
         module.separator is None

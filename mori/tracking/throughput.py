@@ -17,6 +17,11 @@ class Throughput:
         self._last_totals = tokens, seconds, 0.0
         self._started = None
 
+    @property
+    def average(self) -> float:
+        """Tokens per second since the start."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
     def start(self) -> None:
         """Start the clock."""
         self._started = time.perf_counter()
