@@ -128,8 +128,7 @@ def undo(run: Run, state: State, random_state: tuple) -> None:
 
 def evaluate_and_sample(run: Run, state: State, signals: distributed.StopSignals) -> None:
     """Evaluate on the held-out text and draw samples; neither changes the training's random state."""
-    config, runtime, monitor = run.config, run.runtime, run.monitor
-    size = state.eval_batch.size
+    config, runtime, monitor, size = run.config, run.runtime, run.monitor, state.eval_batch.size
     evaluation = evaluate(
         run.module,
         run.data.held_out,
