@@ -98,7 +98,7 @@ def numbers(lab: Lab, full: bool, seed: int) -> list[dict]:
             problem = "the skipped steps are not counted"
         if not problem and forever:
             told = re.search(
-                r"in 3 steps in a row, up to step (\d+).*First to go bad: (.+), on the training windows ([\d, ]+)",
+                r"in 3 steps in a row, up to step (\d+).*First non-finite tensor: (.+), on the training windows ([\d, ]+)",
                 ended.text,
             )
             if not told or int(told[1]) != step + 2:
