@@ -162,7 +162,7 @@ class BatchSize:
             torch.cuda.empty_cache()  # libraries allocate outside PyTorch's cache
         self.halved = False
 
-    def __exit__(self, kind, error, traceback) -> bool:
+    def __exit__(self, error_type, error, traceback) -> bool:
         if error is None or not out_of_memory(error):
             return False
         if self.size == 1:
@@ -194,24 +194,24 @@ def start(device: str = "auto", precision: str = "fp32", timeout: int = 1800) ->
     not answer for `timeout` seconds. Raises UserError if the device does not exist.
     """
     world_size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    chosen = _device(device, local_rank)
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
+    resolved = _device(device, local_rank)
+    if resolved.type == "cuda":
+        torch.cuda.set_device(resolved)
     limit = timedelta(seconds=timeout)
     if world_size > 1 and not dist.is_initialized():
         # torchrun keeps one store for all restarts (torch 2.13): a prefix hides the addresses of an earlier start.
         store, rank, size = next(dist.rendezvous("env://", timeout=limit))
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        backend = "nccl" if resolved.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     if precision == "auto":
         precision = "fp32"
-        if chosen.type == "cuda":
+        if resolved.type == "cuda":
             precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if world_size == 1:
-        return Runtime(chosen, 0, 1, precision)
+        return Runtime(resolved, 0, 1, precision)
     control = dist.new_group(backend="gloo", timeout=limit)
-    return Runtime(chosen, dist.get_rank(), world_size, precision, control)
+    return Runtime(resolved, dist.get_rank(), world_size, precision, control)
 
 
 def _device(name: str, local_rank: int) -> torch.device:

@@ -1,8 +1,7 @@
-"""A function of tensors, recorded once and replayed without its Python; on a GPU, without its calls as well.
+"""Record a function of tensors once and replay it without its Python; on a GPU, as one CUDA graph.
 
-A small model's step spends most of its time in the Python of its modules. Recorded, it is a flat list of the very same
-tensor functions on the very same weights, so that its results are the same to the last bit. Where no shape in it changes,
-a GPU captures that list as one graph.
+A small model's step spends most of its time in the Python of its modules. A recording is a flat list of the same tensor
+functions on the same weights, so the results are equal to the last bit. If no shape changes, a GPU captures the list as a graph.
 """
 
 from collections.abc import Callable
@@ -13,14 +12,14 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-# What turns a tensor's values into Python's, or into a shape: the list of calls would depend on the values.
+# Functions that turn a tensor's values into Python values or into a shape: the list of calls would depend on the values.
 _READS_VALUES = frozenset(
     "item tolist numpy equal allclose is_nonzero __bool__ __int__ __float__ __index__ __contains__ "
     "nonzero argwhere unique unique_consecutive masked_select bincount histc".split()
 )
-# What gives back its very argument where there is nothing to do.
+# Functions that return their argument if there is nothing to do.
 _MAY_DO_NOTHING = frozenset("contiguous dropout expand float to type type_as".split())
-# What can write its result into the tensor of the recording, and what then need not be done again: the views of that tensor.
+# Functions that can write into the recorded result; views of such a tensor need no second call.
 _NAMES = "add addmm bmm cat cos div matmul mean mm mul neg pow rsqrt sin sub"
 _INTO = {name: getattr(torch, name) for name in _NAMES.split()}
 _INTO |= {"gelu": functional.gelu, "linear": functional.linear}
@@ -31,12 +30,12 @@ _VIEWS = frozenset(
 
 
 def _embedding(ids: torch.Tensor, weight: torch.Tensor, **options) -> torch.Tensor:
-    if options.get("max_norm") is not None:  # it changes the weight
+    if options.get("max_norm") is not None:  # changes the weight
         return functional.embedding(ids, weight, **options)
     return torch.embedding(weight, ids)
 
 
-# The same arguments and results, without a wrapper in Python.
+# Equivalents without a Python wrapper.
 _LEANER = {
     functional.layer_norm: torch.layer_norm,
     functional.embedding: _embedding,
@@ -45,33 +44,33 @@ _LEANER = {
 
 
 class Unrecordable(RuntimeError):
-    """The function's calls depend on the values or on the place in the text: it must be run as it is."""
+    """The function's calls depend on the values or on the position in the text, so it cannot be replayed."""
 
 
 class Recording(TorchFunctionMode):
-    """While it is entered, notes every function of tensors that is called (torch.overrides.TorchFunctionMode).
+    """Inside this context, records every call of a tensor function (torch.overrides.TorchFunctionMode).
 
     Args:
-        inputs: the tensors that will be others at a replay; every other tensor that comes from outside stays itself.
+        inputs: the tensors that a replay replaces; all other tensors from outside stay the same.
     """
 
     def __init__(self, inputs: list[torch.Tensor]):
         super().__init__()
         self.calls: list[tuple[Callable, tuple, dict, object]] = []  # function, arguments, keywords, result
-        self.values: list = []  # slot -> what it holds; tensors are kept alive, so that an id() stays theirs
+        self.values: list = []  # slot -> value; tensors stay alive, so that their id() is not reused
         self.slot_of: dict[int, int] = {}
         self.inputs = [self._slot(tensor) for tensor in inputs]
-        self.results: set[int] = set(self.inputs)  # slots that are filled anew at every replay
+        self.results: set[int] = set(self.inputs)  # slots that every replay fills
         self._within = False
 
     def call(self, function: Callable, *args):
-        """Call `function` and note it as one call, whatever it calls itself."""
+        """Call `function` and record it as one call, without the calls inside it."""
         self._within = True
         try:
             result = function(*args)
         finally:
             self._within = False
-        self._note(function, args, {}, result)
+        self._record(function, args, {}, result)
         return result
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -84,7 +83,7 @@ class Recording(TorchFunctionMode):
         if reads_values and any(self.slot_of.get(id(value)) in self.results for value in _flat((args, kwargs))):
             raise Unrecordable(f"{name} depends on the values")
         if name == "__setitem__" or any(isinstance(value, torch.Tensor) for value in _flat(result)):
-            self._note(function, args, kwargs, result)
+            self._record(function, args, kwargs, result)
         return result
 
     def _slot(self, value) -> int:
@@ -95,13 +94,13 @@ class Recording(TorchFunctionMode):
             self.slot_of[id(value)] = len(self.values) - 1
         return len(self.values) - 1
 
-    def _note(self, function: Callable, args: tuple, kwargs: dict, result) -> None:
+    def _record(self, function: Callable, args: tuple, kwargs: dict, result) -> None:
         call = (function, _map(self._slot, args), _map(self._slot, kwargs), _map(self._slot, result))
         self.calls.append(call)
         self.results.update(_flat(call[3]))
 
     def same_as(self, other: "Recording") -> bool:
-        """Whether both noted the same functions, on the same slots, with the same constants."""
+        """Whether both recorded the same functions, on the same slots, with the same constants."""
         if self.calls != other.calls or self.results != other.results or len(self.values) != len(other.values):
             return False
         return all(
@@ -111,64 +110,64 @@ class Recording(TorchFunctionMode):
 
 
 class Replay:
-    """The calls of a recording, as a function of its inputs that returns the tensor which `result` was then.
+    """The calls of a recording as a function of its inputs; it returns the tensor that stands for `result`.
 
     Args:
-        recording, earlier: two that are the same, of different places in the text: what has one shape in both has it always.
+        recording, earlier: equal recordings at different positions in the text: a shape that both share never changes.
 
-    A result of such a shape is written into the tensor it had in the recording, where its function can do that. What is
-    only a view of it needs no call any more. So the tensor that is returned is overwritten by the next replay.
+    A result whose shape never changes is written into the tensor of the recording if its function can; views of it need no
+    second call. The next replay overwrites the returned tensor.
     """
 
     def __init__(self, recording: Recording, earlier: Recording, result: torch.Tensor):
         self._values = list(recording.values)
         self._inputs = recording.inputs
         self._result = recording.slot_of[id(result)]
-        self._anew = set(recording.results)  # slots that hold another tensor at every replay
+        self._variable = set(recording.results)  # slots that hold another tensor in every replay
         self._program = []
         for function, args, kwargs, result in recording.calls:
             if self._is_fixed_view(function, args, kwargs, result):
-                self._anew.difference_update(_flat(result))
+                self._variable.difference_update(_flat(result))
                 continue
             into = _INTO.get(_name(function).removeprefix("__").removesuffix("__"))
             if into and self._can_be_written(args, result, earlier):
                 function, kwargs = into, {**kwargs, "out": result}
-                self._anew.discard(result)
+                self._variable.discard(result)
             self._program.append(self._instruction(function, args, kwargs, result))
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """Run the calls again; `inputs` in the order of the recording's."""
+        """Repeat the calls; `inputs` are in the order of the recording."""
         values = self._values
         for slot, tensor in zip(self._inputs, inputs, strict=True):
             values[slot] = tensor
         for function, arguments, slot, several in self._program:
             if several:
-                for one, value in zip(slot, function(*arguments(values)), strict=True):
-                    values[one] = value
+                for part, value in zip(slot, function(*arguments(values)), strict=True):
+                    values[part] = value
             else:
                 values[slot] = function(*arguments(values))
         return values[self._result]
 
     def _is_fixed_view(self, function: Callable, args: tuple, kwargs: dict, result) -> bool:
-        """Whether the call gives views of a tensor that stays where it is."""
+        """Whether the call returns views of a tensor that stays in place."""
         slots, base = _flat((args, kwargs)), self._values[args[0]] if args and isinstance(args[0], int) else None
-        if _name(function) not in _VIEWS or not isinstance(base, torch.Tensor) or not self._anew.isdisjoint(slots):
+        if _name(function) not in _VIEWS or not isinstance(base, torch.Tensor) or not self._variable.isdisjoint(slots):
             return False
         memory = base.untyped_storage().data_ptr()
         return all(self._values[slot].untyped_storage().data_ptr() == memory for slot in _flat(result))
 
     def _can_be_written(self, args: tuple, result: int, earlier: Recording) -> bool:
-        """Whether a result has one shape at both places, and the type of the arguments: autocast would be left out."""
+        """Whether a result has the same shape in both recordings and the type of its arguments: `out=` would bypass autocast."""
         tensor = self._values[result]
         types = {self._values[slot].dtype for slot in _flat(args) if isinstance(self._values[slot], torch.Tensor)}
         return types == {tensor.dtype} and tensor.shape == earlier.values[result].shape
 
     def _instruction(self, function: Callable, args: tuple, kwargs: dict, result) -> tuple:
-        """A call made ready: constants bound, and the arguments' slots turned into one function that fetches them."""
+        """A prepared call: constants are bound, and one function fetches the arguments from their slots."""
         several = isinstance(result, (tuple, list))
         function = _LEANER.get(function, function)
         args = tuple(arg if isinstance(arg, int) else self._constant(arg) for arg in args)
-        if not self._anew.isdisjoint(_flat(kwargs)) or not all(isinstance(arg, int) for arg in args):
+        if not self._variable.isdisjoint(_flat(kwargs)) or not all(isinstance(arg, int) for arg in args):
             return partial(_call_nested, function, args, kwargs), lambda values: (values,), result, several
         if kwargs:
             function = partial(function, **_map(self._values.__getitem__, kwargs))
@@ -177,45 +176,45 @@ class Replay:
         return function, (lambda values: (values[args[0]],)) if args else (lambda values: ()), result, several
 
     def _constant(self, nested):
-        """The slot of what `nested` holds, where no part of it is filled anew at a replay; else `nested` as it is."""
-        if not self._anew.isdisjoint(_flat(nested)):
+        """A slot for the content of `nested` if no part of it changes between replays; else `nested` itself."""
+        if not self._variable.isdisjoint(_flat(nested)):
             return nested
         self._values.append(_map(self._values.__getitem__, nested))
         return len(self._values) - 1
 
 
 class Graph:
-    """A replay as one CUDA graph: a single launch, whatever the number of its calls (torch.cuda.CUDAGraph).
+    """A replay as one CUDA graph: a single launch for all of its calls (torch.cuda.CUDAGraph).
 
     Args:
-        replay: of a function in which every shape and every tensor but the inputs stays the same.
-        inputs: what it is captured with.
+        replay: of a function in which every shape, and every tensor but the inputs, stays the same.
+        inputs: the inputs of the capture.
 
-    Raises RuntimeError where the calls cannot be captured. The tensor that is returned is overwritten by the next launch.
+    Raises RuntimeError if the calls cannot be captured. The next launch overwrites the returned tensor.
     """
 
     def __init__(self, replay: Replay, inputs: list[torch.Tensor]):
-        self._replay = replay  # the graph knows addresses only: what stands there must live as long
+        self._replay = replay  # the graph knows addresses only: the tensors must live as long
         self._inputs = [tensor.clone() for tensor in inputs]
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(inputs[0].device):
-            aside = torch.cuda.Stream()
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):  # what a library makes ready at its first call is not to be captured
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # libraries initialize at their first call, which must not be captured
                 replay(*self._inputs)
             before = torch.cuda.current_stream()
-            before.wait_stream(aside)
+            before.wait_stream(side)
             try:
                 with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                     self._result = replay(*self._inputs)
             except RuntimeError:
-                torch.cuda.set_stream(before)  # which a capture that fails does not do (torch 2.13)
+                torch.cuda.set_stream(before)  # a failed capture does not restore it (torch 2.13)
                 raise
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """What the replay gives for `inputs`."""
-        for own, given in zip(self._inputs, inputs, strict=True):
-            own.copy_(given)
+        """The result of the replay for `inputs`."""
+        for buffer, tensor in zip(self._inputs, inputs, strict=True):
+            buffer.copy_(tensor)
         self._graph.replay()
         return self._result
 
@@ -243,7 +242,7 @@ def _same_constant(mine, theirs) -> bool:
 
 
 def _map(function: Callable, value):
-    """`function` of every leaf of nested tuples, lists, slices and dictionaries."""
+    """Apply `function` to every leaf of nested tuples, lists, slices and dictionaries."""
     if isinstance(value, tuple):
         return tuple(_map(function, item) for item in value)
     if isinstance(value, list):
