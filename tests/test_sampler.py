@@ -1,9 +1,12 @@
+import ast
 import itertools
 import math
 import random
+from dataclasses import fields
 
 import pytest
 import torch
+from conftest import ROOT
 from test_sampling import TRANSFORMERS, random_rows
 
 from mori.config import SamplingConfig
@@ -165,3 +168,13 @@ def test_draw_uniforms_at_the_ends_give_possible_tokens():
     logits = torch.tensor([[-torch.inf, 0.0, 1.0, -torch.inf]])
     assert draw(logits, torch.tensor([[0.0]], dtype=torch.float64)).item() == 1
     assert draw(logits, torch.tensor([[1 - 2**-53]], dtype=torch.float64)).item() == 2
+
+
+def test_every_sampling_field_is_read_in_the_package():
+    """A field without an entry in the table would be accepted and do nothing."""
+    read = set()
+    for path in (ROOT / "mori/generation").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute):
+                read.add(node.attr)
+    assert {f.name for f in fields(SamplingConfig)} <= read
