@@ -63,10 +63,11 @@ def test_build_module_switches_every_variant_off():
     assert not any(isinstance(inner, nn.GELU) for inner in module.modules())
 
 
-@pytest.mark.parametrize("wrong", ["loss", "matmul"])
+@pytest.mark.parametrize("wrong", ["loss", "nan", "matmul"])
 def test_build_module_keeps_the_model_if_the_loss_check_fails(wrong, monkeypatch):
-    if wrong == "loss":
-        monkeypatch.setattr(lm, "chunked_cross_entropy_sum", lambda *args: 0.99 * chunked_cross_entropy_sum(*args))
+    if wrong != "matmul":
+        factor = 0.99 if wrong == "loss" else torch.nan
+        monkeypatch.setattr(lm, "chunked_cross_entropy_sum", lambda *args: factor * chunked_cross_entropy_sum(*args))
     else:
         onednn_matmul = matmul.onednn_matmul
         monkeypatch.setattr(matmul, "onednn_matmul", lambda *args, **kwargs: 2 * onednn_matmul(*args, **kwargs))

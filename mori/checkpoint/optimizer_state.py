@@ -91,7 +91,7 @@ def unpack(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], p
     for group, values in zip(saved_groups, groups or [{}] * len(sizes), strict=True):
         group |= defaults | {name: value for name, value in values.items() if name not in SET_BY_CONFIG}
     optimizer.load_state_dict({**other, "state": state, "param_groups": saved_groups})
-    # PyTorch casts floating-point state to the type of its parameter, and makes nonsense of a str.
+    # PyTorch casts floating-point state to the type of its parameter, and corrupts a str.
     for index, values in state.items():
         loaded = optimizer.state[parameters[index]]
         for name, value in values.items():

@@ -5,7 +5,7 @@ import fcntl
 import json
 import tempfile
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import IO
 
@@ -101,14 +101,8 @@ def find_checkpoint(config: TrainConfig, run_dir: Path, identity: dict, total_st
     saved = checkpoints.load_state(folder)
     differing = _differences(saved, config, identity, folder)
     if differing:
-        extendable = all(
-            TrainConfig.__dataclass_fields__[n].metadata.get("extends") for n in differing if n in saved["config"]
-        )
-        longer = (
-            "--extend (to resume up to the new length), "
-            if extendable and differing.keys() <= saved["config"].keys()
-            else ""
-        )
+        only_length = not _differences(saved, replace(config, extend=True), identity, folder)
+        longer = "--extend (to resume up to the new length), " if only_length else ""
         raise UserError(
             f"{folder} belongs to a run with other settings (there, now): "
             f"{'; '.join(f'{name} {values}' for name, values in differing.items())}. "
