@@ -121,8 +121,8 @@ class Run:
             except (OSError, UserError) as error:
                 reason = getattr(error, "strerror", None) or error
                 raise RunFailed(
-                    f"cannot write the trained model to {self.output_dir}: {reason}; the last checkpoint has its weights: make "
-                    "room and run the same command again"
+                    f"cannot write the trained model to {self.output_dir}: {reason}; make room and run the same command again: it "
+                    "resumes from the newest checkpoint"
                 ) from None
 
     @contextlib.contextmanager
