@@ -1,0 +1,12 @@
+"""What a run is: its fields, with their defaults, ranges and command-line help.
+
+A field is declared once (`cli.flag`); the class that declares it is its group in `--help`. Only the standard library is
+imported here, so that `--help` and flag errors appear immediately.
+"""
+
+from mori.config.generation import GenerateConfig
+from mori.config.groups import DeviceConfig
+from mori.config.sampling import SamplingConfig
+from mori.config.train import PRESETS, TrainConfig, steps_of
+
+__all__ = ["PRESETS", "DeviceConfig", "GenerateConfig", "SamplingConfig", "TrainConfig", "steps_of"]

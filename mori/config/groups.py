@@ -1,0 +1,184 @@
+"""The groups of fields that configs are made of: model, corpus, training, speed, device, logging, output."""
+
+import re
+from dataclasses import dataclass
+
+from mori.cli import Config, flag
+
+
+@dataclass
+class ModelConfig(Config):
+    """Which model."""
+
+    group = "model"
+
+    model: str = flag("mini", "'mini' (a small GPT-2 made from scratch), a folder, or a name on the hub")
+    trust_remote_code: bool = flag(False, "allow Python code from the model's repository")
+
+
+@dataclass
+class TrainedModelConfig(ModelConfig):
+    """Which model, and how it is loaded for training."""
+
+    dropout: float | None = flag(None, "sets every dropout of the model; unset keeps its own", min=0, below=1)
+    dtype: str = flag(
+        "float32",
+        "type of the weights while training; bfloat16 halves the memory of weights and gradients and rounds updates "
+        "stochastically: results differ, and each step synchronizes host and device",
+        choices=("float32", "bfloat16"),
+    )
+
+
+@dataclass
+class CorpusConfig(Config):
+    """The text, and how it is cut."""
+
+    group = "corpus"
+
+    corpus: list[str] = flag(
+        [], "text files, folders of *.txt, or globs; unset takes the transcripts that ship with mori", may_change=True
+    )
+    block_size: int = flag(128, "tokens in one training window", above=0)
+    document_mask: bool = flag(
+        False, "mask attention between documents that share a window, and restart positions in each"
+    )
+    held_out_fraction: float = flag(
+        0.05,
+        "share of the tokens, at the end of the corpus, kept for evaluation (at least one window)",
+        above=0,
+        below=1,
+    )
+
+
+@dataclass
+class TrainingConfig(Config):
+    """The optimizer steps."""
+
+    group = "training"
+
+    per_device_train_batch_size: int = flag(4, "windows in one micro-batch on each device", above=0)
+    gradient_accumulation_steps: int = flag(1, "micro-batches in one optimizer step", above=0)
+    auto_find_batch_size: bool = flag(
+        False,
+        "make the micro-batches as large as memory allows: start with all windows of a step, halve until they fit",
+    )
+    num_train_epochs: float | None = flag(
+        None, "passes over the training windows", pretrained=5.0, scratch=10.0, above=0, max=1_000_000, extends=True
+    )
+    max_steps: int = flag(-1, "optimizer steps; overrides num_train_epochs when positive", min=-1, extends=True)
+    optim: str = flag(
+        "adamw_torch_fused",
+        "optimizer: AdamW in PyTorch's fused kernel; AdamW with 8-bit moments by bitsandbytes (2 bytes a weight instead of "
+        "8; results differ); muon (torch.optim.Muon for the hidden matrices, AdamW for the rest); adafactor "
+        "(Trainer's: factored second moments)",
+        choices=("adamw_torch_fused", "adamw_bnb_8bit", "muon", "adafactor"),
+    )
+    learning_rate: float | None = flag(None, "peak learning rate", pretrained=5e-5, scratch=1e-3, above=0)
+    lr_scheduler_type: str = flag(
+        "linear", "shape of the learning rate after the warm-up", choices=("linear", "cosine", "constant")
+    )
+    warmup_steps: float | None = flag(
+        None, "steps of linear warm-up; below 1 a share of all steps", pretrained=0.0, scratch=0.05, min=0, share=True
+    )
+    weight_decay: float = flag(0.0, "decoupled weight decay, on all weights but biases and norms", min=0)
+    adam_beta1: float = flag(0.9, "decay of AdamW's first moment", min=0, below=1)
+    adam_beta2: float = flag(0.999, "decay of AdamW's second moment", min=0, below=1)
+    adam_epsilon: float = flag(1e-8, "AdamW's epsilon", above=0)
+    max_grad_norm: float = flag(1.0, "clip the gradient to this norm; 0 is off", min=0)
+    max_nonfinite_steps: int = flag(
+        20,
+        "stop after this many consecutive steps with a non-finite gradient (they are skipped)",
+        above=0,
+        may_change=True,
+    )
+    seed: int = flag(42, "seed of the weights, the order of the windows and the dropout", min=0, max=2**32 - 1)
+
+
+@dataclass
+class SpeedConfig(Config):
+    """What makes a step faster or smaller."""
+
+    group = "speed and memory"
+
+    chunked_loss: bool = flag(
+        True, "compute the logits, and their gradients, for a few hundred tokens at a time, if the model allows it"
+    )
+    mask_free_attention: bool = flag(
+        True, "causal attention without a mask, if every layer attends to all earlier tokens"
+    )
+    fused_activations: bool = flag(True, "PyTorch's GELU kernel instead of one written out in Python")
+    cpu_matmul: str = flag(
+        "auto",
+        "library for large fp32 matmuls on a CPU; auto takes oneDNN if it is at least 1.5 times as fast here, and a resumed "
+        "run keeps its choice",
+        choices=("auto", "onednn", "torch"),
+    )
+    tf32: bool = flag(True, "on a GPU in fp32, TF32 matmuls: a mantissa of 10 bits instead of 23, faster")
+    gradient_checkpointing: bool = flag(
+        False, "keep one activation of each layer and recompute the others: less memory, about a third more time"
+    )
+    torch_compile: bool | None = flag(
+        None,
+        "compile the model: takes minutes at the start, then speeds up steps; unset compiles long runs on one GPU only",
+        kind=bool,
+    )
+
+
+@dataclass
+class DeviceConfig(Config):
+    """Where a model runs."""
+
+    group = "device"
+
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1 ...", may_change=True)
+
+    def contradictions(self) -> list[str]:
+        """The device's name has none of the known forms."""
+        known = re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device)
+        mistakes = [] if known else [f"device {self.device!r} is not auto, cpu, mps, cuda or cuda:N"]
+        return mistakes + super().contradictions()
+
+
+@dataclass
+class TrainDeviceConfig(DeviceConfig):
+    """Where and in which precision a run trains."""
+
+    precision: str = flag(
+        "auto",
+        "precision of the forward pass; auto is bf16 or fp16 on a GPU and fp32 on a CPU",
+        choices=("auto", "fp32", "bf16", "fp16"),
+    )
+    ddp_timeout: int = flag(1800, "seconds before an unresponsive rank is treated as lost", above=0, may_change=True)
+
+
+@dataclass
+class LoggingConfig(Config):
+    """When a run logs, evaluates and saves."""
+
+    group, may_change = "logging", True
+
+    logging_steps: int = flag(10, "interval of logging, in steps", above=0)
+    eval_steps: float = flag(
+        0.1, "interval of evaluation and samples, in steps; below 1 a fraction of all steps", above=0, share=True
+    )
+    eval_on_start: bool = flag(True, "evaluate and sample before the first step as well")
+    per_device_eval_batch_size: int = flag(8, "windows in one batch of the evaluation", above=0)
+    save_steps: float = flag(
+        0.1, "interval of checkpoints, in steps; below 1 a fraction of all steps", above=0, share=True
+    )
+    save_total_limit: int = flag(2, "checkpoints to keep, besides the best one", above=0)
+
+
+@dataclass
+class OutputConfig(Config):
+    """Where the results go, and what the run continues from."""
+
+    group, may_change = "output", True
+
+    output_dir: str = flag("mori_brain_final", "folder of the trained model")
+    logging_dir: str = flag("runs", "folder of all runs, for tensorboard --logdir")
+    run_name: str = flag("", "this run's folder in logging_dir; unset is made of the names of model and corpus")
+    resume_from_checkpoint: str = flag(
+        "auto", "auto resumes the run, none starts over (the old run is set aside), or the path of a checkpoint"
+    )
+    extend: bool = flag(False, "resume a run, finished or not, up to the num_train_epochs or max_steps given now")

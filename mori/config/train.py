@@ -1,0 +1,102 @@
+"""A run of `scripts/train.py`."""
+
+import dataclasses
+import importlib.util
+import math
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from mori.config.groups import (
+    CorpusConfig,
+    LoggingConfig,
+    OutputConfig,
+    SpeedConfig,
+    TrainDeviceConfig,
+    TrainedModelConfig,
+    TrainingConfig,
+)
+from mori.config.sampling import TrainSamplingConfig
+
+PRESETS = ("mini",)
+
+
+@dataclass
+class TrainConfig(
+    TrainedModelConfig,
+    CorpusConfig,
+    TrainingConfig,
+    SpeedConfig,
+    TrainDeviceConfig,
+    LoggingConfig,
+    TrainSamplingConfig,
+    OutputConfig,
+):
+    """A run of `scripts/train.py`. Names are those of `TrainingArguments` and `generate()` for the same things."""
+
+    def resolve(self) -> "TrainConfig":
+        """A copy in which every default that depends on another field has its value."""
+        resolved = dataclasses.replace(self, model=self.model.rstrip("/") or self.model)
+        start = "scratch" if resolved.model in PRESETS else "pretrained"
+        for f in fields(resolved):
+            if start in f.metadata and getattr(resolved, f.name) is None:
+                setattr(resolved, f.name, f.metadata[start])
+        if not resolved.run_name:
+            corpus = "-".join(Path(name).stem.strip("*.") or "text" for name in resolved.corpus[:2]) or "transcripts"
+            resolved.run_name = re.sub(r"[^\w.-]+", "-", f"{Path(resolved.model).name}-{corpus}")
+        return resolved
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """The number of optimizer steps of the run, rounded up to a whole step as Trainer does."""
+        return self.max_steps if self.max_steps > 0 else math.ceil(self.num_train_epochs * steps_per_epoch)
+
+    def contradictions(self) -> list[str]:
+        """Empty names, and settings that exclude each other."""
+        checks = [
+            (self.max_steps != 0, "max_steps is 0, must be above 0, or -1 to count epochs"),
+            (
+                not 0 < self.max_steps < (self.warmup_steps or 0),
+                f"warmup_steps {self.warmup_steps or 0:g} is more than max_steps {self.max_steps}",
+            ),
+            (bool(self.resume_from_checkpoint), "resume_from_checkpoint is empty, must be auto, none or a path"),
+            (
+                not (self.extend and self.resume_from_checkpoint == "none"),
+                "extend resumes a run, resume_from_checkpoint none starts one: they contradict each other",
+            ),
+            (
+                self.optim != "adamw_bnb_8bit" or importlib.util.find_spec("bitsandbytes") is not None,
+                "optim adamw_bnb_8bit needs bitsandbytes: pip install bitsandbytes",
+            ),
+            (
+                self.optim == "adamw_torch_fused" or self.dtype == "float32",
+                f"optim {self.optim} does not round stochastically: with dtype bfloat16 small updates would be lost; leave one out",
+            ),
+            (bool(self.output_dir), "output_dir is empty"),
+            (bool(self.logging_dir), "logging_dir is empty"),
+            (
+                not re.search(r"[/\\\0]", self.run_name)
+                and self.run_name not in (".", "..")
+                and len(self.run_name) <= 100,
+                f"run_name {self.run_name!r} must be the name of one folder, of at most 100 letters; its parent is logging_dir",
+            ),
+        ]
+        return [message for ok, message in checks if not ok] + super().contradictions()
+
+    def differences(self, other: "TrainConfig", extending: bool = False) -> dict[str, str]:
+        """The fields that differ and would change the weights of a resumed run, each with `(this, other)`.
+
+        With `extending`, the length of the run may differ too.
+        """
+        fixed = [
+            f.name
+            for f in fields(self)
+            if not f.metadata.get("may_change", self.declaring_class(f.name).may_change)
+            and not (extending and f.metadata.get("extends"))
+        ]
+        values = {name: (getattr(self, name), getattr(other, name)) for name in fixed}
+        return {name: f"({mine!r}, {theirs!r})" for name, (mine, theirs) in values.items() if mine != theirs}
+
+
+def steps_of(value: float, total: int) -> int:
+    """A number of steps; below 1 it is a share of `total`, rounded up as in `TrainingArguments`."""
+    return int(value) if value >= 1 else math.ceil(value * total)
