@@ -202,6 +202,10 @@ class State:
         ranks = self.runtime.gather({"rng": distributed.rng_state(), "unlogged_losses": losses})
         return {"progress": progress, "ranks": ranks, "scaler": self.scaler.state_dict()}
 
+    def loss_scale(self) -> torch.Tensor | None:
+        """The factor of the scaled loss, a scalar that stays on the device; None if losses are not scaled."""
+        return self.scaler.scale(torch.ones((), device=self.runtime.device)) if self.scaler.is_enabled() else None
+
     def count_step(self, loss: torch.Tensor, skipped: torch.Tensor, tokens: int) -> None:
         """Count a finished step; `loss` and `skipped` (1.0 or 0.0) are scalars that stay on the device."""
         self.step += 1

@@ -97,7 +97,7 @@ def accumulate_gradients(run: Run, state: State) -> torch.Tensor:
                 labels = labels.to(device, non_blocking=True)  # (B, T)
                 with runtime.no_sync(run.parallel, skip=number < len(micro_batches)):
                     with runtime.autocast():
-                        loss = run.parallel(input_ids, labels, divisor)
+                        loss = run.parallel(input_ids, labels, divisor, state.loss_scale())
                     state.scaler.scale(loss).backward()
                 step_loss += loss.detach()
         if not state.micro_batch.halved:

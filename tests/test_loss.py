@@ -89,3 +89,34 @@ def test_chunked_cross_entropy_without_gradients_or_with_a_frozen_head(monkeypat
     chunked_cross_entropy_sum(hidden, head, labels).backward()
     torch.testing.assert_close(hidden.grad, expected)
     assert head.weight.grad is None
+
+
+def test_chunked_cross_entropy_in_fp16_keeps_every_gradient_that_the_whole_scaled_loss_keeps(monkeypatch):
+    """Rare tokens have gradients far below fp16's smallest number; at the size of the scaled loss they survive."""
+    monkeypatch.setattr(loss, "CHUNK", 32)
+    torch.manual_seed(0)
+    head, hidden, scale, n_targets = nn.Linear(32, 8000), 15 * torch.randn(2, 24, 32), torch.tensor(65536.0), 43
+    _, labels = batch(2, 24, 8000)
+    labels[0, :5] = -100
+
+    def errors(sum_of_losses) -> list[float]:
+        """The median over tokens of the weight's relative error, and those of hidden and bias."""
+        head.zero_grad()
+        leaf = hidden.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.float16):
+            result = sum_of_losses(leaf) / n_targets
+        (scale * result).backward()
+        rows = (head.weight.grad / scale - exact_head.weight.grad).norm(dim=1) / exact_head.weight.grad.norm(dim=1)
+        pairs = [(leaf.grad, exact_hidden.grad), (head.bias.grad, exact_head.bias.grad)]
+        return [rows.median().item(), *(((a / scale - b).norm() / b.norm()).item() for a, b in pairs)]
+
+    exact_head, exact_hidden = nn.Linear(32, 8000).double(), hidden.double().requires_grad_()
+    exact_head.load_state_dict(head.state_dict())
+    exact = F.cross_entropy(exact_head(exact_hidden).flatten(0, 1), labels.flatten(), reduction="sum") / n_targets
+    exact.backward()
+    whole = errors(lambda h: cross_entropy_sum(head(h), labels))
+    chunked = errors(lambda h: chunked_cross_entropy_sum(h, head, labels, scale / n_targets))
+    unscaled = errors(lambda h: chunked_cross_entropy_sum(h, head, labels))
+    assert max(whole) < 5e-3
+    assert all(mine <= 1.05 * theirs for mine, theirs in zip(chunked, whole, strict=True))
+    assert unscaled[0] > 1.5 * whole[0]

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from mori import optim
 from mori.cli import UserError
 from mori.config import TrainConfig
+from mori.distributed import Runtime
 from mori.model import loading
 from mori.tracking.loggers import read_metrics
 from mori.train import train
@@ -138,10 +139,30 @@ def test_train_resumes_in_every_precision(run_train, tmp_path, precision):
     assert [[line.get(n) for n in numbers] for line in whole] == [[line.get(n) for n in numbers] for line in resumed]
 
 
+def test_train_in_fp16_moves_the_loss_scale_alike_with_chunked_and_whole_loss(run_train, tmp_path, monkeypatch):
+    """Growth and back-off follow the overflows, which the chunked loss must meet at the same steps."""
+    scalers = []
+
+    def quick(self):
+        scalers.append(torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=4))
+        return scalers[-1]
+
+    monkeypatch.setattr(Runtime, "grad_scaler", quick)
+    losses, skipped_steps = [], []
+    for chunked in (True, False):
+        run_train(precision="fp16", max_steps=24, run_name=f"{chunked}", chunked_loss=chunked, logging_steps=1)
+        lines = [
+            line for line in read_metrics(tmp_path / "runs" / f"{chunked}" / "metrics.jsonl") if "train/loss" in line
+        ]
+        losses.append(torch.tensor([line["train/loss"] for line in lines]))
+        skipped_steps.append([line["train/skipped_steps"] for line in lines])
+    assert skipped_steps[0] == skipped_steps[1] and 0 < skipped_steps[0][-1] < 20
+    assert scalers[0].state_dict() == scalers[1].state_dict()
+    torch.testing.assert_close(*losses, rtol=1e-3, atol=0)
+
+
 def test_train_skips_fp16_overflow_and_restores_the_scale(run_train, settings, tmp_path, monkeypatch):
     """A scale so large that the first steps overflow: they are skipped, and resuming remembers the smaller scale."""
-    from mori.distributed import Runtime
-
     scalers = []
 
     def large(self):

@@ -47,7 +47,11 @@ class CausalLMLoss(nn.Module):
         return self.model.base_model if self.chunked_loss else self.model
 
     def forward(
-        self, input_ids: torch.Tensor, labels: torch.Tensor, n_targets: torch.Tensor | None = None
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        n_targets: torch.Tensor | None = None,
+        loss_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The sum of the token losses; with `n_targets`, this batch's part of the mean loss of a step.
 
@@ -55,6 +59,7 @@ class CausalLMLoss(nn.Module):
             input_ids, labels: `(B, T)`; the labels are shifted already.
             n_targets: the number of labels in the whole step. The router loss of a mixture of experts
                 (`output_router_logits`) is then added, weighted by this batch's share of the labels.
+            loss_scale: the factor by which a `GradScaler` will multiply the result before the backward pass.
         """
         compiled = self.training and self.compiled
         if compiled and (missing := self.rows - len(input_ids)) > 0:  # another shape would trigger a recompilation
@@ -63,7 +68,8 @@ class CausalLMLoss(nn.Module):
         with self.matmul_context(), contextlib.nullcontext() if compiled else self._eager():
             output = self.trunk(input_ids=input_ids, use_cache=False, **documents)
             if self.chunked_loss:  # output[0] is the input of the head, (B, T, D)
-                loss = chunked_cross_entropy_sum(output[0], self.model.get_output_embeddings(), labels)
+                grad_scale = None if loss_scale is None else loss_scale / n_targets
+                loss = chunked_cross_entropy_sum(output[0], self.model.get_output_embeddings(), labels, grad_scale)
             else:
                 loss = cross_entropy_sum(output.logits, labels)  # logits (B, T, V)
         if n_targets is None:

@@ -26,7 +26,9 @@ def cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tenso
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
 
 
-def chunked_cross_entropy_sum(hidden: torch.Tensor, head: nn.Linear, labels: torch.Tensor) -> torch.Tensor:
+def chunked_cross_entropy_sum(
+    hidden: torch.Tensor, head: nn.Linear, labels: torch.Tensor, grad_scale: torch.Tensor | None = None
+) -> torch.Tensor:
     """`cross_entropy_sum(head(hidden), labels)` without holding all logits at once.
 
     The forward pass computes the logits of a few hundred tokens at a time together with the gradients of `hidden`, weight and
@@ -38,16 +40,19 @@ def chunked_cross_entropy_sum(hidden: torch.Tensor, head: nn.Linear, labels: tor
         hidden: `(B, T, D)`, the input of the head.
         head: its weight is `(V, D)`; the bias may be None.
         labels: `(B, T)`; -100 is ignored.
+        grad_scale: a scalar, on the device: the gradient that the backward pass will bring to this loss. The gradients are
+            computed at that size, so that in fp16 none is lost that a scaled loss keeps (Micikevicius et al., 2018,
+            arXiv:1710.03740).
     """
     hidden, weight, bias = hidden.flatten(0, 1), head.weight, head.bias
     if not torch.is_grad_enabled():  # needs_input_grad stays True under no_grad (torch 2.13)
         hidden, weight, bias = hidden.detach(), weight.detach(), bias if bias is None else bias.detach()
-    return _ChunkedCrossEntropy.apply(hidden, weight, bias, labels.flatten())
+    return _ChunkedCrossEntropy.apply(hidden, weight, bias, labels.flatten(), grad_scale)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels):
+    def forward(ctx, hidden, weight, bias, labels, grad_scale):
         kind, device = hidden.device.type, hidden.device
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         wide = torch.promote_types(dtype, torch.float32)  # of the softmax and of all sums
@@ -74,9 +79,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 logits, exps = (
                     b[: len(weight) * len(x)].view(len(weight), len(x)) for b in (buffer, wide_buffer)
                 )  # (V, C)
-                torch.mm(weight, x.t(), out=logits)
-                if bias is not None:
-                    logits += bias.to(dtype)[:, None]
+                if bias is None:
+                    torch.mm(weight, x.t(), out=logits)
+                else:  # one rounding of the sum
+                    torch.addmm(bias.to(dtype)[:, None], weight, x.t(), out=logits)
                 largest, label_logit = logits.amax(0).to(wide), logits.gather(0, label)[0]  # (C)
                 torch.sub(logits, largest, out=exps).exp_()  # overwrites the logits if the types are equal
                 exp_sum = exps.sum(0)  # (C)
@@ -85,11 +91,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     continue
                 # The gradient by the logits is softmax - one-hot. The small operands of the matmuls carry the division by
                 # exp_sum and the labels that are ignored.
-                grad, scale = exps.scatter_add_(0, label, -exp_sum[None]), share / exp_sum  # (V, C), (C)
+                grad = exps.scatter_add_(0, label, -exp_sum[None])  # (V, C)
+                divisor = exp_sum if grad_scale is None else exp_sum / grad_scale  # (C)
+                scale = share / divisor
                 if needs_bias:
                     grad_bias += grad @ scale
                 if dtype != wide:
-                    grad, scale = torch.div(grad, exp_sum, out=logits), share
+                    grad, scale = torch.div(grad, divisor, out=logits), share
                 scale = scale[:, None]
                 if needs_hidden:
                     grad_hidden[part] = torch.mm(grad.t(), weight) * scale
@@ -98,13 +106,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 elif needs_weight:
                     grad_weight += grad @ (x * scale.to(dtype))
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.grad_scale = grad_scale
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output):
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+        factor = grad_output if ctx.grad_scale is None else grad_output / ctx.grad_scale
         for grad in (grad_hidden, grad_weight, grad_bias):
             if grad is not None:
-                grad.mul_(grad_output)  # in place: each is used once
-        return grad_hidden, grad_weight, grad_bias, None
+                grad.mul_(factor)  # in place: each is used once
+        return grad_hidden, grad_weight, grad_bias, None, None

@@ -69,7 +69,7 @@ def build_module(
     if config.mask_free_attention and not config.document_mask and attends_to_all_before(model, config.block_size):
         module.use_mask_free_attention()
         chosen.append("mask-free causal attention")
-    if config.chunked_loss and runtime.precision != "fp16" and all(plain_head):  # in fp16 the loss must be scaled first
+    if config.chunked_loss and all(plain_head):
         module.chunked_loss = True
         chosen.append("chunked loss")
     if cpu_matmul == "onednn":
