@@ -1,4 +1,4 @@
-"""`Run`, which is built once, and `State`, which the loop changes and every checkpoint saves.
+"""`Run`, which is built once before the first step.
 
 `check` validates all input and finds the checkpoint to resume from; `build` loads the model and builds the optimizer; `restore`
 loads a checkpoint.
@@ -20,17 +20,17 @@ from mori.cli import RunFailed, UserError, checked
 from mori.config import TrainConfig, steps_of
 from mori.data.token_file import separator
 from mori.data.windows import Batches, load_step
-from mori.distributed import BatchSize, Runtime
+from mori.distributed import Runtime
 from mori.model import loading
 from mori.model.lm import CausalLMLoss
-from mori.model.variants import build_module, takes_onednn
+from mori.model.variants import WORTH_COMPILING_SECONDS, build_module, compile_module, may_compile, takes_onednn
 from mori.prepare import Prepared, prepare
 from mori.speed.matmul import choose_library
 from mori.speed.peak import flops_per_token, peak_flops
 from mori.speed.startup import keep_freed_memory
+from mori.state import State
 from mori.tracking.monitor import Monitor, say
 from mori.tracking.overview import environment, introduction
-from mori.tracking.throughput import Throughput
 
 
 @dataclass
@@ -78,7 +78,7 @@ class Run:
             **self.data.hashes,
         }
 
-    def evaluation_is_due(self, state: "State") -> bool:
+    def evaluation_is_due(self, state: State) -> bool:
         """Whether to evaluate now: before the first step, at every interval, and at the end."""
         if state.after is not None and state.after["step"] == state.step:
             return False
@@ -86,17 +86,33 @@ class Run:
             return self.config.eval_on_start
         return state.step % self.eval_every == 0 or state.step == self.total_steps
 
-    def save_is_due(self, state: "State") -> bool:
+    def save_is_due(self, state: State) -> bool:
         """Whether to save now: at every interval and at the end."""
         due = state.step % self.save_every == 0 or state.step == self.total_steps
         return due and state.step > 0 and state.saved_step != state.step
 
-    def log_is_due(self, state: "State") -> bool:
+    def log_is_due(self, state: State) -> bool:
         """Whether to log now: at every interval, at the end, and if a run that only skips steps must end."""
         if state.step % self.config.logging_steps == 0 or state.step == self.total_steps:
             return True
         limit = self.config.max_nonfinite_steps
         return state.step % limit == 0 and bool(state.skipped[1] >= limit)  # reads the device only every `limit` steps
+
+    def compile_if_it_pays(self, state: State, tokens_per_second: float) -> None:
+        """At the second log, compile the model if the rest of the run will take long at the measured speed.
+
+        Checkpoints hold the choice, because compiled code differs in the last bits.
+        """
+        config = self.config
+        if state.compiled is not None or state.step < 2 * config.logging_steps:
+            return
+        tokens = (self.total_steps - state.step) * self.batches.windows_in(state.step - 1) * config.block_size
+        pays = tokens > WORTH_COMPILING_SECONDS * tokens_per_second
+        state.compiled = pays and may_compile(self.module, config, self.runtime)
+        if state.compiled:
+            rows = state.micro_batch.size
+            batch = self.data.train.batch(range(min(len(self.data.train), rows)))
+            self.monitor.say(f"step {state.step}: {compile_module(self.module, rows, batch, self.runtime)}")
 
     def finished_summary(self) -> dict | None:
         """Close a run that has nothing left to do, say so, and return its summary; None for any other run."""
@@ -133,112 +149,6 @@ class Run:
         except OSError as error:
             advice = "make room and run the same command again"
             raise RunFailed(f"cannot write in {self.run_dir}: {error.strerror}; {advice}") from None
-
-
-# The counters of a checkpoint and their types.
-_PROGRESS = {
-    "step": int, "before": (dict, type(None)), "best": (dict, type(None)), "after": (dict, type(None)),
-    "samples_before": list, "samples_after": list, "unlogged_losses": list, "skipped_steps": int, "skipped_in_a_row": int,
-    "tokens": int, "train_seconds": (int, float), "wall_seconds": (int, float), "train_batch_size": int,
-    "eval_batch_size": int,
-}  # fmt: skip
-
-
-class State:
-    """Everything that the loop changes; a checkpoint holds `state_dict` and the tensors of `model` and `optimizer`.
-
-    Attributes:
-        step: the number of optimizer steps done.
-        before, best, after: the evaluation at step 0, the best (lowest loss), and the latest.
-        losses: the losses of the steps since the last log, scalars on the device.
-        skipped: `(2,)` on the device: skipped steps, in total and consecutive.
-        micro_batch, eval_batch: windows in one forward pass; fewer than the config's after memory ran out.
-        saved_step: the step of the newest checkpoint.
-    """
-
-    def __init__(
-        self, config: TrainConfig, runtime: Runtime, model: nn.Module, optimizer: torch.optim.Optimizer, started: float
-    ):
-        self.model, self.optimizer, self.scaler = model, optimizer, runtime.grad_scaler()
-        self.runtime = runtime
-        self.step = 0
-        self.before: dict | None = None
-        self.best: dict | None = None
-        self.after: dict | None = None
-        self.samples_before: list[str] = []
-        self.samples_after: list[str] = []
-        self.losses: list[torch.Tensor] = []
-        self.skipped = torch.zeros(2, device=runtime.device)
-        self.throughput = Throughput()
-        accumulated = config.gradient_accumulation_steps if config.auto_find_batch_size else 1
-        self.micro_batch = BatchSize(config.per_device_train_batch_size * accumulated)
-        self.eval_batch = BatchSize(config.per_device_eval_batch_size)
-        self.saved_step: int | None = None
-        self._wall_seconds, self._started = 0.0, started
-
-    @property
-    def wall_seconds(self) -> float:
-        """Seconds since the start of the run, over all resumes."""
-        return self._wall_seconds + time.perf_counter() - self._started
-
-    def state_dict(self) -> dict:
-        """Everything but the tensors of model and optimizer, as JSON values. Collective: every rank must call it."""
-        losses = torch.stack(self.losses).tolist() if self.losses else []
-        skipped_steps, skipped_in_a_row = map(int, self.skipped.tolist())
-        progress = {
-            **{
-                name: getattr(self, name)
-                for name in ("step", "before", "best", "after", "samples_before", "samples_after")
-            },
-            "unlogged_losses": losses,
-            "skipped_steps": skipped_steps,
-            "skipped_in_a_row": skipped_in_a_row,
-            "tokens": self.throughput.tokens,
-            "train_seconds": self.throughput.seconds,
-            "wall_seconds": self.wall_seconds,
-            "train_batch_size": self.micro_batch.size,
-            "eval_batch_size": self.eval_batch.size,
-        }
-        ranks = self.runtime.gather({"rng": distributed.rng_state(), "unlogged_losses": losses})
-        return {"progress": progress, "ranks": ranks, "scaler": self.scaler.state_dict()}
-
-    def loss_scale(self) -> torch.Tensor | None:
-        """The factor of the scaled loss, a scalar that stays on the device; None if losses are not scaled."""
-        return self.scaler.scale(torch.ones((), device=self.runtime.device)) if self.scaler.is_enabled() else None
-
-    def count_step(self, loss: torch.Tensor, skipped: torch.Tensor, tokens: int) -> None:
-        """Count a finished step; `loss` and `skipped` (1.0 or 0.0) are scalars that stay on the device."""
-        self.step += 1
-        self.losses.append(loss)
-        self.skipped = torch.stack([self.skipped[0] + skipped, (self.skipped[1] + 1) * skipped])
-        self.throughput.tokens += tokens
-
-    def load_state_dict(self, saved: dict) -> None:
-        """Restore the result of `state_dict`, and the random generators. Raises an error if the value is malformed."""
-        rank = saved["ranks"][self.runtime.rank]
-        progress = {**saved["progress"], "unlogged_losses": rank["unlogged_losses"]}
-        if progress.keys() != _PROGRESS.keys():
-            raise ValueError(f"progress has the fields {', '.join(progress)}")
-        for name, types in _PROGRESS.items():
-            value = progress[name]
-            if not isinstance(value, types) or isinstance(value, dict) and not {"step", "loss"} <= value.keys():
-                raise ValueError(f"{name} is {value!r}")
-        if not all(isinstance(loss, float) for loss in progress["unlogged_losses"]):
-            raise ValueError("unlogged_losses are not numbers")
-        for name in ("step", "before", "best", "after", "samples_before", "samples_after"):
-            setattr(self, name, progress[name])
-        device = self.runtime.device
-        self.losses = [torch.tensor(loss, device=device) for loss in progress["unlogged_losses"]]
-        self.skipped = torch.tensor([float(progress[n]) for n in ("skipped_steps", "skipped_in_a_row")], device=device)
-        self.throughput = Throughput(progress["tokens"], progress["train_seconds"])
-        self._wall_seconds, self.saved_step = progress["wall_seconds"], self.step
-        for batch, size in (
-            (self.micro_batch, progress["train_batch_size"]),
-            (self.eval_batch, progress["eval_batch_size"]),
-        ):
-            batch.size = min(batch.size, size or batch.size)
-        self.scaler.load_state_dict(saved["scaler"])
-        distributed.set_rng_state(rank["rng"])
 
 
 def check(config: TrainConfig, locks: contextlib.ExitStack) -> Run:
@@ -289,22 +199,23 @@ def build(run: Run, locks: contextlib.ExitStack) -> State:
     model = loading.move(model, runtime.device)
     if config.dtype == "bfloat16":
         loading.store_in_bfloat16(model)
-    library = choose_cpu_matmul(run, model)
+    saved = checkpoints.load_state(run.resumed) if run.resumed else {}
+    library = choose_cpu_matmul(run, model, saved)
     run.module, description = build_module(
         model,
         config,
         run.data.train.batch(range(min(len(run.data.train), config.per_device_train_batch_size))),
         runtime,
         separator=separator(run.data.tokenizer),
-        total_steps=run.total_steps,
         cpu_matmul=library,
+        compiled=bool(saved.get("compiled")),
     )
     state = State(config, runtime, model, optim.build_optimizer(model, config), run.started)
     distributed.set_seed(config.seed + runtime.rank)
     remembered = runtime.on_main(lambda: run_folder.remembered_batch_size(config, run.run_dir))
     state.micro_batch.size = min(state.micro_batch.size, remembered or state.micro_batch.size)
     if run.resumed:
-        restore(run.resumed, state)
+        restore(run.resumed, saved, state)
     run.parallel = runtime.parallel(run.module, lambda: _empty_micro_batch(run))
     run.parallel.train()
     run.parameters = list(model.parameters())
@@ -326,9 +237,8 @@ def build(run: Run, locks: contextlib.ExitStack) -> State:
     return state
 
 
-def restore(folder: Path, state: State) -> None:
-    """Load tensors, counters and random state. Raises UserError if they do not match this run."""
-    saved = checkpoints.load_state(folder)
+def restore(folder: Path, saved: dict, state: State) -> None:
+    """Load the tensors in `folder`, and the counters and random state in `saved`. UserError if they do not match this run."""
     try:
         checkpoints.load_tensors(folder, state.model, state.optimizer)
         state.load_state_dict(saved)
@@ -338,11 +248,10 @@ def restore(folder: Path, state: State) -> None:
         raise UserError(f"{folder / 'state.json'} is not a state of mori ({error}); take another checkpoint") from None
 
 
-def choose_cpu_matmul(run: Run, model: nn.Module) -> str:
+def choose_cpu_matmul(run: Run, model: nn.Module, saved: dict) -> str:
     """The library of large matmuls on a CPU. A resumed run keeps its checkpoint's, because libraries differ in the last bits."""
     if not takes_onednn(model, run.config, run.runtime):
         return "torch"
-    saved = checkpoints.load_state(run.resumed) if run.resumed else {}
     # "products" is the name in checkpoints of earlier versions.
     setting = saved.get("cpu_matmul") or saved.get("products", run.config.cpu_matmul)
     setting = setting if setting in ("auto", "onednn") else "torch"

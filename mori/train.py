@@ -1,6 +1,6 @@
 """The training loop. Start here: `train` is the outer loop, `train_step` is one optimizer step.
 
-`run.py` defines `Run`, which is built once before the first step, and `State`, which the loop changes and checkpoints save.
+`Run` (run.py) is built once before the first step; `State` (state.py) is what the loop changes and checkpoints hold.
 """
 
 import contextlib
@@ -18,7 +18,8 @@ from mori.config import TrainConfig
 from mori.data.windows import load_step
 from mori.evaluate import evaluate, first_nonfinite_tensor
 from mori.generation.generate import generate
-from mori.run import Run, State, build, check
+from mori.run import Run, build, check
+from mori.state import State
 from mori.tracking.memory import peak_memory_bytes
 from mori.tracking.monitor import say
 from mori.tracking.overview import results
@@ -106,8 +107,6 @@ def accumulate_gradients(run: Run, state: State) -> torch.Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------------
-
-
 def undo(run: Run, state: State, random_state: tuple) -> None:
     """Reset gradients and random state, so that the step can be retried with a smaller micro-batch.
 
@@ -170,8 +169,7 @@ def evaluate_and_sample(run: Run, state: State, signals: distributed.StopSignals
 def log(run: Run, state: State, grad_norm: torch.Tensor, lr: float) -> None:
     """Read the interval's metrics from the device and log them; fail the run after too many consecutive skipped steps."""
     runtime = run.runtime
-    losses = runtime.all_sum(torch.stack(state.losses)).tolist()
-    state.losses = []
+    losses, state.losses = runtime.all_sum(torch.stack(state.losses)).tolist(), []
     loss = sum(losses) / len(losses) / runtime.world_size
     skipped_steps, skipped_in_a_row = map(int, state.skipped.tolist())
     tokens_per_second, waited = state.throughput.since_last()
@@ -189,6 +187,7 @@ def log(run: Run, state: State, grad_norm: torch.Tensor, lr: float) -> None:
         values["perf/mfu"] = tokens_per_second * run.flops_per_token / (run.peak_flops * runtime.world_size)
     run.monitor.scalars(state.step, values)
     run.monitor.progress(state.step, loss=f"{loss:.4f}", tok_s=f"{tokens_per_second:.0f}")
+    run.compile_if_it_pays(state, tokens_per_second)
     if skipped_in_a_row >= run.config.max_nonfinite_steps:
         give_up(run, state, loss, skipped_in_a_row)
 

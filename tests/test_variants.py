@@ -2,19 +2,19 @@
 
 import pytest
 import torch
-from conftest import CPU, weights
+from conftest import CPU, assert_equal_weights, stop_after, weights
 from families import MASK_FREE, batch, gradients, small_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mori import distributed
+from mori import distributed, run
 from mori.cli import UserError
 from mori.config import TrainConfig
 from mori.distributed import Runtime
 from mori.model import lm, loading, loss, variants
-from mori.model.lm import CausalLMLoss
+from mori.model.lm import CausalLMLoss, attends_to_all_before
 from mori.model.loss import chunked_cross_entropy_sum
-from mori.model.variants import build_module, takes_onednn
+from mori.model.variants import build_module, may_compile, takes_onednn
 from mori.speed import matmul
 from mori.speed.peak import flops_per_token
 
@@ -151,12 +151,6 @@ def test_flops_per_token_equals_a_count_by_hand_and_by_pytorch():
     "change, expected",
     [
         ({}, True),
-        ({"steps": 0.99}, False),
-        ({"name": "NVIDIA A100-SXM4-80GB", "steps": 0.32}, True),
-        ({"name": "NVIDIA A100-SXM4-80GB", "steps": 0.31}, False),
-        ({"name": "a GPU of another maker"}, True),
-        ({"name": "a GPU of another maker", "steps": 0.99}, False),
-        ({"precision": "fp32", "steps": 0.99}, False),
         ({"world_size": 2}, False),
         ({"device": "cpu"}, False),
         ({"capability": (6, 1)}, False),
@@ -166,11 +160,9 @@ def test_flops_per_token_equals_a_count_by_hand_and_by_pytorch():
     ],
     ids=str,
 )
-def test_build_module_compiles_a_long_run_on_one_gpu(change, expected, monkeypatch):
-    """`steps` is a share of those that take an H100 1,200 s at 40 % of 989e12 operations a second."""
-    case = {"name": "NVIDIA H100 80GB HBM3", "steps": 1.01, "precision": "bf16", "world_size": 1, "device": "cuda"}
-    case |= {"capability": (9, 0), "triton": object(), "mask_free": True, "gradient_checkpointing": False, **change}
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: case["name"])
+def test_may_compile_needs_one_gpu_that_the_compiler_knows(change, expected, monkeypatch):
+    case = {"world_size": 1, "device": "cuda", "capability": (9, 0), "triton": object(), "mask_free": True}
+    case |= {"gradient_checkpointing": False, **change}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: case["capability"])
     find_spec = variants.importlib.util.find_spec  # other libraries call it too
     monkeypatch.setattr(
@@ -181,25 +173,59 @@ def test_build_module_compiles_a_long_run_on_one_gpu(change, expected, monkeypat
     module = CausalLMLoss(small_model("gpt2", 97))
     if case["mask_free"]:
         module.use_mask_free_attention()
-    config = TrainConfig(
-        block_size=24, gradient_accumulation_steps=3, gradient_checkpointing=case["gradient_checkpointing"]
-    )
-    tokens = 1200 * 0.4 * 989e12 / flops_per_token(module.model, 24)
-    steps = int(case["steps"] * tokens / (3 * 4 * 24))
-    runtime = Runtime(torch.device(case["device"]), 0, case["world_size"], case["precision"])
-    assert variants._compiling_pays(module, config, runtime, steps) == expected
+    config = TrainConfig(block_size=24, gradient_checkpointing=case["gradient_checkpointing"])
+    runtime = Runtime(torch.device(case["device"]), 0, case["world_size"], "bf16")
+    assert may_compile(module, config, runtime) == expected
 
 
 @pytest.mark.parametrize(
-    "setting, pays, expected", [(None, True, 1), (None, False, 0), (False, True, 0), (True, False, 1)]
+    "setting, kept, expected", [(None, True, 1), (None, False, 0), (False, False, 0), (True, False, 1)]
 )
-def test_build_module_compiles_as_the_flag_says(setting, pays, expected, monkeypatch):
+def test_build_module_compiles_as_the_flag_or_the_checkpoint_says(setting, kept, expected, monkeypatch):
     compiled = []
-    monkeypatch.setattr(variants, "_compiling_pays", lambda *args: pays)
     monkeypatch.setattr(CausalLMLoss, "compile_trunk", lambda self, rows: compiled.append(rows))
     config = TrainConfig(block_size=24, torch_compile=setting)
-    _, description = build_module(small_model("gpt2", 97), config, batch(), CPU, total_steps=70)
+    _, description = build_module(small_model("gpt2", 97), config, batch(), CPU, compiled=kept)
     assert compiled == expected * [config.per_device_train_batch_size] and ("compiled" in description) == bool(expected)
+
+
+def test_train_compiles_when_the_measured_speed_says_that_it_pays(run_train, tmp_path, monkeypatch, capsys):
+    """At the second log; a resumed run keeps the choice. The compiler runs without optimizations, so no weight changes."""
+    compiled, compile_trunk = [], CausalLMLoss.compile_trunk
+
+    def count(module, rows):
+        torch._dynamo.reset()
+        compiled.append(rows)
+        compile_trunk(module, rows, backend="eager")
+
+    monkeypatch.setattr(CausalLMLoss, "compile_trunk", count)
+    monkeypatch.setattr(run, "may_compile", lambda *args: True)
+    options = {"max_steps": 12, "logging_steps": 3, "save_steps": 4}
+    run_train(**options, run_name="short", output_dir=str(tmp_path / "short"))  # a run of seconds
+    assert not compiled
+    monkeypatch.setattr(run, "WORTH_COMPILING_SECONDS", 0)
+    run_train(**options, run_name="long", output_dir=str(tmp_path / "long"))
+    assert len(compiled) == 1 and "step 6: compiled" in capsys.readouterr().out
+    stop_after(9, lambda: run_train(**options))
+    run_train(**options)
+    assert len(compiled) == 3  # at step 6, and at the start of the resumed run
+    assert_equal_weights(tmp_path / "short", tmp_path / "long")
+    assert_equal_weights(tmp_path / "long", tmp_path / "brain")
+
+
+@pytest.mark.parametrize(
+    "family, changed, expected",
+    [("gpt2", {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}, True), ("gpt2", {}, False), ("llama", {}, True),
+     ("llama", {"attention_dropout": 0.1}, False), ("mistral", {}, False)],
+)  # fmt: skip
+def test_cudnn_attention_is_left_to_models_without_mask_and_dropout(family, changed, expected):
+    model = small_model(family, 97)
+    for name, value in changed.items():
+        setattr(model.config, name, value)
+    module = CausalLMLoss(model)
+    if attends_to_all_before(model, 24):
+        module.use_mask_free_attention()
+    assert variants._suits_cudnn_attention(module) == expected
 
 
 def test_build_module_says_why_the_compiler_failed_and_runs_without(monkeypatch):

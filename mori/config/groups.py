@@ -119,7 +119,7 @@ class SpeedConfig(Config):
     )
     torch_compile: bool | None = flag(
         None,
-        "compile the model: takes minutes at the start, then speeds up steps; unset compiles long runs on one GPU only",
+        "compile the model: takes minutes at the start, then speeds up steps; unset compiles, on one GPU, as soon as the measured speed says that it pays",
         kind=bool,
     )
 

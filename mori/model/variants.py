@@ -12,13 +12,10 @@ from mori.cli import UserError, one_line
 from mori.config import TrainConfig
 from mori.data.windows import IGNORE_INDEX
 from mori.model.lm import CausalLMLoss, attends_to_all_before, watch_head
-from mori.speed.peak import LARGEST_GPU_PEAK, flops_per_token, peak_flops
 
 _CHECKED_TOKENS = 16  # so few that reading the weights dominates
-# Compilation takes one or two minutes; it pays off in runs over 20 minutes at the typical MFU. A GPU of unknown peak is assumed
-# to be the fastest.
-_WORTH_COMPILING_SECONDS = 1200
-_TYPICAL_MFU = 0.4
+# Compilation takes one or two minutes and saves a tenth to a fifth of the rest of the run.
+WORTH_COMPILING_SECONDS = 1200
 
 
 def build_module(
@@ -28,8 +25,8 @@ def build_module(
     runtime,
     *,
     separator: int | None = None,
-    total_steps: int = 0,
     cpu_matmul: str = "torch",
+    compiled: bool = False,
 ) -> tuple[CausalLMLoss, str]:
     """The model with its loss in the fastest form that is safe for it, and a description of that form.
 
@@ -40,8 +37,8 @@ def build_module(
         batch: `input_ids` and `labels`, `(B, T)`, on the host.
         runtime: the `distributed.Runtime`.
         separator: the token that ends each document.
-        total_steps: the length of the run.
         cpu_matmul: the library that `config.cpu_matmul` resolves to.
+        compiled: whether to compile the model even if `config.torch_compile` is unset.
 
     Raises UserError if the model has no gradient checkpointing, or cannot keep documents apart, and the config asks for it.
     """
@@ -79,8 +76,11 @@ def build_module(
         module.use_own_attention()
         module.chunked_loss, module.cpu_matmul = False, "torch"
         chosen = [*safe, "other variants disabled: the loss check failed"]
-    if config.torch_compile or config.torch_compile is None and _compiling_pays(module, config, runtime, total_steps):
-        chosen.append(_compile(module, config, batch, runtime))
+    if runtime.device.type == "cuda" and config.mask_free_attention and not _suits_cudnn_attention(module):
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        chosen.append("attention without cuDNN")
+    if config.torch_compile or compiled:
+        chosen.append(compile_module(module, config.per_device_train_batch_size, batch, runtime))
     return module, ", ".join(chosen) or "nothing"
 
 
@@ -122,9 +122,8 @@ def _enable_gradient_checkpointing(module: CausalLMLoss, config: TrainConfig) ->
     (enable or model.gradient_checkpointing_enable)(options)
 
 
-def _compile(module: CausalLMLoss, config: TrainConfig, batch: tuple[torch.Tensor, torch.Tensor], runtime) -> str:
-    """Compile the model and try one forward and backward pass; if the compiler fails, run without it and say why."""
-    rows = config.per_device_train_batch_size
+def compile_module(module: CausalLMLoss, rows: int, batch: tuple[torch.Tensor, torch.Tensor], runtime) -> str:
+    """Compile the model for `rows` windows and try one step; if the compiler fails, run without it. Returns what happened."""
     module.compile_trunk(rows)
     input_ids, labels = (tensor[:rows].to(runtime.device) for tensor in batch)
     try:
@@ -140,19 +139,24 @@ def _compile(module: CausalLMLoss, config: TrainConfig, batch: tuple[torch.Tenso
     return "compiled"
 
 
-def _compiling_pays(module: CausalLMLoss, config: TrainConfig, runtime, total_steps: int) -> bool:
-    """Whether the run is long enough, on one GPU that PyTorch's compiler knows, with the usual variants.
+def may_compile(module: CausalLMLoss, config: TrainConfig, runtime) -> bool:
+    """Whether the model may be compiled unasked: on one GPU that PyTorch's compiler knows, with the usual variants.
 
     Under DDP, a compiled backward pass produces all gradients at its end, so communication cannot overlap.
     """
     if runtime.device.type != "cuda" or runtime.world_size > 1 or not module.mask_free or config.gradient_checkpointing:
         return False
-    if not importlib.util.find_spec("triton") or torch.cuda.get_device_capability(runtime.device) < (7, 0):
-        return False
-    windows = total_steps * config.gradient_accumulation_steps * config.per_device_train_batch_size
-    operations = windows * config.block_size * flops_per_token(module.model, config.block_size)
-    peak = peak_flops(runtime.device, runtime.precision) or LARGEST_GPU_PEAK
-    return operations > _WORTH_COMPILING_SECONDS * _TYPICAL_MFU * peak
+    return bool(importlib.util.find_spec("triton")) and torch.cuda.get_device_capability(runtime.device) >= (7, 0)
+
+
+def _suits_cudnn_attention(module: CausalLMLoss) -> bool:
+    """Whether cuDNN's attention, PyTorch's first choice on some GPUs, is sound for the model: no mask and no dropout.
+
+    In PyTorch 2.11 it rounds the dropout probability to a multiple of 1/16, and a mask can give it NaN gradients.
+    """
+    config = module.model.config.get_text_config().to_dict()
+    dropout = any(value for name, value in config.items() if "att" in name and "drop" in name)
+    return module.mask_free and not dropout
 
 
 def _keeps_documents_apart(module: CausalLMLoss, block_size: int, input_ids: torch.Tensor, runtime) -> bool:

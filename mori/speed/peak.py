@@ -10,7 +10,6 @@ _GPU_PEAKS = {
     "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10G": 70, "A10": 125, "V100": 125,
     "T4": 65, "RTX 4090": 165, "RTX 3090": 71,
 }  # fmt: skip
-LARGEST_GPU_PEAK = max(_GPU_PEAKS.values()) * 1e12
 
 
 def flops_per_token(model: nn.Module, block_size: int) -> float:

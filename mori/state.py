@@ -1,0 +1,124 @@
+"""`State`: everything that the loop changes and every checkpoint holds."""
+
+import time
+
+import torch
+from torch import nn
+
+from mori import distributed
+from mori.config import TrainConfig
+from mori.distributed import BatchSize, Runtime
+from mori.tracking.throughput import Throughput
+
+# The counters of a checkpoint and their types.
+_PROGRESS = {
+    "step": int, "before": (dict, type(None)), "best": (dict, type(None)), "after": (dict, type(None)),
+    "samples_before": list, "samples_after": list, "unlogged_losses": list, "skipped_steps": int, "skipped_in_a_row": int,
+    "tokens": int, "train_seconds": (int, float), "wall_seconds": (int, float), "train_batch_size": int,
+    "eval_batch_size": int,
+}  # fmt: skip
+
+
+class State:
+    """Everything that the loop changes; a checkpoint holds `state_dict` and the tensors of `model` and `optimizer`.
+
+    Attributes:
+        step: the number of optimizer steps done.
+        before, best, after: the evaluation at step 0, the best (lowest loss), and the latest.
+        losses: the losses of the steps since the last log, scalars on the device.
+        skipped: `(2,)` on the device: skipped steps, in total and consecutive.
+        compiled: whether the model was compiled unasked; None while that is undecided.
+        micro_batch, eval_batch: windows in one forward pass; fewer than the config's after memory ran out.
+        saved_step: the step of the newest checkpoint.
+    """
+
+    def __init__(
+        self, config: TrainConfig, runtime: Runtime, model: nn.Module, optimizer: torch.optim.Optimizer, started: float
+    ):
+        self.model, self.optimizer, self.scaler = model, optimizer, runtime.grad_scaler()
+        self.runtime = runtime
+        self.step = 0
+        self.before: dict | None = None
+        self.best: dict | None = None
+        self.after: dict | None = None
+        self.samples_before: list[str] = []
+        self.samples_after: list[str] = []
+        self.losses: list[torch.Tensor] = []
+        self.skipped = torch.zeros(2, device=runtime.device)
+        self.throughput = Throughput()
+        accumulated = config.gradient_accumulation_steps if config.auto_find_batch_size else 1
+        self.micro_batch = BatchSize(config.per_device_train_batch_size * accumulated)
+        self.eval_batch = BatchSize(config.per_device_eval_batch_size)
+        self.saved_step: int | None = None
+        self.compiled: bool | None = None if config.torch_compile is None else False
+        self._wall_seconds, self._started = 0.0, started
+
+    @property
+    def wall_seconds(self) -> float:
+        """Seconds since the start of the run, over all resumes."""
+        return self._wall_seconds + time.perf_counter() - self._started
+
+    def state_dict(self) -> dict:
+        """Everything but the tensors of model and optimizer, as JSON values. Collective: every rank must call it."""
+        losses = torch.stack(self.losses).tolist() if self.losses else []
+        skipped_steps, skipped_in_a_row = map(int, self.skipped.tolist())
+        progress = {
+            **{
+                name: getattr(self, name)
+                for name in ("step", "before", "best", "after", "samples_before", "samples_after")
+            },
+            "unlogged_losses": losses,
+            "skipped_steps": skipped_steps,
+            "skipped_in_a_row": skipped_in_a_row,
+            "tokens": self.throughput.tokens,
+            "train_seconds": self.throughput.seconds,
+            "wall_seconds": self.wall_seconds,
+            "train_batch_size": self.micro_batch.size,
+            "eval_batch_size": self.eval_batch.size,
+        }
+        ranks = self.runtime.gather({"rng": distributed.rng_state(), "unlogged_losses": losses})
+        return {
+            "progress": progress,
+            "ranks": ranks,
+            "scaler": self.scaler.state_dict(),
+            "compiled": self.compiled,
+        }
+
+    def loss_scale(self) -> torch.Tensor | None:
+        """The factor of the scaled loss, a scalar that stays on the device; None if losses are not scaled."""
+        return self.scaler.scale(torch.ones((), device=self.runtime.device)) if self.scaler.is_enabled() else None
+
+    def count_step(self, loss: torch.Tensor, skipped: torch.Tensor, tokens: int) -> None:
+        """Count a finished step; `loss` and `skipped` (1.0 or 0.0) are scalars that stay on the device."""
+        self.step += 1
+        self.losses.append(loss)
+        self.skipped = torch.stack([self.skipped[0] + skipped, (self.skipped[1] + 1) * skipped])
+        self.throughput.tokens += tokens
+
+    def load_state_dict(self, saved: dict) -> None:
+        """Restore the result of `state_dict`, and the random generators. Raises an error if the value is malformed."""
+        rank = saved["ranks"][self.runtime.rank]
+        progress = {**saved["progress"], "unlogged_losses": rank["unlogged_losses"]}
+        if progress.keys() != _PROGRESS.keys():
+            raise ValueError(f"progress has the fields {', '.join(progress)}")
+        for name, types in _PROGRESS.items():
+            value = progress[name]
+            if not isinstance(value, types) or isinstance(value, dict) and not {"step", "loss"} <= value.keys():
+                raise ValueError(f"{name} is {value!r}")
+        if not all(isinstance(loss, float) for loss in progress["unlogged_losses"]):
+            raise ValueError("unlogged_losses are not numbers")
+        for name in ("step", "before", "best", "after", "samples_before", "samples_after"):
+            setattr(self, name, progress[name])
+        device = self.runtime.device
+        self.losses = [torch.tensor(loss, device=device) for loss in progress["unlogged_losses"]]
+        self.skipped = torch.tensor([float(progress[n]) for n in ("skipped_steps", "skipped_in_a_row")], device=device)
+        self.throughput = Throughput(progress["tokens"], progress["train_seconds"])
+        self._wall_seconds, self.saved_step = progress["wall_seconds"], self.step
+        for batch, size in (
+            (self.micro_batch, progress["train_batch_size"]),
+            (self.eval_batch, progress["eval_batch_size"]),
+        ):
+            batch.size = min(batch.size, size or batch.size)
+        self.scaler.load_state_dict(saved["scaler"])
+        self.compiled = saved.get("compiled")
+        distributed.set_rng_state(rank["rng"])
