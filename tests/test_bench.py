@@ -1,5 +1,7 @@
 """The benchmarks: what they write, and when they refuse. The tests ignore the measured times."""
 
+import contextlib
+import functools
 import importlib.util
 import json
 import math
@@ -30,6 +32,7 @@ from mori.bench.options import (
     TrainBenchConfig,
 )
 from mori.cli import RunFailed, UserError, checked, parse
+from mori.config import TrainConfig
 
 KEYS = {"bench", "model", "shape", "arms", "ratios", "versions", "device", "threads", "commit"}
 
@@ -321,11 +324,50 @@ def test_bench_help_imports_no_torch():
     assert done.returncode == 0 and "--uncounted_steps" in done.stdout, done.stderr
 
 
-def test_train_names_the_flag_for_a_gpu_without_bf16(monkeypatch, tmp_path):
-    runtime = distributed.Runtime(torch.device("cpu"), 0, 1, "fp16")
+def test_train_refuses_fp16_on_a_cpu(tmp_path):
+    """accelerate has no fp16 autocast on a CPU and computes in fp32 without a warning."""
+    with pytest.raises(UserError, match="use --precision bf16 or fp32"):
+        bench_train.train(small(TrainBenchConfig, tmp_path, arms=["mori"], precision="fp16"))
+
+
+def test_bare_arm_scales_the_loss_in_fp16(small_model, text_file, tmp_path, monkeypatch):
+    """A scale that overflows in the first four steps: `bare` and `mori` skip the same ones."""
+    scaler = functools.partial(torch.amp.GradScaler, init_scale=2.0**36, backoff_factor=2.0**-6)
+    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+    values = {"model": str(small_model), "corpus": [str(text_file)], "block_size": 16, "max_steps": 8}
+    values |= {
+        "logging_steps": 1,
+        "learning_rate": 0.01,
+        "dropout": 0.0,
+        "precision": "fp16",
+        "lr_scheduler_type": "constant",
+    }
+    where = {"logging_dir": str(tmp_path), "output_dir": str(tmp_path / "brain"), "run_name": "run", "prompt": ["Halo"]}
+    config = TrainConfig(**values, **where, held_out_fraction=0.1).resolve()
+    (tmp_path / "mori").mkdir()
+    runs = [arms.run_arm(arm, config, tmp_path / arm, 0.0) for arm in ("mori", "bare")]
+    expected, losses = ({line["step"]: line["loss"] for line in run["metrics"]} for run in runs)
+    bench_train.check_losses("bare", expected, losses, "fp16")
+
+
+@pytest.mark.parametrize(
+    "device, dtype, refused", [("cpu", "bfloat16", True), ("cuda", "float32", True), ("cuda", "bfloat16", False)]
+)
+def test_decode_requires_equal_ids_except_in_bf16_on_a_gpu(device, dtype, refused, monkeypatch, tmp_path):
+    """In bf16 logits are often equal, and kernels for different shapes round them to either side."""
+    figures = {"seconds": 1.0, "weight_bytes": 1, "copy_bytes_per_second": 1.0}
+    results = {arm: [figures] for arm in ("mori-greedy", "generate-greedy")}
+    runtime = distributed.Runtime(torch.device(device), 0, 1, "fp32")
     monkeypatch.setattr(distributed, "start", lambda *_: runtime)
-    with pytest.raises(UserError, match="use --precision fp32"):
-        bench_train.train(small(TrainBenchConfig, tmp_path, arms=["mori"]))
+    monkeypatch.setattr(distributed, "for_children", lambda device: device.type)
+    monkeypatch.setattr(
+        bench_decode, "_run_arms", lambda *_: (results, {"mori-greedy": [[1]], "generate-greedy": [[2]]})
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+    config = DecodeBenchConfig(dtype=dtype, device=device, output_dir=str(tmp_path))
+    with pytest.raises(RunFailed, match="void") if refused else contextlib.nullcontext():
+        bench_decode.decode(config)
+    assert len(list(tmp_path.glob("*.json"))) == (not refused)
 
 
 def test_measured_peak_is_measured_at_every_call():

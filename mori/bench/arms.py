@@ -363,25 +363,26 @@ def _bare_arm(config: TrainConfig, warm_up_steps: int) -> dict:
     batches = _batches(config, len(windows))
     model = AutoModelForCausalLM.from_pretrained(config.model).to(runtime.device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True)
-    losses, seconds = torch.zeros(config.max_steps, device=runtime.device), []
+    scaler, losses, seconds = runtime.grad_scaler(), torch.zeros(config.max_steps, device=runtime.device), []
     for step in range(config.max_steps):
         input_ids, labels = (tensor.to(runtime.device) for tensor in windows.batch(batches[step][0]))
         with runtime.autocast():
-            logits = model(input_ids, use_cache=False).logits
-            loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
-        loss.backward()
+            loss = F.cross_entropy(model(input_ids, use_cache=False).logits.flatten(0, 1), labels.flatten())
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
         clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad()
         losses[step] = loss.detach()
         if step + 1 in (warm_up_steps, config.max_steps):
             runtime.synchronize()
         seconds.append(time.perf_counter())
-    losses, every = losses.tolist(), config.logging_steps
-    logged = range(every, config.max_steps + 1, every)
+    every = config.logging_steps
+    logged = ((step, losses[step - every : step]) for step in range(every, config.max_steps + 1, every))
     return {
         "seconds_after_step": seconds,
-        "metrics": [{"step": step, "loss": sum(losses[step - every : step]) / every} for step in logged],
+        "metrics": [{"step": step, "loss": part.mean().item()} for step, part in logged],
         "training_peak_memory_bytes": peak_memory_bytes(runtime.device),
     }
 

@@ -136,8 +136,8 @@ class TrainBenchConfig(StartupBenchConfig):
     uncounted_steps: int = flag(5, "steps before the measurement starts: some arms compile during them", above=0)
     precision: str = flag(
         "auto",
-        "precision of the forward pass; auto is bf16 on a GPU and fp32 on a CPU",
-        choices=("auto", "fp32", "bf16"),
+        "precision of the forward pass; auto is bf16 or fp16 on a GPU and fp32 on a CPU",
+        choices=("auto", "fp32", "bf16", "fp16"),
     )
     logging_steps: int = same_flag(TrainConfig, "logging_steps", 10)
 

@@ -133,7 +133,7 @@ def startup(config: StartupBenchConfig) -> None:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        _make_inputs(config, folder, tokens=1)
+        make_inputs(config, folder, tokens=1)
         results = harness.in_turn(["mori", "mori-default", "trainer"], config.repeats, run)
     seconds = {arm: [run["seconds"] for run in runs] for arm, runs in results.items()}
     arms = {arm: {"seconds": values, **harness.spread(values)} for arm, values in seconds.items()}
@@ -179,8 +179,8 @@ def _measure(config: TrainBenchConfig) -> tuple[dict[str, list[dict]], Runtime]:
         if arm.startswith("trainer"):
             harness.require("accelerate", arm)
     runtime = distributed.start(config.device, config.precision)
-    if runtime.precision == "fp16":
-        raise UserError("this GPU has no bf16; use --precision fp32")
+    if runtime.precision == "fp16" and runtime.device.type == "cpu":
+        raise UserError("precision fp16: on a CPU Trainer computes in fp32 instead; use --precision bf16 or fp32")
     threads, expected = config.threads or torch.get_num_threads(), {}
 
     def run(arm: str) -> dict:
@@ -204,7 +204,7 @@ def _measure(config: TrainBenchConfig) -> tuple[dict[str, list[dict]], Runtime]:
         folder = Path(name)
         run_config = _run_config(config, folder, runtime)
         windows = config.max_steps * config.per_device_train_batch_size + 3
-        _make_inputs(config, folder, tokens=windows * config.block_size)
+        make_inputs(config, folder, tokens=windows * config.block_size)
         arms = ["mori", *(arm for arm in config.arms if arm != "mori")]
         return harness.in_turn(arms, config.repeats, run), runtime
 
@@ -234,7 +234,7 @@ def measured_peak(runtime: Runtime) -> float | None:
     return max(peaks) if all(peaks) else None
 
 
-def _make_inputs(config: StartupBenchConfig, folder: Path, tokens: int) -> None:
+def make_inputs(config: StartupBenchConfig, folder: Path, tokens: int) -> None:
     """Write the inputs of all arms: `model` with random weights and a tokenizer, and `corpus.txt` of at least `tokens`."""
     text = "\n".join(document.text.strip() for document in corpus.read_documents(find_files([]))) + "\n"
     tokenizer = loading.train_tokenizer([text])
