@@ -56,6 +56,16 @@ def test_generate_empty_prompt_starts_from_the_beginning_of_text(model_and_token
         generate(model, bare, [""])
 
 
+def test_generate_switches_cudnn_attention_off_for_its_own_time(model_and_tokenizer):
+    model, tokenizer = model_and_tokenizer
+    enabled = []
+    hook = model.register_forward_hook(lambda *_: enabled.append(torch.backends.cuda.cudnn_sdp_enabled()))
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    generate(model, tokenizer, ["Halo"], max_new_tokens=2)
+    hook.remove()
+    assert enabled and not any(enabled) and torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_generate_leaves_mode_and_global_rng_unchanged(model_and_tokenizer):
     model, tokenizer = model_and_tokenizer
     model.train()

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 
+import torch
 from torch import nn
 
 from mori.cli import UserError, checked, guarded
@@ -68,8 +69,9 @@ def generate(
         ids = prompt_ids[prompt]
         capacity = context - len(ids) + 1 if context and not slides else settings.max_new_tokens
         texts.append(_Text(number, tokenizer, ids, settings, eos_ids, capacity, on_text))
-    was_training = model.training
+    was_training, cudnn_attention = model.training, torch.backends.cuda.cudnn_sdp_enabled()
     model.eval()
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a new plan for each number of keys
     try:
         for batch in _batches([len(text.prompt_ids) for text in texts], batch_size, equal_lengths=slides):
             sampler = Sampler(
@@ -82,6 +84,7 @@ def generate(
             _decode_batch(model, [texts[number] for number in batch], sampler, context)
     finally:
         model.train(was_training)
+        torch.backends.cuda.enable_cudnn_sdp(cudnn_attention)
     return [text.completion(prompts[prompt]) for (prompt, _), text in zip(pairs, texts, strict=True)]
 
 
