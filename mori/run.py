@@ -16,7 +16,7 @@ from torch import nn
 from mori import distributed, optim
 from mori.checkpoint import checkpoints, run_folder
 from mori.checkpoint.files import publish, set_aside, write_json
-from mori.cli import RunFailed, UserError, checked
+from mori.cli import RunFailed, UserError, checked, one_line
 from mori.config import TrainConfig, steps_of
 from mori.data.token_file import separator
 from mori.data.windows import Batches, load_step
@@ -28,7 +28,9 @@ from mori.prepare import Prepared, prepare
 from mori.speed.matmul import choose_library
 from mori.speed.peak import flops_per_token, peak_flops
 from mori.speed.startup import keep_freed_memory
+from mori.speed.step_graph import StepGraph
 from mori.state import State
+from mori.tracking.memory import peak_memory_bytes
 from mori.tracking.monitor import Monitor, say
 from mori.tracking.overview import environment, introduction
 
@@ -49,6 +51,7 @@ class Run:
     module: CausalLMLoss | None = None  # set by `build`
     parallel: nn.Module | None = None  # `module`, in DDP if there are several ranks
     monitor: Monitor | None = None
+    step_graph: StepGraph | None = None
     parameters: list[nn.Parameter] = field(default_factory=list)
     flops_per_token: float = 0.0
     peak_flops: float | None = None
@@ -110,6 +113,7 @@ class Run:
         pays = tokens > WORTH_COMPILING_SECONDS * tokens_per_second
         state.compiled = pays and may_compile(self.module, config, self.runtime)
         if state.compiled:
+            self.step_graph.reset()
             rows = state.micro_batch.size
             batch = self.data.train.batch(range(min(len(self.data.train), rows)))
             self.monitor.say(f"step {state.step}: {compile_module(self.module, rows, batch, self.runtime)}")
@@ -125,6 +129,22 @@ class Run:
         if summary:
             self.runtime.close()
         return summary
+
+    def summary(self, state: State) -> dict:
+        """What the run did; its summary.json."""
+        return {
+            "run_name": self.config.run_name,
+            "model": self.config.model,
+            "ledger": asdict(self.data.ledger),
+            "eval": {"before": state.before, "best": state.best, "after": state.after},
+            "samples": {"before": state.samples_before, "after": state.samples_after},
+            "steps": self.total_steps,
+            "skipped_steps": int(state.skipped[0]),
+            "wall_seconds": state.wall_seconds,
+            "tokens_per_second": state.throughput.average,
+            "peak_memory_bytes": peak_memory_bytes(self.runtime.device),
+            "output_dir": self.config.output_dir,
+        }
 
     def publish(self) -> None:
         """Write the trained model to `output_dir`; an existing model is renamed to `<name>.previous`."""
@@ -231,6 +251,10 @@ def build(run: Run, locks: contextlib.ExitStack) -> State:
         total_steps=run.total_steps,
         enabled=runtime.is_main,
         resumed=run.resumed is not None,
+    )
+    run.step_graph = StepGraph(
+        config.cuda_graphs and runtime.device.type == "cuda" and runtime.world_size == 1,
+        on_failure=lambda error: run.monitor.say(f"no CUDA graph: {one_line(error)}"),
     )
     if state.micro_batch.size < config.per_device_train_batch_size:
         run.monitor.say(f"{state.micro_batch.size} window(s) at a time: more did not fit in memory before")

@@ -7,6 +7,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 
 import torch
 from torch.nn.utils import clip_grad_norm_
@@ -73,7 +74,7 @@ def train_step(run: Run, state: State) -> tuple[torch.Tensor, float]:
     grad_norm = clip_grad_norm_(run.parameters, config.max_grad_norm or math.inf)
     skipped = optim.step_if_finite(optimizer, grad_norm)
     state.scaler.update()
-    optimizer.zero_grad()
+    optimizer.zero_grad(set_to_none=not run.step_graph.enabled)
     state.count_step(loss, skipped, tokens=run.batches.windows_in(state.step) * config.block_size)
     return grad_norm, lr
 
@@ -87,7 +88,7 @@ def accumulate_gradients(run: Run, state: State) -> torch.Tensor:
     random_state = distributed.random_state()
     while True:
         run.batches.batch_size = run.module.rows = state.micro_batch.size
-        loss, step_loss = None, torch.zeros((), device=device)  # None frees the failed attempt's graph before the retry
+        step_loss = torch.zeros((), device=device)
         with state.throughput.waiting():
             micro_batches, n_targets = load_step(run.data.train, run.batches[state.step], pin=device.type == "cuda")
         # The valid targets of the step over all micro-batches and ranks. DDP averages over ranks: divide by world_size.
@@ -97,13 +98,20 @@ def accumulate_gradients(run: Run, state: State) -> torch.Tensor:
                 input_ids = input_ids.to(device, non_blocking=True)  # (B, T)
                 labels = labels.to(device, non_blocking=True)  # (B, T)
                 with runtime.no_sync(run.parallel, skip=number < len(micro_batches)):
-                    with runtime.autocast():
-                        loss = run.parallel(input_ids, labels, divisor, state.loss_scale())
-                    state.scaler.scale(loss).backward()
-                step_loss += loss.detach()
+                    step_loss += run.step_graph(partial(forward_backward, run, state), input_ids, labels, divisor)
         if not state.micro_batch.halved:
             return step_loss
         undo(run, state, random_state)
+
+
+def forward_backward(
+    run: Run, state: State, input_ids: torch.Tensor, labels: torch.Tensor, divisor: torch.Tensor
+) -> torch.Tensor:
+    """Add the gradients of a micro-batch `(B, T)`; returns its part of the step's loss."""
+    with run.runtime.autocast():
+        loss = run.parallel(input_ids, labels, divisor, state.loss_scale())
+    state.scaler.scale(loss).backward()
+    return loss.detach()
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -117,6 +125,7 @@ def undo(run: Run, state: State, random_state: tuple) -> None:
         run_folder.remember_batch_size(run.run_dir, rank, size)
         raise RunFailed(f"memory ran out on rank {rank}; the same command resumes with {size} window(s) at a time")
     state.optimizer.zero_grad()
+    run.step_graph.reset()
     distributed.set_random_state(random_state)
     run.monitor.say(
         f"step {state.step + 1}: memory ran out; from this step on, micro-batches have {size} window(s) at a time instead of "
@@ -253,19 +262,7 @@ def finish(run: Run, state: State) -> dict:
     config, runtime = run.config, run.runtime
     run.monitor.say("\n".join(["after:", *state.samples_after]))
     run.monitor.close()
-    summary = {
-        "run_name": config.run_name,
-        "model": config.model,
-        "ledger": asdict(run.data.ledger),
-        "eval": {"before": state.before, "best": state.best, "after": state.after},
-        "samples": {"before": state.samples_before, "after": state.samples_after},
-        "steps": run.total_steps,
-        "skipped_steps": int(state.skipped[0]),
-        "wall_seconds": state.wall_seconds,
-        "tokens_per_second": state.throughput.average,
-        "peak_memory_bytes": peak_memory_bytes(runtime.device),
-        "output_dir": config.output_dir,
-    }
+    summary = run.summary(state)
     if runtime.is_main:
         run.publish()
         with run.writes():

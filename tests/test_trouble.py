@@ -44,13 +44,13 @@ def test_gradients_that_are_never_finite_stop_the_run(run_train, tmp_path, monke
 def test_smaller_batch_size_after_out_of_memory_is_remembered(run_train, tmp_path, monkeypatch, capsys):
     real, sizes, rows = CausalLMLoss.forward, [], []
 
-    def forward(self, input_ids, labels, n_targets=None):
+    def forward(self, input_ids, labels, n_targets=None, loss_scale=None):
         if n_targets is not None:
             sizes.append(len(input_ids))
             rows.append(self.rows)
             if len(input_ids) > 2:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
-        return real(self, input_ids, labels, n_targets)
+        return real(self, input_ids, labels, n_targets, loss_scale)
 
     monkeypatch.setattr(CausalLMLoss, "forward", forward)
     options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "max_steps": 8}
@@ -81,12 +81,12 @@ def test_graph_of_a_failed_pass_is_freed_before_the_retry(run_train, monkeypatch
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    def forward(self, input_ids, labels, n_targets=None):
+    def forward(self, input_ids, labels, n_targets=None, loss_scale=None):
         if n_targets is None:
             return real(self, input_ids, labels)
         if kept:
             alive.append(kept[0]() is not None)
-        loss = real(self, input_ids, labels, n_targets)
+        loss = real(self, input_ids, labels, n_targets, loss_scale)
         if len(input_ids) > 2:
             hidden = loss * 1  # stands for all that the failed pass holds
             kept.append(weakref.ref(hidden))
@@ -114,8 +114,8 @@ def test_interrupted_run_that_cannot_be_saved_fails(run_train, monkeypatch):
 def test_run_that_only_skips_stops_between_logs_too(run_train, tmp_path, monkeypatch):
     real = CausalLMLoss.forward
 
-    def forward(self, input_ids, labels, n_targets=None):
-        loss = real(self, input_ids, labels, n_targets)
+    def forward(self, input_ids, labels, n_targets=None, loss_scale=None):
+        loss = real(self, input_ids, labels, n_targets, loss_scale)
         return loss if n_targets is None else loss * torch.nan
 
     monkeypatch.setattr(CausalLMLoss, "forward", forward)
@@ -140,8 +140,8 @@ def test_infinite_norm_is_skipped_with_a_scaler_too(run_train, small_model, tmp_
     """Gradients of 1e30 are finite, their norm is not."""
     real = CausalLMLoss.forward
 
-    def forward(self, input_ids, labels, n_targets=None):
-        loss = real(self, input_ids, labels, n_targets)
+    def forward(self, input_ids, labels, n_targets=None, loss_scale=None):
+        loss = real(self, input_ids, labels, n_targets, loss_scale)
         if n_targets is not None:
             for parameter in self.parameters():
                 parameter.register_hook(lambda grad: torch.full_like(grad, 1e30))

@@ -117,6 +117,11 @@ class SpeedConfig(Config):
     gradient_checkpointing: bool = flag(
         False, "keep one activation of each layer and recompute the others: less memory, about a third more time"
     )
+    cuda_graphs: bool = flag(
+        False,
+        "on one GPU, replay forward and backward pass as a CUDA graph: for small batches, whose launches take longest",
+        may_change=True,
+    )
     torch_compile: bool | None = flag(
         None,
         "compile the model: takes minutes at the start, then speeds up steps; unset compiles, on one GPU, as soon as the measured speed says that it pays",

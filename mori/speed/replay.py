@@ -4,7 +4,7 @@ A small model's step spends most of its time in the Python of its modules. A rec
 functions on the same weights, so the results are equal to the last bit. If no shape changes, a GPU captures the list as a graph.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from operator import itemgetter
 
@@ -189,21 +189,19 @@ class Graph:
     Args:
         replay: of a function in which every shape, and every tensor but the inputs, stays the same.
         inputs: the inputs of the capture.
+        warm_up: call `replay` once before the capture: libraries initialize at their first call, which must not be captured.
 
     Raises RuntimeError if the calls cannot be captured. The next launch overwrites the returned tensor.
     """
 
-    def __init__(self, replay: Replay, inputs: list[torch.Tensor]):
+    def __init__(self, replay: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor], warm_up: bool = True):
         self._replay = replay  # the graph knows addresses only: the tensors must live as long
         self._inputs = [tensor.clone() for tensor in inputs]
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(inputs[0].device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):  # libraries initialize at their first call, which must not be captured
-                replay(*self._inputs)
+            if warm_up:
+                on_side_stream(replay, *self._inputs)
             before = torch.cuda.current_stream()
-            before.wait_stream(side)
             try:
                 with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                     self._result = replay(*self._inputs)
@@ -217,6 +215,16 @@ class Graph:
             buffer.copy_(tensor)
         self._graph.replay()
         return self._result
+
+
+def on_side_stream(function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
+    """`function(*tensors)` on another stream, as PyTorch asks for the calls before a capture."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        result = function(*tensors)
+    torch.cuda.current_stream().wait_stream(side)
+    return result
 
 
 def _name(function: Callable) -> str:

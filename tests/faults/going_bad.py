@@ -25,7 +25,7 @@ def _poison(where: str, value: float, at_call: int, forever: bool) -> None:
     """In a child: from the `at_call`th training forward on (or in it alone), something is not finite."""
     calls = []
 
-    def forward(self, input_ids, labels, n_targets=None):
+    def forward(self, input_ids, labels, n_targets=None, loss_scale=None):
         if n_targets is None:
             return _forward(self, input_ids, labels)
         calls.append(1)
@@ -126,7 +126,7 @@ def _room_for(windows: int, place: str, from_call: int = 1) -> None:
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    def forward(self, input_ids, labels, n_targets=None):
+    def forward(self, input_ids, labels, n_targets=None, loss_scale=None):
         while hooks:
             hooks.pop().remove()
         training = n_targets is not None
