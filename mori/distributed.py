@@ -68,16 +68,27 @@ class Runtime:
 
         DDP rearranges its buckets after the first backward pass, and a gradient's bucket decides the order in which the
         ranks are summed. Two passes over the example settle the layout, so that the first step after a resume sums in the
-        same order as every other step.
+        same order as every other step. A pass before them shows whether the loss uses every parameter: only if it does not,
+        DDP has to search each step for the gradients that it must not wait for.
         """
         if self.world_size == 1:
             return model
-        wrapped = DistributedDataParallel(model, device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+        def backward(module: nn.Module) -> None:
+            with self.autocast():
+                loss = module(*example())
+            loss.backward()
+
         with self.unchanged_random_state():
+            backward(model)
+            unused = self.any(any(p.grad is None for p in model.parameters() if p.requires_grad))
+            wrapped = DistributedDataParallel(
+                model,
+                device_ids=[self.device.index] if self.device.type == "cuda" else None,
+                find_unused_parameters=unused,
+            )
             for _ in range(2):
-                with self.autocast():
-                    loss = wrapped(*example())
-                loss.backward()
+                backward(wrapped)
         wrapped.zero_grad()
         return wrapped
 

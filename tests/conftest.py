@@ -61,6 +61,18 @@ def small_model(tmp_path_factory, tokenizer) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def model_with_unused_parameters(tmp_path_factory, tokenizer) -> Path:
+    """A folder with a GPT-2 whose cross-attention no text reaches, so that its parameters have no gradient."""
+    torch.manual_seed(0)
+    shape = {"n_positions": 64, "n_embd": 32, "n_layer": 1, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
+    folder = tmp_path_factory.mktemp("model_with_unused_parameters")
+    config = GPT2Config(vocab_size=len(tokenizer), add_cross_attention=True, **shape)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def model_and_tokenizer(small_model):
     """The model of that folder in evaluation mode, and its tokenizer."""
