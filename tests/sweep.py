@@ -21,11 +21,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 import transformers
 from families import small_config
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_TYPES
 
-from mori.bench import arms, compare, harness
-from mori.cli import RunFailed, UserError, one_line, run_script
+from mori.bench import arms, compare
+from mori.cli import one_line, run_script
 from mori.config import TrainConfig
 from mori.data.files import SHIPPED
 from mori.generation.generate import generate
