@@ -14,7 +14,7 @@ from mori.generation.replaying_reader import ReplayingReader
 from mori.generation.sampler import Sampler
 from mori.speed import matmul
 
-OLD = Version(transformers.__version__) < Version("5.23")
+OLD = Version(transformers.__version__) < Version("5.4")
 CACHE = "past_key_values" if Version(transformers.__version__) < Version("5.24") else "cache"
 REPLAYED = set("gpt2 gpt_neox phi llama qwen2 qwen3 gemma granite cohere olmo2 stablelm smollm3".split())
 if CACHE == "cache":

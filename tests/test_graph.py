@@ -20,7 +20,7 @@ needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is
 CAPTURED = set("gpt2 gpt_neox opt falcon phi llama qwen2 qwen3 gemma granite cohere olmo2 stablelm smollm3".split())
 # Learned positions; rotary positions; a mask only in padded batches; a sliding window, which is not captured.
 REPRESENTATIVES = ["gpt2", "llama", "falcon", "gemma2"]
-OLD = Version(transformers.__version__) < Version("5.23")
+OLD = Version(transformers.__version__) < Version("5.4")
 needs_capture = pytest.mark.skipif(OLD, reason="this release of transformers computes positions in Python: no graph")
 if Version(transformers.__version__) >= Version("5.24"):
     CAPTURED.add("gptj")

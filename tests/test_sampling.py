@@ -67,6 +67,14 @@ def random_rows(count: int, vocabulary: int, seed: int) -> torch.Tensor:
     return rows
 
 
+def processed(processor, texts: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """The result of transformers' `processor`."""
+    result = processor(texts, rows.clone())
+    if isinstance(processor, ExponentialDecayLengthPenalty):  # older releases turn -inf into NaN
+        result = result.where(rows.isfinite(), rows)
+    return result
+
+
 def random_texts(count: int, vocabulary: int, seed: int = 1) -> torch.Tensor:
     return torch.randint(
         0, min(vocabulary, 9), (count, PROMPT + NEW), generator=torch.Generator().manual_seed(seed)
@@ -84,7 +92,7 @@ def test_control_equals_transformers_to_the_bit(name, vocabulary, count):
     rows, texts = random_rows(count, vocabulary, vocabulary), random_texts(count, vocabulary)
     for value, processor in TRANSFORMERS[name].values():
         ours = filtered(rows, texts, NEW, **{name: value})
-        expected = processor()(texts, rows.clone())
+        expected = processed(processor(), texts, rows)
         assert torch.equal(ours, expected) or torch.equal(ours.nan_to_num(7e37), expected.nan_to_num(7e37)), value
 
 
@@ -97,7 +105,7 @@ def test_controls_together_equal_transformers(seed):
     chosen = {name: rng.choice(list(TRANSFORMERS[name].values())) for name in names}
     expected = rows.clone()
     for _, processor in chosen.values():
-        expected = processor()(texts, expected)
+        expected = processed(processor(), texts, expected)
         alive = (expected > -torch.inf).any(1)  # transformers raises if a row has no token left
         rows, texts, expected = rows[alive], texts[alive], expected[alive]
     assert len(rows) > 20
