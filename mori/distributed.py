@@ -213,8 +213,9 @@ def start(device: str = "auto", precision: str = "fp32", timeout: int = 1800) ->
         # torchrun keeps one store for all restarts (torch 2.13): a prefix hides the addresses of an earlier start.
         store, rank, size = next(dist.rendezvous("env://", timeout=limit))
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        backend = "nccl" if resolved.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+        gpu = resolved if resolved.type == "cuda" else None  # bound to its GPU, NCCL connects at once
+        backend = "nccl" if gpu else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit, device_id=gpu)
     if precision == "auto":
         precision = "fp32"
         if resolved.type == "cuda":

@@ -1,27 +1,25 @@
-"""Several ranks on one machine, started by torchrun, and the environment that describes them."""
+"""Joining the ranks."""
 
-import subprocess
-import sys
-
+import pytest
 import torch
-from conftest import ROOT, flags, weights
+import torch.distributed as dist
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "scripts/train.py"]
+from mori import distributed
 
 
-def test_two_ranks_train_a_model_with_unused_parameters_as_one_rank_does(
-    run_train, settings, model_with_unused_parameters, tmp_path
-):
-    options = {
-        "model": str(model_with_unused_parameters),
-        "dropout": 0.0,
-        "max_steps": 4,
-        "gradient_accumulation_steps": 2,
-    }
-    run_train(**options, per_device_train_batch_size=4)
-    words = {**settings, **options, "per_device_train_batch_size": 2, "run_name": "ranks", "output_dir": tmp_path / "b"}
-    done = subprocess.run([*TORCHRUN, *flags(words)], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    expected, found = weights(tmp_path / "brain"), weights(tmp_path / "b")
-    for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, msg=name)
+@pytest.mark.parametrize("device, backend", [("cuda", "nccl"), ("cpu", "gloo")])
+def test_start_binds_a_rank_to_its_gpu(device, backend, monkeypatch):
+    """A bound NCCL connects in `start`: its errors show before anything is loaded."""
+    joined = []
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(dist.HashStore(), 3, 4)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: joined.append((backend, options)))
+    monkeypatch.setattr(dist, "new_group", lambda **_: None)
+    monkeypatch.setattr(dist, "get_rank", lambda: 3)
+    runtime = distributed.start(device)
+    [(joined_backend, options)] = joined
+    assert joined_backend == backend and options["device_id"] == (runtime.device if device == "cuda" else None)
+    assert runtime.device == torch.device("cuda:1" if device == "cuda" else "cpu") and runtime.rank == 3
