@@ -33,7 +33,7 @@ def _poison(where: str, value: float, at_call: int, forever: bool) -> None:
         if hit and where == "weight":
             with torch.no_grad():
                 self.model.transformer.h[1].mlp.c_fc.weight[3, 5] = value
-        loss = _forward(self, input_ids, labels, n_targets)
+        loss = _forward(self, input_ids, labels, n_targets, loss_scale)
         if hit and where == "loss":
             loss = loss * value
         if hit and where == "gradient":
@@ -136,7 +136,7 @@ def _room_for(windows: int, place: str, from_call: int = 1) -> None:
             full()
         if ours and place == "backward":  # when the layers above have their gradients already
             hooks.append(self.model.transformer.h[0].register_full_backward_pre_hook(full))
-        return _forward(self, input_ids, labels, n_targets)
+        return _forward(self, input_ids, labels, n_targets, loss_scale)
 
     lm.CausalLMLoss.forward = forward
 
