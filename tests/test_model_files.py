@@ -89,12 +89,20 @@ def test_check_accepts_paths_that_exist_only_on_the_author_s_machine(folder):
     [
         {"rope_theta": 1e9, "total_params": 1e11, "model_max_length": 1e30},
         {"n_ctx": 10_485_760, "rope_theta": 10_000_000, "original_max_position_embeddings": 4_194_304},
+        {"training_date": 20250114, "num_train_tokens": 3 * 10**12, "notes": {"n_layer": 10**9, "seed": 2**63}},
+        {"model_type": "llama", "rope_theta": 10**9, "eos_token_id": 2**24 + 1, "max_position_embeddings": 2**25},
+        {
+            "model_type": "llama",
+            "rope_scaling": {"rope_type": "llama3", "original_max_position_embeddings": 10**8, "rope_theta": 10**9},
+        },
         {"id2label": {str(n): f"label {n}" for n in range(2000)}, "label2id": {f"label {n}": n for n in range(2000)}},
     ],
 )
 def test_check_accepts_numbers_of_real_models(folder, noted):
     change_config(folder, **noted)
-    load(folder)
+    assert check_folder(folder).tensors > 0
+    if noted.get("model_type", "gpt2") == "gpt2":
+        load(folder)
 
 
 @pytest.mark.parametrize(
@@ -103,8 +111,10 @@ def test_check_accepts_numbers_of_real_models(folder, noted):
         ({"num_labels": 2**22}, "num_labels"),
         ({"n_layer": 10**9}, "n_layer"),
         ({"model_type": "gpt_neo", "attention_types": [[["global"], 10**9]]}, "attention_types"),
-        ({"attention_types": [[["global"], 2**23]] * 9}, "attention_types"),
-        ({"text_config": {"deep": [{"n": -(10**30)}]}}, "n"),
+        ({"model_type": "gpt_neo", "attention_types": [[["global"], 2**23]] * 9}, "attention_types"),
+        ({"model_type": "gpt_neo", "attention_types": [{"deep": [{"n": -(10**30)}]}]}, "n"),
+        ({"model_type": "gemma3", "text_config": {"num_hidden_layers": 10**9}}, "num_hidden_layers"),
+        ({"model_type": "deepseek_v3", "first_k_dense_replace": 10**9}, "first_k_dense_replace"),
     ],
 )
 def test_check_refuses_integers_that_make_huge_lists(folder, changed, key):
@@ -149,8 +159,53 @@ def test_check_refuses_a_header_that_does_not_match_the_file(tmp_path, damage):
         check_folder(tmp_path)
 
 
-def test_check_refuses_a_pipe_in_a_subfolder(folder):
-    (folder / "more").mkdir()
-    os.mkfifo(folder / "more" / "x")
-    with pytest.raises(UserError, match="neither a plain file"):
-        load(folder)
+def links_beside(folder):
+    (folder / "venv/bin").mkdir(parents=True)
+    (folder / "venv/bin/python3").symlink_to("/usr/bin/env")
+    (folder / "debug-core.log").symlink_to("/nowhere/debug-core.log")
+    (folder / "notes.txt").symlink_to("/etc/hostname")
+    os.mkfifo(folder / "pipe")
+    os.mkfifo(folder / "venv/pipe")
+
+
+def settings_beside(folder):
+    (folder / "wandb_config.json").write_text("{not json")
+    (folder / "trainer_config.json").write_text('{"log_file": "/etc/hostname"}')
+    with (folder / "trainer_state.json").open("wb") as file:
+        file.truncate(1 << 30)
+
+
+def weights_beside(folder):
+    """Files of another format, or of another program."""
+    index = {"weight_map": {"a": "pytorch_model-00001-of-00002.bin"}}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    (folder / "text_encoder.index.json").write_text("[]")
+    (folder / "optimizer.bin").write_bytes(b"x")
+    (folder / "optimizer.safetensors").write_bytes(b"\xff" * 16)
+    with (folder / "consolidated.safetensors").open("wb") as file:
+        file.truncate(1 << 42)
+    (folder / "shard-00000.pt").write_bytes(b"x")
+
+
+@pytest.mark.parametrize("beside", [links_beside, settings_beside, weights_beside])
+def test_check_looks_only_at_what_is_loaded(folder, beside):
+    before = check_folder(folder)
+    beside(folder)
+    load(folder)
+    assert check_folder(folder) == before
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "vocab.txt", "model.safetensors", "spiece.model"])
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_check_refuses_a_link_or_a_pipe_in_the_place_of_a_loaded_file(folder, name, kind):
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name) if kind == "pipe" else (folder / name).symlink_to("/etc/hostname")
+    with pytest.raises(UserError, match="leads out" if kind == "link" else "neither a plain file"):
+        check_folder(folder)
+
+
+def test_check_reads_the_weights_that_the_config_names(folder):
+    (folder / "model.safetensors").rename(folder / "own.safetensors")
+    change_config(folder, transformers_weights="own.safetensors")
+    (folder / "model.safetensors").write_bytes(b"x")
+    assert check_folder(folder).tensors > 0
