@@ -6,11 +6,14 @@ import time
 import pytest
 import torch
 from conftest import stop_after
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard import SummaryWriter
 
 import mori
 from mori.config import TrainConfig
 from mori.tracking import loggers, overview
-from mori.tracking.loggers import Logger, MetricsFile, read_metrics
+from mori.tracking.loggers import Logger, MetricsFile, TensorBoard, read_metrics
 from mori.tracking.monitor import Monitor
 from mori.tracking.throughput import Throughput
 
@@ -89,6 +92,53 @@ def test_monitor_of_another_rank_writes_nothing(tmp_path, notebook):
     monitor.sync()
     monitor.close()
     assert not notebook and not list(tmp_path.iterdir())
+
+
+def on_the_board(folder) -> list[tuple[int, float]]:
+    """The steps and values that TensorBoard shows."""
+    board = EventAccumulator(str(folder))
+    board.Reload()
+    return [(event.step, event.value) for event in board.Scalars("a")]
+
+
+@pytest.mark.parametrize("clock", [2_000_000_000, 1_999_999_999, 10], ids=["same second", "back", "far back"])
+@pytest.mark.parametrize("earlier", ["mori", "SummaryWriter"])
+def test_tensorboard_reads_a_resumed_run_last(tmp_path, monkeypatch, clock, earlier):
+    monkeypatch.setattr(time, "time", lambda: 2_000_000_000.0)
+    if earlier == "mori":
+        board = TensorBoard(tmp_path, 0)
+        for step in range(1, 5):
+            board.scalars(step, {"a": step})
+    else:
+        board = SummaryWriter(str(tmp_path))
+        for step in range(1, 5):
+            board.add_scalar("a", step, step)
+    board.close()
+    monkeypatch.setattr(time, "time", lambda: float(clock))
+    for lost in (3, 4):
+        board = TensorBoard(tmp_path, lost)
+        for step in range(lost, 7):
+            board.scalars(step, {"a": 10 * lost + step})
+        board.close()
+    assert on_the_board(tmp_path) == [(1, 1), (2, 2), (3, 33), (4, 44), (5, 45), (6, 46)]
+
+
+def test_tensorboard_reads_what_is_written_after_a_failed_write(tmp_path, monkeypatch):
+    def write_a_part(self, record):
+        self._writer.write(b"part of a record")
+        self._writer.flush()
+        raise OSError(28, "No space left on device")
+
+    board = TensorBoard(tmp_path, 0)
+    board.scalars(1, {"a": 1.0})
+    with monkeypatch.context() as patch:
+        patch.setattr(RecordWriter, "write", write_a_part)
+        with pytest.raises(OSError):
+            board.scalars(2, {"a": 2.0})
+    for step in (3, 4):
+        board.scalars(step, {"a": float(step)})
+    board.close()
+    assert [step for step, _ in on_the_board(tmp_path)] == [1, 3, 4]
 
 
 def test_metrics_file_drops_lost_lines_before_it_writes(tmp_path):

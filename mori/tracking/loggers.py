@@ -3,8 +3,12 @@
 import contextlib
 import json
 import os
+import re
 import textwrap
+import time
 from pathlib import Path
+
+_EVENTS_NAME = re.compile(r"events\.out\.tfevents\.(\d{10})\b")
 
 
 class Logger:
@@ -42,31 +46,53 @@ class TensorBoard(Logger):
     """TensorBoard events in the run's folder."""
 
     name = "TensorBoard"
-    _writer = None
+    _records = None
+    _started = False
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Write `values` at `step` and flush."""
-        for tag, value in values.items():
-            self._open().add_scalar(tag, value, step)
-        self._open().flush()
+        from torch.utils.tensorboard.summary import scalar
+
+        self._write(step, [scalar(tag, value) for tag, value in values.items()])
 
     def text(self, step: int, tag: str, text: str) -> None:
         """Show `text` word for word, as an indented block with long lines folded (a Markdown code fence does not fold)."""
+        from torch.utils.tensorboard.summary import text as text_summary
+
         folded = [part for line in text.splitlines() for part in textwrap.wrap(line, 110) or [""]]
-        self._open().add_text(tag, "\n".join("    " + line for line in folded), step)
-        self._open().flush()
+        self._write(step, [text_summary(tag, "\n".join("    " + line for line in folded))])
 
     def close(self) -> None:
         """Close the events file."""
-        if self._writer:
-            self._writer.close()
+        if self._records:
+            self._records.close()
 
-    def _open(self):
-        if not self._writer:
-            from torch.utils.tensorboard import SummaryWriter
+    def _write(self, step: int, summaries: list) -> None:
+        """Append an event for each summary. After an error, the next write starts a new file: this one may end in a part."""
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
-            self._writer = SummaryWriter(str(self.run_dir), purge_step=self.first_lost_step)
-        return self._writer
+        events = [Event(step=step, summary=summary) for summary in summaries]
+        if not self._records:
+            first = [Event(file_version="brain.Event:2")]
+            if not self._started:  # TensorBoard forgets the events of this step and later ones that it has read before
+                first.append(Event(step=self.first_lost_step, session_log=SessionLog(status=SessionLog.START)))
+            events = first + events
+            self._records = RecordWriter((self.run_dir / self._new_name()).open("xb"))
+        try:
+            for event in events:
+                event.wall_time = time.time()
+                self._records.write(event.SerializeToString())
+            self._records.flush()
+            self._started = True
+        except OSError:
+            self._records = None
+            raise
+
+    def _new_name(self) -> str:
+        """The name of a file that TensorBoard reads after those present: it sorts them by name, and a clock may go back."""
+        times = [int(name[1]) for path in self.run_dir.glob("events*") if (name := _EVENTS_NAME.match(path.name))]
+        return f"events.out.tfevents.{max([int(time.time()), *(latest + 1 for latest in times)]):010d}.mori"
 
 
 class MetricsFile(Logger):
