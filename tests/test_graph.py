@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from families import expected, greedy, prompts_of
+from families import CAPTURED, expected, greedy, prompts_of
 from families import small_model as model_of
 from packaging.version import Version
 from test_decode import change_weights
@@ -16,14 +16,10 @@ from mori.generation.sampler import Sampler
 from mori.speed.replay import Graph, Replay
 
 needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-# Their step makes the same calls at every position.
-CAPTURED = set("gpt2 gpt_neox opt falcon phi llama qwen2 qwen3 gemma granite cohere olmo2 stablelm smollm3".split())
 # Learned positions; rotary positions; a mask only in padded batches; a sliding window, which is not captured.
 REPRESENTATIVES = ["gpt2", "llama", "falcon", "gemma2"]
 OLD = Version(transformers.__version__) < Version("5.4")
 needs_capture = pytest.mark.skipif(OLD, reason="this release of transformers computes positions in Python: no graph")
-if Version(transformers.__version__) >= Version("5.24"):
-    CAPTURED.add("gptj")
 
 
 class FakeGraph:

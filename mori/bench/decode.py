@@ -151,6 +151,8 @@ def measure_arm(config: DecodeBenchConfig) -> dict:
         torch.set_num_threads(config.threads)
     runtime = distributed.start(config.device)
     model = _model(config).to(runtime.device, getattr(torch, config.dtype))
+    # PyTorch's default, which `mori.generation.generate` switches off.
+    torch.backends.cuda.enable_cudnn_sdp(config.arm.startswith("generate"))
     if not config.arm.startswith("generate"):
         if runtime.device.type == "cpu":
             keep_freed_memory()
