@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic matmuls on a GPU
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # several test processes on a few cores thrash otherwise
 
 import pytest
@@ -27,6 +28,7 @@ STORIES = SHARED / "models" / "stories260K"
 REAL_CORPUS = SHARED / "data" / "mori_corpus.txt"
 needs_stories = pytest.mark.skipif(not STORIES.is_dir(), reason="the pretrained model stories260K is not at hand")
 needs_corpus = pytest.mark.skipif(not REAL_CORPUS.is_file(), reason="the course's corpus is not at hand")
+needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 CPU = Runtime(torch.device("cpu"), 0, 1, "fp32")
 
 
@@ -85,6 +87,14 @@ def text_file(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("corpus") / "text.txt"
     path.write_text(sorted(SHIPPED.glob("*.txt"))[1].read_text(encoding="utf-8")[:3000], encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def deterministic():
+    """Algorithms that give the same bits every time, on a GPU as well."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import STORIES, flags, needs_stories, run_script
+from conftest import STORIES, flags, needs_a_gpu, needs_stories, run_script
 from families import FAMILIES, small_model
 from packaging.version import Version
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -113,6 +113,23 @@ def test_mori_exact_equals_trainer_with_8_bit_moments(both, settings, tmp_path):
 def test_mori_exact_equals_trainer_in_bf16(both):
     _, _, pair = both(precision="bf16", max_steps=20)
     assert_equal_to_the_bit(pair, 20)
+
+
+@needs_a_gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_mori_exact_on_a_gpu_equals_trainer(both, deterministic, precision):
+    """Under deterministic algorithms to the bit."""
+    _, _, pair = both(device="cuda", precision=precision, max_steps=20, temperature=0.0)
+    assert_equal_to_the_bit(pair, 20)
+
+
+@needs_a_gpu
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-4), ("bf16", 1e-2), ("fp16", 1e-2)])
+@pytest.mark.parametrize("arm", ["mori-exact", "mori"])
+def test_losses_on_a_gpu_are_close_to_those_of_trainer(both, arm, precision, tolerance):
+    """With the usual algorithms, which add some gradients in no fixed order."""
+    _, _, pair = both((arm, "trainer"), device="cuda", precision=precision, max_steps=20, dropout=0.0)
+    assert pair["steps"] == 20 and pair["max_relative_loss_diff"] <= tolerance
 
 
 def test_trainer_reports_that_fp16_on_a_cpu_is_fp32(both):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from conftest import needs_a_gpu
 from families import CAPTURED, expected, greedy, prompts_of
 from families import small_model as model_of
 from packaging.version import Version
@@ -15,7 +16,6 @@ from mori.generation.decode import decode
 from mori.generation.sampler import Sampler
 from mori.speed.replay import Graph, Replay
 
-needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 # Learned positions; rotary positions; a mask only in padded batches; a sliding window, which is not captured.
 REPRESENTATIVES = ["gpt2", "llama", "falcon", "gemma2"]
 OLD = Version(transformers.__version__) < Version("5.4")

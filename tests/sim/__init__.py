@@ -1,0 +1,1 @@
+"""A simulated CUDA device, for the tests that need a GPU."""
