@@ -228,6 +228,49 @@ def test_cudnn_attention_is_left_to_models_without_mask_and_dropout(family, chan
     assert variants._suits_cudnn_attention(module) == expected
 
 
+def test_build_module_says_that_nothing_was_compiled(monkeypatch):
+    """Dynamo runs code that it cannot trace as it is, without an error."""
+    compile_trunk = CausalLMLoss.compile_trunk
+    monkeypatch.setattr(CausalLMLoss, "compile_trunk", lambda self, rows: compile_trunk(self, rows, backend="eager"))
+    descriptions = []
+    for traceable in (True, False):
+        torch._dynamo.reset()
+        model = small_model("llama", 97)
+        if not traceable:
+            model.base_model.forward = torch.compiler.disable(model.base_model.forward)
+        module, description = build_module(model, TrainConfig(block_size=24, torch_compile=True), batch(), CPU)
+        descriptions.append(description.rpartition(", ")[2])
+        assert module.compiled == traceable
+    assert descriptions == ["compiled", "not compiled: the compiler cannot trace the model"]
+
+
+def test_train_continues_uncompiled_if_the_compiler_fails_later(run_train, tmp_path, monkeypatch, capsys):
+    """After memory ran out, the smaller micro-batch needs other code."""
+    graphs, forward, compile_trunk = [], CausalLMLoss.forward, CausalLMLoss.compile_trunk
+
+    def backend(graph, _):
+        graphs.append(graph)
+        if len(graphs) > 1:
+            raise RuntimeError("no code for this size")
+        return graph.forward
+
+    def limited(module, input_ids, *args):
+        if module.training and len(args) > 1 and len(input_ids) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(module, input_ids, *args)
+
+    options = {"dropout": 0.0, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "max_steps": 6}
+    monkeypatch.setattr(CausalLMLoss, "forward", limited)
+    run_train(**options, run_name="eager", output_dir=str(tmp_path / "eager"))
+    torch._dynamo.reset()
+    monkeypatch.setattr(CausalLMLoss, "compile_trunk", lambda self, rows: compile_trunk(self, rows, backend=backend))
+    run_train(**options, torch_compile=True)
+    printed = capsys.readouterr().out
+    assert ", compiled\n" in printed and len(graphs) == 2
+    assert printed.count("WARNING: no longer compiled: ") == 1 and "no code for this size" in printed
+    assert_equal_weights(tmp_path / "eager", tmp_path / "brain")
+
+
 def test_build_module_says_why_the_compiler_failed_and_runs_without(monkeypatch):
     def broken(graph, _):
         raise RuntimeError("no compiler here")

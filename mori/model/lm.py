@@ -1,7 +1,7 @@
 """A causal language model together with its loss: one module for DDP, autocast and the compiler."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -30,6 +30,7 @@ class CausalLMLoss(nn.Module):
 
     Attributes:
         rows: the number of windows in a batch; a compiled model pads a smaller batch to it.
+        on_compile_failure: called with the error if the compiler fails; the model then runs without compiled code.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class CausalLMLoss(nn.Module):
         self.model, self.chunked_loss = model, chunked_loss
         self.cpu_matmul, self.separator = cpu_matmul, separator
         self.mask_free, self.compiled, self._has_compiled_code, self.rows = False, False, False, 0
+        self.on_compile_failure: Callable[[Exception], object] = lambda error: None
         self.router_coefficient = getattr(model, "router_aux_loss_coef", getattr(model, "aux_loss_coef", None))
 
     @property
@@ -65,8 +67,8 @@ class CausalLMLoss(nn.Module):
         if compiled and (missing := self.rows - len(input_ids)) > 0:  # another shape would trigger a recompilation
             input_ids, labels = pad(input_ids, (0, 0, 0, missing)), pad(labels, (0, 0, 0, missing), value=IGNORE_INDEX)
         documents = {} if self.separator is None else document_mask(input_ids, self.separator)
-        with self.matmul_context(), contextlib.nullcontext() if compiled else self._eager():
-            output = self.trunk(input_ids=input_ids, use_cache=False, **documents)
+        with self.matmul_context():
+            output = self._run_trunk(compiled, input_ids=input_ids, use_cache=False, **documents)
             if self.chunked_loss:  # output[0] is the input of the head, (B, T, D)
                 grad_scale = None if loss_scale is None else loss_scale / n_targets
                 loss = chunked_cross_entropy_sum(output[0], self.model.get_output_embeddings(), labels, grad_scale)
@@ -80,6 +82,16 @@ class CausalLMLoss(nn.Module):
             share = (labels != IGNORE_INDEX).sum() / n_targets
             loss = loss + self.router_coefficient * router_loss * share
         return loss
+
+    def _run_trunk(self, compiled: bool, **inputs):
+        if compiled:
+            try:
+                return self.trunk(**inputs)
+            except torch._dynamo.exc.TorchDynamoException as error:  # a smaller batch needs other code
+                self.compiled = False
+                self.on_compile_failure(error)
+        with self._eager():
+            return self.trunk(**inputs)
 
     def matmul_context(self) -> contextlib.AbstractContextManager:
         """The context of every forward pass, in which `cpu_matmul` computes the large matmuls."""

@@ -124,19 +124,25 @@ def _enable_gradient_checkpointing(module: CausalLMLoss, config: TrainConfig) ->
 
 def compile_module(module: CausalLMLoss, rows: int, batch: tuple[torch.Tensor, torch.Tensor], runtime) -> str:
     """Compile the model for `rows` windows and try one step; if the compiler fails, run without it. Returns what happened."""
+    errors, on_failure, stats = [], module.on_compile_failure, torch._dynamo.utils.counters["stats"]
     module.compile_trunk(rows)
+    module.on_compile_failure, graphs_before = errors.append, stats["unique_graphs"]
     input_ids, labels = (tensor[:rows].to(runtime.device) for tensor in batch)
     try:
         with runtime.unchanged_random_state(), runtime.autocast():
             module(input_ids, labels).backward()
-    except torch._dynamo.exc.TorchDynamoException as error:
-        module.compiled = False
-        return f"not compiled: {one_line(error)}"
+    except torch._dynamo.exc.TorchDynamoException as error:  # of the backward pass
+        errors.append(error)
     except torch.OutOfMemoryError:
-        pass  # the first step halves the micro-batch
+        return "compiled"  # the first step halves the micro-batch
     finally:
+        module.on_compile_failure = on_failure
         module.zero_grad()
-    return "compiled"
+    graphs = stats["unique_graphs"] - graphs_before
+    if errors or not graphs:  # code that the compiler cannot trace runs without an error
+        module.compiled = False
+        return f"not compiled: {one_line(errors[0]) if errors else 'the compiler cannot trace the model'}"
+    return "compiled" if graphs == 1 else f"compiled in {graphs} parts"
 
 
 def may_compile(module: CausalLMLoss, config: TrainConfig, runtime) -> bool:
