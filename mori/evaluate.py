@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -13,18 +13,26 @@ from mori.model.lm import CausalLMLoss
 
 @dataclass
 class Evaluation:
-    """`loss` is in nats per token, `bits_per_byte` in bits per byte of the text before it was tokenized."""
+    """`loss` is in nats per token, `bits_per_byte` in bits per byte of the text before it was tokenized, or None."""
 
     loss: float
     perplexity: float
-    bits_per_byte: float
+    bits_per_byte: float | None
+
+    def __str__(self) -> str:
+        bits = "" if self.bits_per_byte is None else f", {self.bits_per_byte:.4f} bits per byte"
+        return f"held-out loss {self.loss:.4f}, perplexity {self.perplexity:.2f}{bits}"
+
+    def scalars(self) -> dict[str, float]:
+        """The values that there are, by their tags."""
+        return {f"eval/{name}": value for name, value in asdict(self).items() if value is not None}
 
 
 @torch.no_grad()
 def evaluate(
     module: CausalLMLoss,
     dataset: ShiftedDataset,
-    text_bytes: int,
+    text_bytes: int | None,
     *,
     batch_size: BatchSize,
     runtime: Runtime,
@@ -33,7 +41,9 @@ def evaluate(
     """Score every target of `dataset` once; the ranks share the work.
 
     Losses are summed in float64. Bits per byte, (nats / ln 2) / `text_bytes`, does not depend on the tokenizer, so it compares
-    models with different vocabularies. A batch that does not fit in memory is split in halves. `give_up` is called before
+    models with different vocabularies. It counts the bytes of the files, although a tokenizer may write text in lower case, say;
+    it is None if `text_bytes` is, as where the tokenizer loses text. The token that ends a document counts towards the loss,
+    and has no bytes; a token that only begins one is given, never predicted, and has no label in `dataset`. A batch that does not fit in memory is split in halves. `give_up` is called before
     every batch; the result is None once it returns true.
     """
     was_training = module.training
@@ -55,7 +65,7 @@ def evaluate(
     module.train(was_training)
     loss = nats / targets
     perplexity = math.exp(loss) if loss < 700 else math.inf
-    return Evaluation(loss, perplexity, nats / math.log(2) / max(1, text_bytes))
+    return Evaluation(loss, perplexity, nats / math.log(2) / text_bytes if text_bytes else None)
 
 
 def first_nonfinite_tensor(

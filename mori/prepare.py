@@ -11,24 +11,25 @@ from mori.data.token_file import TokenFile, text_bytes_from
 from mori.data.windows import ShiftedDataset, split
 from mori.distributed import Runtime
 from mori.generation.generate import check_prompts
-from mori.model import loading
+from mori.model import loading, special_tokens
 
 
 @dataclass
 class Prepared:
     """A tokenizer, a model's configuration, and the corpus as windows of token ids.
 
-    `held_out_bytes` is the number of bytes of text that the held-out labels cover.
+    `held_out_bytes` is the number of bytes of text that the held-out labels cover; None if the tokenizer loses text.
     """
 
     documents: list[corpus.Document]
     blank_files: int
     tokenizer: object
+    special_tokens: special_tokens.SpecialTokens
     model_config: object
     token_file: TokenFile
     train: ShiftedDataset
     held_out: ShiftedDataset
-    held_out_bytes: int
+    held_out_bytes: int | None
     ledger: corpus.Ledger
 
     @property
@@ -50,29 +51,43 @@ def prepare(config: TrainConfig, runtime: Runtime) -> Prepared:
     model_config = loading.load_config(
         config.model, tokenizer, dropout=config.dropout, trust_remote_code=config.trust_remote_code
     )
+    special = special_tokens.decide(tokenizer, document_bos=config.document_bos, parse=config.parse_special_tokens)
     check_prompts(config.prompt, tokenizer, model_config)
     loading.check_fits(model_config, block_size=config.block_size, max_id=0)
     cache_dir = Path(config.logging_dir) / ".cache"
-    token_file = runtime.main_first(lambda: TokenFile.make(documents, tokenizer, cache_dir))
+    token_file = runtime.main_first(lambda: TokenFile.make(documents, tokenizer, cache_dir, special.begin))
     loading.check_fits(model_config, block_size=config.block_size, max_id=token_file.header["max_id"])
+    header = token_file.header
+    corpus.check_expressed(documents, header["text"])
+    special_tokens.check_corpus(special, header["text"]["special_tokens"])
     boundary = split(len(token_file), config.block_size, config.held_out_fraction)
     train = ShiftedDataset(token_file.ids[:boundary], config.block_size)
+    ledger = corpus.Ledger(
+        bytes=sum(document.bytes for document in documents),
+        documents=len(documents),
+        tokens=len(token_file),
+        train_tokens=boundary - train.dropped,
+        held_out_tokens=len(token_file) - boundary,
+        dropped_tokens=train.dropped,
+        bos_tokens=len(documents) * len(header["begin"]),
+        eos_tokens=len(documents) * len(header["end"]) + len(header["final"]),
+        **header["text"],
+    )
     return Prepared(
         documents=documents,
         blank_files=len(files) - len(documents),
         tokenizer=tokenizer,
+        special_tokens=special,
         model_config=model_config,
         token_file=token_file,
         train=train,
-        held_out=ShiftedDataset(token_file.ids[boundary:], config.block_size, keep_tail=True),
-        # The first held-out token is never a label, so its bytes are not counted.
-        held_out_bytes=text_bytes_from(boundary + 1, token_file, documents, tokenizer),
-        ledger=corpus.Ledger(
-            bytes=sum(document.bytes for document in documents),
-            documents=len(documents),
-            tokens=len(token_file),
-            train_tokens=boundary - train.dropped,
-            held_out_tokens=len(token_file) - boundary,
-            dropped_tokens=train.dropped,
+        held_out=ShiftedDataset(
+            token_file.ids[boundary:],
+            config.block_size,
+            keep_tail=True,
+            without_label=token_file.begin_positions() - boundary,
         ),
+        # The first held-out token is never a label, so its bytes are not counted.
+        held_out_bytes=None if ledger.loses_text else text_bytes_from(boundary + 1, token_file, documents, tokenizer),
+        ledger=ledger,
     )

@@ -18,10 +18,9 @@ from mori.checkpoint import checkpoints, run_folder
 from mori.checkpoint.files import publish, set_aside, write_json
 from mori.cli import RunFailed, UserError, checked, one_line
 from mori.config import TrainConfig, steps_of
-from mori.data.token_file import separator
 from mori.data.windows import Batches, load_step
 from mori.distributed import Runtime
-from mori.model import loading
+from mori.model import loading, special_tokens
 from mori.model.lm import CausalLMLoss
 from mori.model.variants import WORTH_COMPILING_SECONDS, build_module, compile_module, may_compile, takes_onednn
 from mori.prepare import Prepared, prepare
@@ -78,6 +77,8 @@ class Run:
             "config": asdict(self.config),
             "precision": runtime.precision,
             "world_size": runtime.world_size,
+            "document_bos": bool(self.data.special_tokens.begin),
+            "parse_special_tokens": self.data.special_tokens.parsed,
             **self.data.hashes,
         }
 
@@ -216,6 +217,7 @@ def build(run: Run, locks: contextlib.ExitStack) -> State:
     """Load the model, select its fastest verified variant, build the optimizer, restore a checkpoint, open the run's folder."""
     config, runtime = run.config, run.runtime
     model = loading.load_model(config.model, run.data.model_config, config.trust_remote_code)
+    special_tokens.write_into(model, run.data.tokenizer)
     model = loading.move(model, runtime.device)
     if config.dtype == "bfloat16":
         loading.store_in_bfloat16(model)
@@ -226,7 +228,7 @@ def build(run: Run, locks: contextlib.ExitStack) -> State:
         config,
         run.data.train.batch(range(min(len(run.data.train), config.per_device_train_batch_size))),
         runtime,
-        separator=separator(run.data.tokenizer),
+        separators=run.data.special_tokens.borders,
         cpu_matmul=library,
         compiled=bool(saved.get("compiled")),
     )
@@ -310,6 +312,8 @@ def _introduction(run: Run, model: nn.Module, description: str, about: dict) -> 
         environment=about,
         device=run.runtime.device,
         text=str(run.data.ledger),
+        special_tokens=run.data.special_tokens.describe(model, run.data.tokenizer),
+        warnings=run.data.ledger.warnings(),
         blank_files=run.data.blank_files,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         total_steps=run.total_steps,

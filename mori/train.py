@@ -152,7 +152,7 @@ def evaluate_and_sample(run: Run, state: State, signals: distributed.StopSignals
             f"step {state.step}: memory ran out; evaluated {state.eval_batch.size} window(s) at a time instead of {size}"
         )
     state.after = {"step": state.step, **asdict(evaluation)}
-    monitor.scalars(state.step, {f"eval/{name}": value for name, value in asdict(evaluation).items()})
+    monitor.scalars(state.step, evaluation.scalars())
     if state.best is None or math.isnan(state.best["loss"]) or evaluation.loss < state.best["loss"]:
         state.best = state.after
     if runtime.is_main:
@@ -166,10 +166,7 @@ def evaluate_and_sample(run: Run, state: State, signals: distributed.StopSignals
             state.samples_after = [f"(no sample: {error})"]
         for number, sample in enumerate(state.samples_after):
             monitor.text(state.step, f"samples/{number}", sample)
-    monitor.say(
-        f"step {state.step}: held-out loss {evaluation.loss:.4f}, perplexity {evaluation.perplexity:.2f}, "
-        f"{evaluation.bits_per_byte:.4f} bits per byte"
-    )
+    monitor.say(f"step {state.step}: {evaluation}")
     if state.step == 0:
         state.before, state.samples_before = state.after, state.samples_after
         monitor.say("\n".join(["before:", *state.samples_before]))

@@ -87,7 +87,7 @@ def comparisons() -> list[str]:
                 f"{before['loss']:.4f}",
                 f"{after['loss']:.4f}",
                 f"{after['perplexity']:,.0f}",
-                f"{after['bits_per_byte']:.4f}",
+                "–" if after["bits_per_byte"] is None else f"{after['bits_per_byte']:.4f}",
             ]
             outcomes.append([comparison["name"], f"`{name}`", f"{arm['steps']:,}", tokens, *scores])
     return [*_table(differences, left=2), "", *_table(outcomes, left=2)]

@@ -25,11 +25,13 @@ ENVIRONMENT = {
 }  # fmt: skip
 
 SHORT = "--max_steps 12 --eval_steps 6 --save_steps 6 --logging_steps 1 --max_new_tokens 8"
-STORY = f"--model {STORIES} --learning_rate 1e-3"
+WITH_BOS = f"--model {STORIES} --learning_rate 1e-3"
+STORY = f"{WITH_BOS} --no-document_bos"  # recorded before documents began with BOS
 # name -> the command lines that are run one after the other in one folder; {folder} is that folder
 RUNS = {
     "preset": [f"{SHORT}"],
     "stories": [f"{STORY} --corpus {REAL_CORPUS} {SHORT} --block_size 256"],
+    "document-bos": [f"{WITH_BOS} --corpus {REAL_CORPUS} {SHORT} --cpu_matmul torch"],
     "short-last-window": [
         f"{SHORT} --corpus {{folder}}/short.txt --block_size 32 --gradient_accumulation_steps 3 --max_steps -1 "
         "--num_train_epochs 2 --per_device_train_batch_size 2"

@@ -187,7 +187,7 @@ def test_document_mask_gives_each_document_its_own_loss(mask_free_family, compil
     input_ids, _ = batch(2, 24)
     input_ids[0, [7, 15]] = input_ids[1, [0, 22]] = separator
     labels = input_ids.roll(-1, 1)
-    module, description = build_module(model, config, batch(), CPU, separator=separator)
+    module, description = build_module(model, config, batch(), CPU, separators=(separator,))
     assert "documents kept apart" in description and "mask-free" not in description
     if compiled:
         torch._dynamo.reset()

@@ -4,7 +4,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from mori.generation.stream import TextStream, cut_at_stop, decode_text
+from mori.generation.stream import StopFinder, TextStream, decode_text
 from mori.model.loading import train_tokenizer
 
 TEXTS = [
@@ -67,6 +67,15 @@ def test_stream_withholds_the_beginning_of_a_stop_string():
     assert "".join(pieces) == "Halo semua, selamat " and unfinished.finish() == "datang" and not unfinished.stopped
 
 
-def test_cut_at_stop_takes_the_first_in_the_text():
-    assert cut_at_stop("one two three", ["three", "two"]) == "one "
-    assert cut_at_stop("one", ["two"]) is None
+def test_stop_finder_takes_the_first_in_the_text():
+    finder = StopFinder(["three", "two"])
+    assert finder.add("one two three") == "one " and finder.found and finder.finish() == ""
+    finder = StopFinder(["two"])
+    assert finder.add("one t") + finder.finish() == "one t" and not finder.found
+
+
+def test_stop_finder_looks_back_into_the_prompt_but_stops_behind_it():
+    finder = StopFinder(["stop", "o"], prompt="a stop, a st")
+    assert finder.add("ill") == "ill" and not finder.found
+    finder = StopFinder(["stop"], prompt="a stop, a st")
+    assert (finder.add("o"), finder.add("ps"), finder.found) == ("", "", True)

@@ -26,7 +26,8 @@ def write(path, content):
 class SlowTokenizer:
     """A tokenizer without a fast backend; each word becomes the same id."""
 
-    eos_token_id = bos_token_id = None
+    eos_token_id = bos_token_id = unk_token_id = unk_token = None
+    added_tokens_decoder, all_special_ids = {}, ()
 
     def __init__(self, *word_ids):
         self.word_ids = list(word_ids)
@@ -36,6 +37,9 @@ class SlowTokenizer:
 
     def __call__(self, text, **_):
         return {"input_ids": self.word_ids * len(text.split())}
+
+    def decode(self, ids, **_):
+        return " ".join(map(str, ids))
 
 
 @pytest.fixture

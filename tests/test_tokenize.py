@@ -23,6 +23,7 @@ from mori.data.files import SHIPPED
 from mori.data.token_file import TokenFile
 from mori.data.tokenize import TextEncoder, encode
 from mori.data.words import CannotCut
+from mori.model import special_tokens
 from mori.model.loading import train_tokenizer
 
 TRAINING_TEXT = (
@@ -222,6 +223,23 @@ def test_text_encoder_gives_the_ids_of_one_call_of_a_pretrained_tokenizer(small_
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(STORIES / "tokenizer.json"))
     encoder, rng = TextEncoder(tokenizer), random.Random(0)
     assert max(assert_ids_of_one_call(encoder, tokenizer, random_text(rng), rng) for _ in range(150)) > 5
+
+
+@pytest.mark.parametrize("name", ["byte level", "Llama 3", "Llama 2, fused", "Gemma"])
+def test_text_encoder_keeps_special_tokens_as_text_as_one_call_does(name, small_parts):
+    tokenizer, rng = TOKENIZERS[name][0](), random.Random(name)
+    names = ["<s>", "</s>", "<|im end|>", "[SEP]"]
+    tokenizer.add_special_tokens({"bos_token": "<s>", "extra_special_tokens": names[1:]})
+    special_tokens.decide(tokenizer, parse=False)
+    encoder, counts = TextEncoder(tokenizer), []
+    for _ in range(40):
+        parts = random_text(rng).split("a")
+        text = "".join(part + rng.choice(names) + rng.choice(("", " ")) for part in parts)
+        counts.append(assert_ids_of_one_call(encoder, tokenizer, text, rng))
+        expected = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        assert numpy.concatenate([ids for ids, _ in encoder.encode([text])]).tolist() == expected
+        assert not set(tokenizer.convert_tokens_to_ids(names)) & set(expected)
+    assert max(counts) > 1
 
 
 def test_known_alternatives_match_nothing_across_a_cut_point():

@@ -81,10 +81,10 @@ def test_build_module_keeps_the_model_if_the_loss_check_fails(wrong, monkeypatch
 @pytest.mark.parametrize("family", ["bloom", "mamba", "mistral", "gpt2"])
 def test_build_module_refuses_a_document_mask_it_cannot_keep(family):
     """No positions to give, no attention, a shorter window, no token between documents."""
-    separator = None if family == "gpt2" else 5
+    separators = () if family == "gpt2" else (5,)
     config = TrainConfig(block_size=24, document_mask=True)
     with pytest.raises(UserError, match="document_mask: .* cannot keep documents apart"):
-        build_module(small_model(family, 97), config, batch(), CPU, separator=separator)
+        build_module(small_model(family, 97), config, batch(), CPU, separators=separators)
 
 
 def test_document_mask_changes_the_losses_and_cannot_change_in_a_resumed_run(run_train, tmp_path):

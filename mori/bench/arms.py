@@ -349,7 +349,7 @@ class _Record:
         evaluations = [{f"eval/{k}" if k != "step" else k: v for k, v in e.items()} for e in self.evaluations]
         monitor = Monitor(folder, first_step=0, total_steps=self.total_steps, enabled=True)
         for line in sorted(evaluations + self.logged, key=lambda line: line["step"]):
-            monitor.scalars(line["step"], {name: value for name, value in line.items() if name != "step"})
+            monitor.scalars(line.pop("step"), {name: value for name, value in line.items() if value is not None})
         monitor.close()
 
 

@@ -86,7 +86,7 @@ def _outcome(comparison: dict, arms: dict) -> list[str]:
         before, after = arm["held_out"]["before"], arm["held_out"]["after"]
         lines.append(
             f"| `{name}` | {arm['steps']} | {arm['tokens_trained']:,} | {arm['targets']:,} | {before['loss']:.6f} | {after['loss']:.6f} "
-            f"| {after['perplexity']:.2f} | {after['bits_per_byte']:.4f} |"
+            f"| {after['perplexity']:.2f} | {_bits(after['bits_per_byte'])} |"
         )
     lines += ["", *(f"`{name}`: {arm['error']}\n" for name, arm in comparison["arms"].items() if arm["error"])]
     return [
@@ -157,6 +157,10 @@ def _settings(arms: dict) -> list[str]:
         settings = [f"{key}: {value}" for key, value in sorted(arm["settings"].items()) if value not in (None, "", [])]
         lines += [f"<details><summary><code>{name}</code></summary>", "", "```", *settings, "```", "", "</details>", ""]
     return lines
+
+
+def _bits(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
 
 
 def _difference(value: float | None) -> str:

@@ -14,6 +14,9 @@ from mori.checkpoint.files import hashes, write_json
 from mori.cli import UserError, print_error
 from mori.config import TrainConfig
 
+# What checkpoints of versions that did not record it stand for.
+_IN_EARLIER_VERSIONS = {"document_bos": False, "parse_special_tokens": True}
+
 
 def check_writable(run_dir: Path, output_dir: Path) -> None:
     """Raise UserError if the run or the model could not be written, or would replace something else.
@@ -136,6 +139,7 @@ def _differences(saved: dict, config: TrainConfig, identity: dict, folder: Path)
     known = {f.name for f in fields(TrainConfig)}
     try:
         there = TrainConfig(**{name: value for name, value in saved["config"].items() if name in known})
+        saved = {**_IN_EARLIER_VERSIONS, **saved}
         values = {name: (saved[name], identity[name]) for name in identity if name != "config"}
     except (KeyError, AttributeError):
         raise UserError(f"{folder / 'state.json'} is not a state of mori; take another checkpoint") from None

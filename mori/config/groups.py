@@ -38,6 +38,16 @@ class CorpusConfig(Config):
     corpus: list[str] = flag(
         [], "text files, folders of *.txt, or globs; unset takes the transcripts that ship with mori", may_change=True
     )
+    document_bos: bool = flag(
+        True, "begin each document as the tokenizer begins a prompt, if it does so (with <s>, say)", may_change=True
+    )
+    parse_special_tokens: bool | None = flag(
+        None,
+        "read the name of a special token in the text, such as <s>, as that token; off keeps it as text, also in prompts and "
+        "in the trained model's folder; unset leaves it to the tokenizer",
+        kind=bool,
+        may_change=True,
+    )
     block_size: int = flag(128, "tokens in one training window", above=0)
     document_mask: bool = flag(
         False, "mask attention between documents that share a window, and restart positions in each"

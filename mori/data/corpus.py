@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mori.cli import UserError
@@ -42,7 +42,17 @@ class Document:
 
 @dataclass
 class Ledger:
-    """Every token of the corpus, accounted for: tokens = train_tokens + held_out_tokens + dropped_tokens."""
+    """Every token of the corpus, accounted for: tokens = train_tokens + held_out_tokens + dropped_tokens.
+
+    Attributes:
+        bos_tokens, eos_tokens: tokens that were added to begin and to end the documents. Where one token does both, it is
+            counted in front of each document, and once at the end of the corpus.
+        special_tokens: the special tokens that the text itself brought, by name, with their number.
+        unknown_tokens: tokens that stand for text that the tokenizer does not know.
+        lost_bytes: bytes of text that do not come back when the tokens are decoded; a tokenizer's normalization (lower case,
+            NFKC) and blanks but for line ends do not count.
+        lost_characters: the most frequent of the lost characters, with their number.
+    """
 
     bytes: int
     documents: int
@@ -50,12 +60,41 @@ class Ledger:
     train_tokens: int
     held_out_tokens: int
     dropped_tokens: int
+    bos_tokens: int = 0
+    eos_tokens: int = 0
+    special_tokens: dict[str, int] = field(default_factory=dict)
+    unknown_tokens: int = 0
+    lost_bytes: int = 0
+    lost_characters: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return (
             f"{self.documents} document(s), {self.bytes:,} bytes -> {self.tokens:,} tokens = "
             f"{self.train_tokens:,} to train on + {self.held_out_tokens:,} held out + {self.dropped_tokens:,} dropped"
         )
+
+    @property
+    def loses_text(self) -> bool:
+        """Whether the tokens do not hold the whole text."""
+        return bool(self.unknown_tokens or self.lost_bytes)
+
+    def warnings(self) -> list[str]:
+        """What a user should know before the training, one line each."""
+        lines = []
+        if self.special_tokens:
+            names = ", ".join(f"{name} ({count:,})" for name, count in self.special_tokens.items())
+            lines.append(
+                f"WARNING: the text itself holds {sum(self.special_tokens.values()):,} special tokens: {names}. If they are markup "
+                "and not the borders of documents, --no-parse_special_tokens keeps them as text"
+            )
+        if self.loses_text:
+            names = ", ".join(f"{character!r} ({count:,})" for character, count in self.lost_characters.items())
+            lines.append(
+                f"WARNING: the tokenizer cannot express this text: {self.unknown_tokens:,} unknown tokens, {self.lost_bytes:,} of "
+                f"{self.bytes:,} bytes lost{f', such as {names}' if names else ''}. No bits per byte are shown; take a model of "
+                "the text's language"
+            )
+        return lines
 
 
 def read_documents(files: Iterable[Path]) -> list[Document]:
@@ -88,6 +127,16 @@ def read_documents(files: Iterable[Path]) -> list[Document]:
     if not documents:
         raise UserError(f"the corpus is empty: {', '.join(blank[:3])} hold(s) no text")
     return documents
+
+
+def check_expressed(documents: list[Document], text: dict) -> None:
+    """Raise UserError if more than half of the text is lost in its tokens; `text` has the ledger's fields about it."""
+    lost, total = text["lost_bytes"], sum(document.text_bytes for document in documents)
+    if 2 * lost > total:
+        raise UserError(
+            f"the tokenizer cannot express this text: {lost:,} of {total:,} bytes are lost, such as "
+            f"{', '.join(map(repr, text['lost_characters']))}; take a model of the text's language"
+        )
 
 
 def corpus_hash(documents: list[Document]) -> str:

@@ -1,9 +1,12 @@
 """Documents -> a file of token ids, memory-mapped and reused, and the text bytes after any of its tokens."""
 
+import bisect
 import hashlib
+import itertools
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -12,13 +15,24 @@ from tqdm import tqdm
 
 from mori.cli import UserError
 from mori.data.corpus import Document, corpus_hash, hashed_chunks
-from mori.data.tokenize import LONG_CHARACTERS, TextEncoder, disable_truncation, encode, encode_each, join
+from mori.data.tokenize import (
+    LONG_CHARACTERS,
+    TextEncoder,
+    disable_truncation,
+    encode,
+    encode_each,
+    join,
+    lost_characters,
+    special_ids,
+)
 from mori.data.words import CannotCut
 
-_MAGIC, _VERSION = b"moritok\0", 3
+_MAGIC, _VERSION = b"moritok\0", 4
 _MAX_HEADER_BYTES = 64 << 20  # enough for four million documents
 _DATA_ALIGNMENT = 64
 _BLOCK_BYTES = 1 << 20
+_HEADER_BYTES = 1 << 14  # of a header without its lists
+_NAMES, _NAME_CHARACTERS = 20, 40  # of special tokens, in a header
 _MARK_CHARACTERS = 1 << 18  # at least this far apart are the marks of a token file; there are a million at most
 
 
@@ -40,8 +54,10 @@ class TokenFile:
     Attributes:
         ids: `(N,)`, uint16 or uint32 by the vocabulary's largest id, read-only.
         header: `version`, `dtype`, `count`, `max_id`, `first_tokens` (the index of each document's first token), `marks`
-            (pairs: the index of a token, and of its first character in its document; several in each long document), and
-            the SHA-256 of the corpus, of the tokenizer, and of the rest of the header with the ids.
+            (pairs: the index of a token, and of its first character in its document; several in each long document),
+            `begin`, `end` and `final` (the ids before and after each document, and at the end of the corpus), `parsed`
+            (whether the text may name special tokens), `text` (fields of the ledger), and the SHA-256 of the corpus, of the
+            tokenizer, and of the rest of the header with the ids.
     """
 
     def __init__(self, path: Path):
@@ -75,21 +91,37 @@ class TokenFile:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def begin_positions(self) -> numpy.ndarray:
+        """The indices `(N,)` of the tokens that begin documents and are nothing else: no text makes a model predict them."""
+        if self.header["final"]:  # they also end documents
+            return numpy.array([], dtype=numpy.int64)
+        offsets = numpy.arange(len(self.header["begin"]))
+        return (numpy.array(self.header["first_tokens"])[:, None] + offsets).ravel()
+
     @classmethod
-    def make(cls, documents: list[Document], tokenizer, cache_dir: Path) -> "TokenFile":
-        """Tokenize the documents, each followed by `separator`, or reuse the file in `cache_dir` that holds their ids.
+    def make(cls, documents: list[Document], tokenizer, cache_dir: Path, begin: Iterable[int] = ()) -> "TokenFile":
+        """Tokenize the documents, or reuse the file in `cache_dir` that holds their ids.
+
+        Each document stands between the ids `begin` and its `separator`. If both are the same token, one of it stands in
+        front of each document and one at the end of the corpus.
 
         Raises UserError if the tokenizer gives no token, if the corpus changes meanwhile, or if the file cannot be written.
         """
         hashes = {"corpus_sha256": corpus_hash(documents), "tokenizer_sha256": tokenizer_hash(tokenizer)}
-        path = cache_dir / f"tokens-{hashes['corpus_sha256'][:16]}-{hashes['tokenizer_sha256'][:16]}.bin"
+        begin, end = list(begin), [token for token in [separator(tokenizer)] if token is not None]
+        layout = (
+            {"begin": begin, "end": [], "final": end} if begin == end else {"begin": begin, "end": end, "final": []}
+        )
+        identity = {**hashes, **layout, "parsed": not getattr(tokenizer, "split_special_tokens", False)}
+        digests = (hashes["corpus_sha256"], hashlib.sha256(json.dumps(identity).encode()).hexdigest())
+        path = cache_dir / f"tokens-{digests[0][:16]}-{digests[1][:16]}.bin"
         try:
             cached = cls(path)
-            if hashes.items() <= cached.header.items():
+            if identity.items() <= cached.header.items():
                 return cached
         except (OSError, ValueError):
             pass
-        _create(path, documents, tokenizer, hashes)
+        _create(path, documents, tokenizer, identity)
         return cls(path)
 
 
@@ -113,10 +145,11 @@ def _blocks(path: Path, start: int) -> Iterator[bytes]:
             yield block
 
 
-def _create(path: Path, documents: list[Document], tokenizer, hashes: dict[str, str]) -> None:
+def _create(path: Path, documents: list[Document], tokenizer, identity: dict) -> None:
     """Write the ids behind space for the header, then the header; the file gets its name when it is complete."""
     spacing = max(_MARK_CHARACTERS, sum(document.text_bytes for document in documents) >> 20)
-    header_length = 1024 + 16 * len(documents) + 40 * sum(document.text_bytes // spacing for document in documents)
+    n_marks = sum(document.text_bytes // spacing for document in documents)
+    header_length = _HEADER_BYTES + 16 * len(documents) + 40 * n_marks
     start = data_start(header_length)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
@@ -124,15 +157,18 @@ def _create(path: Path, documents: list[Document], tokenizer, hashes: dict[str, 
         with temporary.open("wb") as file:
             file.seek(start)
             writer = _Writer(file, _dtype(tokenizer), spacing)
-            corpus_sha256 = _write_documents(writer, documents, tokenizer)
-            if not writer.count:
+            corpus_sha256 = _write_documents(writer, documents, tokenizer, identity)
+            n_added = len(documents) * len(identity["begin"] + identity["end"]) + len(identity["final"])
+            if writer.count == n_added:
                 raise UserError(
                     "the tokenizer gives no token for this corpus; use the tokenizer of a model of its language"
                 )
-            if corpus_sha256 != hashes["corpus_sha256"]:
+            if corpus_sha256 != identity["corpus_sha256"]:
                 raise UserError("the corpus has changed while it was read; run again")
             file.flush()
-            header = {"version": _VERSION, **writer.header(), **hashes}
+            header = {"version": _VERSION, **writer.header(), **identity}
+            ids = numpy.memmap(temporary, dtype=header["dtype"], mode="r", offset=start, shape=(writer.count,))
+            header["text"] = _account(ids, header, documents, tokenizer)
             header["sha256"] = header_hash(header, _blocks(temporary, start))
             file.seek(0)
             file.write(_MAGIC + header_length.to_bytes(8, "little") + json.dumps(header).encode().ljust(header_length))
@@ -141,6 +177,66 @@ def _create(path: Path, documents: list[Document], tokenizer, hashes: dict[str, 
         raise UserError(f"cannot write the token file {path}: {error.strerror}") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _account(ids: numpy.ndarray, header: dict, documents: list[Document], tokenizer) -> dict:
+    """What the text became: the fields of `corpus.Ledger` that are about its tokens."""
+
+    def chunks() -> Iterator[str]:
+        return itertools.chain.from_iterable(document.chunks() for document in documents)
+
+    special = _count(ids, special_ids(tokenizer))
+    for token in header["begin"] + header["end"]:
+        special[token] -= len(documents)
+    special.subtract(header["final"])
+    unknown, name = tokenizer.unk_token_id, tokenizer.unk_token
+    n_unknown, n_named = max(0, special.pop(unknown, 0)), 0
+    if n_unknown and header["parsed"]:  # the text may hold the unknown token's name, as some data sets do
+        n_named = min(n_unknown, _occurrences(name, chunks()))
+        special[unknown], n_unknown = n_named, n_unknown - n_named
+    lost = lost_characters(
+        tokenizer,
+        lambda: (chunk.replace(name, "") for chunk in chunks()) if n_named else chunks(),
+        _text_parts(ids, header),
+        unknown if n_unknown else None,
+    )
+    named = (+special).most_common()
+    names = {tokenizer.convert_ids_to_tokens(token)[:_NAME_CHARACTERS]: count for token, count in named[:_NAMES]}
+    return {
+        "special_tokens": {**names, **({"others": sum(n for _, n in named[_NAMES:])} if named[_NAMES:] else {})},
+        "unknown_tokens": n_unknown,
+        "lost_bytes": sum(len(character.encode()) * count for character, count in lost.items()),
+        "lost_characters": dict(lost.most_common(5)),
+    }
+
+
+def _count(ids: numpy.ndarray, wanted: set[int]) -> Counter[int]:
+    """How often each of the wanted ids is in `ids`."""
+    is_wanted, counts = numpy.zeros(max(wanted, default=0) + 2, dtype=bool), Counter()
+    is_wanted[list(wanted)] = True
+    for start in range(0, len(ids), _BLOCK_BYTES):
+        block = numpy.minimum(ids[start : start + _BLOCK_BYTES], len(is_wanted) - 1)
+        counts.update(block[is_wanted[block]].tolist())
+    return counts
+
+
+def _text_parts(ids: numpy.ndarray, header: dict) -> Iterator[numpy.ndarray]:
+    """The ids of the text alone, in parts that begin and end between characters."""
+    marks = [token for token, _ in header["marks"]]
+    for first, end in itertools.pairwise([*header["first_tokens"], len(ids) - len(header["final"])]):
+        first, end = first + len(header["begin"]), end - len(header["end"])
+        inner = marks[bisect.bisect(marks, first) : bisect.bisect_left(marks, end)]
+        for start, stop in itertools.pairwise([first, *inner, end]):
+            yield ids[start:stop]
+
+
+def _occurrences(name: str, chunks: Iterator[str]) -> int:
+    count, tail = 0, ""
+    for chunk in chunks:
+        text = tail + chunk
+        count += text.count(name)
+        tail = text[len(text) - len(name) + 1 :] if len(name) > 1 else ""
+    return count
 
 
 class _Writer:
@@ -152,9 +248,10 @@ class _Writer:
         self._first_tokens, self._marks, self._marked = [], [], 0
         self.count = self._max_id = 0
 
-    def begin_document(self) -> None:
+    def begin_document(self, begin: numpy.ndarray) -> None:
         self._first_tokens.append(self.count)
         self._marked = 0
+        self.write(begin)
 
     def write(self, ids: numpy.ndarray) -> None:
         if not len(ids):
@@ -172,7 +269,7 @@ class _Writer:
 
     def restart_document(self) -> None:
         """Remove what was written of the current document."""
-        self.count = self._first_tokens[-1]
+        self.count = self._first_tokens.pop()
         self._marks = [mark for mark in self._marks if mark[0] < self.count]
         self._file.seek(self._start + self.count * self._dtype.itemsize)
         self._file.truncate()
@@ -182,26 +279,27 @@ class _Writer:
         return {**layout, "first_tokens": self._first_tokens, "marks": self._marks}
 
 
-def _write_documents(writer: _Writer, documents: list[Document], tokenizer) -> str:
+def _write_documents(writer: _Writer, documents: list[Document], tokenizer, layout: dict) -> str:
     """Write the ids of all documents; returns the hash of the corpus as it was read."""
-    end, encoder, digest = separator(tokenizer), TextEncoder(tokenizer), hashlib.sha256()
-    end_ids = numpy.array([] if end is None else [end], dtype="uint32")
+    encoder, digest = TextEncoder(tokenizer), hashlib.sha256()
+    begin, end, final = (numpy.array(layout[name], dtype="uint32") for name in ("begin", "end", "final"))
     with _progress_bar(documents) as bar:
         for group in _grouped(documents):
             if len(group) == 1:
-                digest = _write_document(writer, group[0], tokenizer, encoder, digest, bar)
-                writer.write(end_ids)
+                digest = _write_document(writer, group[0], tokenizer, encoder, digest, bar, begin)
+                writer.write(end)
                 continue
             for ids in encode_each(tokenizer, ["".join(hashed_chunks(document, digest, bar)) for document in group]):
-                writer.begin_document()
+                writer.begin_document(begin)
                 writer.write(ids)
-                writer.write(end_ids)
+                writer.write(end)
+    writer.write(final)
     return digest.hexdigest()
 
 
-def _write_document(writer: _Writer, document: Document, tokenizer, encoder: TextEncoder, digest, bar: tqdm):
+def _write_document(writer: _Writer, document: Document, tokenizer, encoder: TextEncoder, digest, bar: tqdm, begin):
     """Write the ids of one document, in one call if they contradict its cut points; returns the updated digest."""
-    writer.begin_document()
+    writer.begin_document(begin)
     digest_before = digest.copy()
     try:
         for ids, character in encoder.encode(hashed_chunks(document, digest, bar)):
@@ -210,6 +308,7 @@ def _write_document(writer: _Writer, document: Document, tokenizer, encoder: Tex
     except CannotCut:
         digest = digest_before
         writer.restart_document()
+        writer.begin_document(begin)
         writer.write(numpy.array(encode(tokenizer, join(hashed_chunks(document, digest))), dtype="uint32"))
     return digest
 
@@ -245,7 +344,8 @@ def text_bytes_from(token: int, tokens: TokenFile, documents: list[Document], to
     """
     first_tokens = tokens.header["first_tokens"]
     index = int(numpy.searchsorted(first_tokens, token, side="right")) - 1
-    document, first_token = documents[index], first_tokens[index]
+    document, first_token = documents[index], first_tokens[index] + len(tokens.header["begin"])
+    token = max(token, first_token)  # the ids that begin a document have no bytes
     later_documents = sum(document.text_bytes for document in documents[index + 1 :])
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

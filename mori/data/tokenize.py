@@ -2,8 +2,9 @@
 
 import functools
 import itertools
-from collections import deque
-from collections.abc import Iterable, Iterator
+import unicodedata
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy
 
@@ -60,6 +61,69 @@ def join(chunks: Iterable[str]) -> str:
                 "cut the corpus into several files"
             )
     return "".join(parts)
+
+
+def special_ids(tokenizer) -> set[int]:
+    """The ids that are special to the tokenizer: they are no text, and decoding can leave them out."""
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    return special.union(tokenizer.all_special_ids)
+
+
+def lost_characters(
+    tokenizer, chunks: Callable[[], Iterator[str]], parts: Iterator[numpy.ndarray], unknown: int | None
+) -> Counter[str]:
+    """The characters of a corpus that do not come back when its ids are decoded, each with its number.
+
+    What a tokenizer changes without losing text does not count: blanks but for line ends, and its normalization, such as
+    lower case or NFKC.
+
+    Args:
+        chunks: called for the text in chunks, as often as needed.
+        parts: the ids of the text in parts that begin and end between characters.
+        unknown: the id that stands for text that the tokenizer does not know, if the ids hold it.
+    """
+    plain = _without_form(tokenizer)
+    if unknown is None and _expresses(tokenizer, _alphabet(chunks()), plain):
+        return Counter()
+    lost: Counter[str] = Counter()
+    for chunk in chunks():
+        lost.update(plain(chunk))
+    for ids in parts:
+        lost.subtract(plain(_decode(tokenizer, ids[ids != unknown] if unknown is not None else ids)))
+    return +lost
+
+
+def _decode(tokenizer, ids: numpy.ndarray) -> str:
+    return tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _alphabet(chunks: Iterator[str]) -> set[str]:
+    """The characters of a text."""
+    characters, ascii_characters = set(), b""
+    for chunk in chunks:
+        rest = chunk.encode().translate(None, ascii_characters)  # much faster than a set of every chunk
+        characters.update(rest.decode())
+        ascii_characters = "".join(filter(str.isascii, characters)).encode()
+    return characters
+
+
+def _expresses(tokenizer, characters: set[str], plain: Callable[[str], str]) -> bool:
+    """Whether the tokenizer can express each of these characters."""
+    text = " ".join(2 * character for character in sorted(characters))
+    try:
+        return not Counter(plain(text)) - Counter(plain(_decode(tokenizer, numpy.array(encode(tokenizer, text)))))
+    except UserError:  # a tokenizer without an unknown token fails on a word that it does not know
+        return False
+
+
+def _without_form(tokenizer) -> Callable[[str], str]:
+    """A function that removes from a text what tokenizers change without losing text."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        normalize = lambda text: unicodedata.normalize("NFKC", text).casefold()  # noqa: E731
+    else:
+        normalize = backend.normalizer.normalize_str if backend.normalizer else str
+    return lambda text: "\n".join("".join(line.split()) for line in normalize(text).replace("▁", " ").split("\n"))
 
 
 def disable_truncation(backend) -> None:

@@ -37,9 +37,15 @@ class ShiftedDataset(Dataset):
     they become one more window, padded with label -100, and nothing is dropped.
     """
 
-    def __init__(self, ids: numpy.ndarray, block_size: int, keep_tail: bool = False):
-        """`ids`: `(N,)` of any integer type, memory-mapped or not."""
-        self.ids, self.block_size = ids, block_size
+    def __init__(
+        self,
+        ids: numpy.ndarray,
+        block_size: int,
+        keep_tail: bool = False,
+        without_label: numpy.ndarray | None = None,
+    ):
+        """`ids`: `(N,)` of any integer type, memory-mapped or not; those with the indices `without_label` get label -100."""
+        self.ids, self.block_size, self.without_label = ids, block_size, without_label
         full_windows, tail = divmod(len(ids) - 1, block_size)
         self.dropped = 0 if keep_tail else tail
         self._windows = full_windows + (1 if keep_tail and tail else 0)
@@ -58,7 +64,10 @@ class ShiftedDataset(Dataset):
         is_padding = offsets >= len(self.ids)
         window = torch.from_numpy(self.ids[numpy.where(is_padding, 0, offsets)].astype(numpy.int64))  # (B, T + 1)
         labels = window[:, 1:].clone()
-        labels[torch.from_numpy(is_padding[:, 1:])] = IGNORE_INDEX
+        has_no_label = is_padding[:, 1:]
+        if self.without_label is not None:
+            has_no_label = has_no_label | numpy.isin(offsets[:, 1:], self.without_label)
+        labels[torch.from_numpy(has_no_label)] = IGNORE_INDEX
         return window[:, :-1].contiguous(), labels
 
 

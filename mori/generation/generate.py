@@ -7,13 +7,14 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import nn
 
-from mori.cli import UserError, checked, guarded
+from mori.cli import UserError, checked
 from mori.config import SamplingConfig
 from mori.generation.decode import decode
 from mori.generation.sampler import Sampler
 from mori.generation.sampling import check_token_ids
-from mori.generation.stream import TextStream, cut_at_stop, decode_text
+from mori.generation.stream import TextStream, decode_text
 from mori.model.loading import check_fits, context_length
+from mori.model.special_tokens import encode_prompt, eos_ids
 
 
 @dataclass
@@ -58,17 +59,18 @@ def generate(
     and an empty prompt if the tokenizer has no beginning-of-text token.
     """
     settings = resolve_settings(model, controls)
-    check_token_ids(settings, model.get_output_embeddings().weight.size(0))
+    vocabulary = model.get_output_embeddings().weight.size(0)
+    check_token_ids(settings, vocabulary)
     prompt_ids = [_encode(prompt, tokenizer, model.config, crop_prompt) for prompt in prompts]
     pairs = [(prompt, sample) for prompt in range(len(prompts)) for sample in range(settings.num_return_sequences)]
     slides = on_full_context == "slide"
-    context, eos_ids = context_length(model.config), _eos_ids(model, tokenizer)
+    context, ends = context_length(model.config), set(eos_ids(model, tokenizer))
     breaker_ids = _breaker_ids(tokenizer, settings.dry_sequence_breakers) if settings.dry_multiplier else []
     texts = []
     for number, (prompt, _) in enumerate(pairs):
         ids = prompt_ids[prompt]
         capacity = context - len(ids) + 1 if context and not slides else settings.max_new_tokens
-        texts.append(_Text(number, tokenizer, ids, settings, eos_ids, capacity, on_text))
+        texts.append(_Text(number, tokenizer, ids, settings, ends, capacity, on_text))
     was_training, cudnn_attention = model.training, torch.backends.cuda.cudnn_sdp_enabled()
     model.eval()
     torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a new plan for each number of keys
@@ -78,7 +80,7 @@ def generate(
                 [f"{seed}/{pairs[number][1]}" for number in batch],
                 settings,
                 device=next(model.parameters()).device,
-                eos_ids=sorted(eos_ids),
+                eos_ids=sorted(token for token in ends if token < vocabulary),
                 dry_breaker_ids=breaker_ids,
             )
             _decode_batch(model, [texts[number] for number in batch], sampler, context)
@@ -134,6 +136,7 @@ class _Text:
         self.settings, self.eos_ids, self.on_text = settings, eos_ids, on_text
         self.limit = min(capacity, settings.max_new_tokens)
         self.ids: list[int] = []
+        self.pieces: list[str] = []
         self.finish_reason = ""
         self.stream = None
         if on_text or settings.stop_strings:
@@ -167,10 +170,12 @@ class _Text:
         """The result. The text is decoded together with its prompt: alone, it could lose its first space."""
         text = decode_text(self.tokenizer, self.prompt_ids + self.ids)
         text = text[len(decode_text(self.tokenizer, self.prompt_ids)) :]
-        before_stop = cut_at_stop(text, self.settings.stop_strings)
-        return Completion(prompt, text if before_stop is None else before_stop, self.ids, self.finish_reason)
+        if self.stream and self.stream.stopped:
+            text = "".join(self.pieces)
+        return Completion(prompt, text, self.ids, self.finish_reason)
 
     def _emit(self, piece: str) -> None:
+        self.pieces.append(piece)
         if piece and self.on_text:
             self.on_text(self.number, piece)
 
@@ -204,7 +209,7 @@ def _batches(lengths: list[int], size: int, equal_lengths: bool) -> Iterator[lis
 def _encode(prompt: str, tokenizer, model_config, crop: bool) -> list[int]:
     """The ids of a prompt, which fit the model."""
     context = context_length(model_config)
-    ids = guarded("cannot tokenize the prompt", lambda: tokenizer(prompt)["input_ids"]) if prompt else []
+    ids = encode_prompt(tokenizer, prompt) if prompt else []
     if not ids:
         if tokenizer.bos_token_id is None:
             raise UserError("the prompt is empty and this model has no beginning-of-text token; give a --prompt")
@@ -218,13 +223,6 @@ def _encode(prompt: str, tokenizer, model_config, crop: bool) -> list[int]:
         ids = ids[-context:]
     check_fits(model_config, block_size=len(ids), max_id=max(ids))
     return ids
-
-
-def _eos_ids(model: nn.Module, tokenizer) -> set[int]:
-    eos = model.generation_config.eos_token_id
-    if eos is None:
-        eos = tokenizer.eos_token_id
-    return set() if eos is None else set(eos) if isinstance(eos, list) else {eos}
 
 
 def _breaker_ids(tokenizer, breakers: list[str]) -> list[int]:

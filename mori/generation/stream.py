@@ -1,5 +1,9 @@
 """Token ids -> text, as soon as each piece is certain; stop strings."""
 
+import itertools
+
+from mori.data.tokenize import special_ids
+
 OVERLAP = 64  # tokens that are decoded again with the next ones, because a token's text depends on those before it
 
 
@@ -10,15 +14,22 @@ class TextStream:
     Withheld are incomplete UTF-8 characters and a possible beginning of a stop string. A run of byte tokens (`<0xE2>`, as in
     SentencePiece's tokenizers) is withheld to its end, because it is decoded as a whole.
 
-    `stopped` is true once a stop string was found.
+    A stop string may be, or hold, the name of a special token, which is no part of the text; and it may begin in the prompt,
+    as in transformers. `stopped` is true once a stop string was found.
     """
 
     def __init__(self, tokenizer, prompt_ids: list[int], stop_strings: list[str] = ()):
-        self.tokenizer, self.stop_strings, self.stopped = tokenizer, list(stop_strings), False
+        self.tokenizer = tokenizer
         self.ids = list(prompt_ids)
         self._byte_ids = _byte_token_ids(tokenizer)
-        self._withheld = ""  # may begin a stop string
+        self._special_ids = special_ids(tokenizer) if stop_strings else set()
+        self._stop = StopFinder(stop_strings, decode_text(tokenizer, self.ids, special=True) if stop_strings else "")
         self._restart()
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string was found."""
+        return self._stop.found
 
     def add(self, token: int) -> str:
         """Append a token; returns the text that is certain now."""
@@ -30,13 +41,16 @@ class TextStream:
         piece, self._returned = certain[self._returned :], max(self._returned, len(certain))
         if len(self.ids) - self._start > 2 * OVERLAP and len(certain) == len(new_text):
             self._restart()
-        return self._before_stop(piece)
+        text = self._stop.add(piece)
+        if token in self._special_ids:
+            text += self._stop.add(decode_text(self.tokenizer, [token], special=True), shown=False)
+        return text
 
     def finish(self) -> str:
         """The text that was withheld; no token follows."""
         piece = self._new_text()[self._returned :]
         self._returned += len(piece)
-        return self._before_stop(piece, last=True)
+        return self._stop.add(piece) + self._stop.finish()
 
     def _restart(self) -> None:
         """Decode only the last tokens from now on. The first of them must not be a part of a character."""
@@ -52,31 +66,58 @@ class TextStream:
     def _new_text(self) -> str:
         return decode_text(self.tokenizer, self.ids[self._start :])[self._overlap_length :]
 
-    def _before_stop(self, piece: str, last: bool = False) -> str:
-        if self.stopped:
+
+class StopFinder:
+    """Passes on a text that comes in pieces, up to the first of `stop_strings`; withholds what may begin one.
+
+    A stop string that begins in `prompt`, the text before the first piece, is found too.
+    """
+
+    def __init__(self, stop_strings: list[str], prompt: str = ""):
+        self.stop_strings, self.found = list(stop_strings), False
+        self._text, self._shown = "", []  # what is withheld, and whether each of its characters is passed on
+        self._n_prompt = 0  # the first of its characters that belong to the prompt
+        longest = max(map(len, self.stop_strings), default=1)
+        self._withhold(prompt[len(prompt) - min(len(prompt), longest - 1) :], shown=False)
+        self._n_prompt = len(self._text)
+
+    def add(self, piece: str, shown: bool = True) -> str:
+        """Append a piece, of which a stop string may be made; it is passed on if `shown`. Returns what is certain."""
+        if self.found or not piece:
             return ""
-        text, self._withheld = self._withheld + piece, ""
-        before = cut_at_stop(text, self.stop_strings)
-        if before is not None:
-            self.stopped = True
-            return before
-        if not last:
-            for length in range(min(len(text), max(map(len, self.stop_strings), default=1) - 1), 0, -1):
-                if any(stop.startswith(text[-length:]) for stop in self.stop_strings):
-                    text, self._withheld = text[:-length], text[-length:]
+        self._withhold(piece, shown)
+        # A stop string ends behind the prompt.
+        ends = [self._text.find(stop, max(0, self._n_prompt - len(stop) + 1)) for stop in self.stop_strings]
+        positions = [position for position in ends if position >= 0]
+        if positions:
+            self.found = True
+            return self._pass_on(min(positions))
+        n_certain = len(self._text)
+        for stop in self.stop_strings:
+            for length in range(min(len(self._text), len(stop) - 1), 0, -1):
+                if stop.startswith(self._text[-length:]):
+                    n_certain = min(n_certain, len(self._text) - length)
                     break
+        return self._pass_on(n_certain)
+
+    def finish(self) -> str:
+        """What was withheld, unless a stop string was found."""
+        return "" if self.found else self._pass_on(len(self._text))
+
+    def _withhold(self, piece: str, shown: bool) -> None:
+        self._text += piece
+        self._shown += [shown] * len(piece)
+
+    def _pass_on(self, length: int) -> str:
+        text = "".join(itertools.compress(self._text[:length], self._shown))
+        self._text, self._shown = self._text[length:], self._shown[length:]
+        self._n_prompt = max(0, self._n_prompt - length)
         return text
 
 
-def decode_text(tokenizer, ids: list[int]) -> str:
-    """The text of `ids` without special tokens."""
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-def cut_at_stop(text: str, stop_strings: list[str]) -> str | None:
-    """`text` before the first stop string in it; None if it has none."""
-    positions = [text.find(stop) for stop in stop_strings if stop in text]
-    return text[: min(positions)] if positions else None
+def decode_text(tokenizer, ids: list[int], special: bool = False) -> str:
+    """The text of `ids`, with or without special tokens."""
+    return tokenizer.decode(ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
 
 
 def _byte_token_ids(tokenizer) -> set[int]:

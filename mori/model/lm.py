@@ -26,7 +26,7 @@ class CausalLMLoss(nn.Module):
         chunked_loss: never materialize all logits (`loss.chunked_cross_entropy_sum`); only for models with a plain head, see
             `watch_head`.
         cpu_matmul: the library of large fp32 matmuls on a CPU, "torch" or "onednn".
-        separator: the token between documents; if given, no token attends to another document (`document_mask`).
+        separators: tokens at which a document begins; if given, no token attends to another document (`document_mask`).
 
     Attributes:
         rows: the number of windows in a batch; a compiled model pads a smaller batch to it.
@@ -34,11 +34,16 @@ class CausalLMLoss(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, *, chunked_loss: bool = False, cpu_matmul: str = "torch", separator: int | None = None
+        self,
+        model: nn.Module,
+        *,
+        chunked_loss: bool = False,
+        cpu_matmul: str = "torch",
+        separators: tuple[int, ...] = (),
     ):
         super().__init__()
         self.model, self.chunked_loss = model, chunked_loss
-        self.cpu_matmul, self.separator = cpu_matmul, separator
+        self.cpu_matmul, self.separators = cpu_matmul, separators
         self.mask_free, self.compiled, self._has_compiled_code, self.rows = False, False, False, 0
         self.on_compile_failure: Callable[[Exception], object] = lambda error: None
         self.router_coefficient = getattr(model, "router_aux_loss_coef", getattr(model, "aux_loss_coef", None))
@@ -66,7 +71,7 @@ class CausalLMLoss(nn.Module):
         compiled = self.training and self.compiled
         if compiled and (missing := self.rows - len(input_ids)) > 0:  # another shape would trigger a recompilation
             input_ids, labels = pad(input_ids, (0, 0, 0, missing)), pad(labels, (0, 0, 0, missing), value=IGNORE_INDEX)
-        documents = {} if self.separator is None else document_mask(input_ids, self.separator)
+        documents = document_mask(input_ids, self.separators) if self.separators else {}
         with self.matmul_context():
             output = self._run_trunk(compiled, input_ids=input_ids, use_cache=False, **documents)
             if self.chunked_loss:  # output[0] is the input of the head, (B, T, D)
@@ -149,13 +154,14 @@ class CausalLMLoss(nn.Module):
         return torch.compiler.set_stance("force_eager") if self._has_compiled_code else contextlib.nullcontext()
 
 
-def document_mask(input_ids: torch.Tensor, separator: int) -> dict[str, torch.Tensor]:
+def document_mask(input_ids: torch.Tensor, separators: tuple[int, ...]) -> dict[str, torch.Tensor]:
     """`position_ids` `(B, T)` and `attention_mask` `(B, 1, T, T)` that keep the documents of a window `(B, T)` apart.
 
     A document begins at the separator before it, which predicts its first token, or at the beginning of the window.
     """
     columns = torch.arange(input_ids.size(1), device=input_ids.device)
-    first = torch.where(input_ids == separator, columns, 0).cummax(-1).values[..., None]  # (B, T, 1)
+    begins = sum(input_ids == separator for separator in separators).bool()
+    first = torch.where(begins, columns, 0).cummax(-1).values[..., None]  # (B, T, 1)
     visible = (columns >= first) & (columns <= columns[:, None])  # (B, T, T)
     return {"position_ids": columns - first[..., 0], "attention_mask": visible[:, None]}
 

@@ -24,7 +24,7 @@ def build_module(
     batch: tuple[torch.Tensor, torch.Tensor],
     runtime,
     *,
-    separator: int | None = None,
+    separators: tuple[int, ...] = (),
     cpu_matmul: str = "torch",
     compiled: bool = False,
 ) -> tuple[CausalLMLoss, str]:
@@ -36,7 +36,7 @@ def build_module(
     Args:
         batch: `input_ids` and `labels`, `(B, T)`, on the host.
         runtime: the `distributed.Runtime`.
-        separator: the token that ends each document.
+        separators: the tokens at which a document begins.
         cpu_matmul: the library that `config.cpu_matmul` resolves to.
         compiled: whether to compile the model even if `config.torch_compile` is unset.
 
@@ -52,7 +52,7 @@ def build_module(
         chosen.append("TF32")
     input_ids, labels = (tensor[:1, :_CHECKED_TOKENS].to(runtime.device) for tensor in batch)
     if config.document_mask:
-        module.separator = separator
+        module.separators = separators
         if not _keeps_documents_apart(module, config.block_size, input_ids, runtime):
             raise UserError(
                 f"document_mask: {type(model).__name__} cannot keep documents apart with this tokenizer; remove the flag"
@@ -168,15 +168,11 @@ def _suits_cudnn_attention(module: CausalLMLoss) -> bool:
 def _keeps_documents_apart(module: CausalLMLoss, block_size: int, input_ids: torch.Tensor, runtime) -> bool:
     """Whether a document has the same loss after another document, in `input_ids` `(1, T)`, as on its own."""
     parameters = inspect.signature(module.model.base_model.forward).parameters
-    if (
-        module.separator is None
-        or "position_ids" not in parameters
-        or not attends_to_all_before(module.model, block_size)
-    ):
+    if not module.separators or "position_ids" not in parameters or not attends_to_all_before(module.model, block_size):
         return False
     middle = input_ids.size(1) // 2
     input_ids = input_ids.clone()
-    input_ids[:, middle] = module.separator
+    input_ids[:, middle] = module.separators[0]
     labels = input_ids.clone()
     labels[:, :middle] = IGNORE_INDEX
     behind = _loss(module, input_ids, labels, runtime)
