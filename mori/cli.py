@@ -40,6 +40,14 @@ def json_list(text: str) -> list:
     return value
 
 
+def json_object(text: str) -> dict:
+    """Parse a JSON object; raises ValueError for any other JSON value."""
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError("not an object")
+    return value
+
+
 def flag(default, help: str, *, kind=None, **rules):
     """Declare a dataclass field that is also a command-line flag.
 

@@ -1,16 +1,20 @@
-"""Optimizers by name, and the learning rate as a pure function of the step.
+"""Optimizers and learning-rate schedules by name.
 
 A new optimizer is a function in `OPTIMIZERS` and its name among the choices of `config.optim`; a new schedule is a function in
 `SCHEDULES` and its name among those of `config.lr_scheduler_type`. Checkpoints hold the `state_dict()` of any optimizer.
 """
 
-import math
+import json
 import re
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_scheduler
 
+from mori.cli import UserError, one_line
 from mori.config import TrainConfig
 
 # As in `transformers.Trainer.get_decay_parameter_names`, so that the same weights decay.
@@ -45,6 +49,16 @@ def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     if any(parameter.dtype == torch.bfloat16 for parameter in model.parameters()):
         return RoundingAdamW(groups, options)
     return torch.optim.AdamW(groups, **options, fused=True)
+
+
+def adamw_unfused(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW without the fused kernel, as Trainer's `optim="adamw_torch"`; the last bits differ."""
+    return torch.optim.AdamW(parameter_groups(model, config.weight_decay), **_adam_options(config))
+
+
+def _plain(optimizer: type[torch.optim.Optimizer], model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """An optimizer of PyTorch with its own defaults, as Trainer sets up `sgd`, `rmsprop` and `adagrad`."""
+    return optimizer(parameter_groups(model, config.weight_decay), lr=config.learning_rate)
 
 
 def adamw_8bit(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -192,38 +206,72 @@ def round_stochastically(values: torch.Tensor, generator: torch.Generator) -> to
 
 OPTIMIZERS: dict[str, Callable[[nn.Module, TrainConfig], torch.optim.Optimizer]] = {
     "adamw_torch_fused": adamw,
+    "adamw_torch": adamw_unfused,
     "adamw_bnb_8bit": adamw_8bit,
     "muon": muon,
     "adafactor": adafactor,
+    "sgd": partial(_plain, torch.optim.SGD),
+    "rmsprop": partial(_plain, torch.optim.RMSprop),
+    "adagrad": partial(_plain, torch.optim.Adagrad),
 }
 
 
-def _linear(step: int, warmup_steps: int, total_steps: int) -> float:
-    return max(0.0, (total_steps - step) / max(1, total_steps - warmup_steps))
+SCHEDULES: dict[str, Callable] = {name: partial(get_scheduler, name) for name in (
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
+    "reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay", "greedy",
+)}  # fmt: skip
 
 
-def _cosine(step: int, warmup_steps: int, total_steps: int) -> float:
-    """Half a cosine wave (Loshchilov and Hutter, 2017, arXiv:1608.03983)."""
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+class Schedule:
+    """The learning rate of each step, by the schedules of transformers (`get_scheduler`), to the bit.
 
+    Most are functions of the step. `reduce_lr_on_plateau` and `greedy` follow the losses of the evaluations instead.
 
-def _constant(step: int, warmup_steps: int, total_steps: int) -> float:
-    return 1.0
+    Args:
+        config: names the schedule and its keywords, and the peak.
+        warmup_steps, total_steps: the lengths of the warm-up and of the run, in steps.
 
-
-# The fraction of the peak learning rate at each step after the warm-up.
-SCHEDULES: dict[str, Callable[[int, int, int], float]] = {"linear": _linear, "cosine": _cosine, "constant": _constant}
-
-
-def learning_rate(step: int, *, peak: float, schedule: str, warmup_steps: int, total_steps: int) -> float:
-    """The learning rate of optimizer step number `step`, counted from 0: linear warm-up from 0, then `SCHEDULES[schedule]`.
-
-    The operations are in the same order as in `transformers.get_scheduler`, so the values are bit-identical.
+    Raises UserError for keywords that the schedule does not take.
     """
-    if step < warmup_steps:
-        return peak * (step / max(1, warmup_steps))
-    return peak * SCHEDULES[schedule](step, warmup_steps, total_steps)
+
+    def __init__(self, config: TrainConfig, warmup_steps: int, total_steps: int):
+        self._optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=config.learning_rate)
+        try:
+            self._scheduler = SCHEDULES[config.lr_scheduler_type](
+                self._optimizer,
+                num_warmup_steps=warmup_steps,
+                num_training_steps=total_steps,
+                scheduler_specific_kwargs=config.lr_scheduler_kwargs,
+            )
+            self.learning_rate(total_steps - 1)
+        except (TypeError, ValueError, ArithmeticError, KeyError) as error:
+            keywords = json.dumps(config.lr_scheduler_kwargs or {})
+            raise UserError(
+                f"lr_scheduler_type {config.lr_scheduler_type} with lr_scheduler_kwargs {keywords}: {one_line(error)}"
+            ) from None
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of step number `step`, counted from 0."""
+        if isinstance(self._scheduler, LambdaLR):
+            return self._scheduler.base_lrs[0] * self._scheduler.lr_lambdas[0](step)
+        return self._optimizer.param_groups[0]["lr"]
+
+    def observe(self, loss: float) -> None:
+        """Take the loss of an evaluation into account."""
+        if not isinstance(self._scheduler, LambdaLR):
+            self._scheduler.step(loss)
+
+    def state_dict(self) -> dict:
+        """What `observe` has changed, as JSON values; empty for a function of the step."""
+        if isinstance(self._scheduler, LambdaLR):
+            return {}
+        return {"learning_rate": self.learning_rate(0), "scheduler": self._scheduler.state_dict()}
+
+    def load_state_dict(self, saved: dict) -> None:
+        """Restore the result of `state_dict`."""
+        if saved:
+            self._optimizer.param_groups[0]["lr"] = saved["learning_rate"]
+            self._scheduler.load_state_dict(saved["scheduler"])
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:

@@ -46,6 +46,7 @@ class Run:
     run_dir: Path
     output_dir: Path
     started: float  # by time.perf_counter()
+    schedule: optim.Schedule | None = None  # set by `check`
     resumed: Path | None = None  # the checkpoint that the run resumes from
     module: CausalLMLoss | None = None  # set by `build`
     parallel: nn.Module | None = None  # `module`, in DDP if there are several ranks
@@ -204,6 +205,8 @@ def check(config: TrainConfig, locks: contextlib.ExitStack) -> Run:
     if run.warmup_steps > run.total_steps:
         raise UserError(f"warmup_steps {run.warmup_steps} is more than the {run.total_steps} steps of the run")
 
+    run.schedule = optim.Schedule(config, run.warmup_steps, run.total_steps)
+
     def lock_and_find() -> Path | None:
         if run_dir.is_dir():
             locks.enter_context(run_folder.lock(run_dir))
@@ -232,7 +235,7 @@ def build(run: Run, locks: contextlib.ExitStack) -> State:
         cpu_matmul=library,
         compiled=bool(saved.get("compiled")),
     )
-    state = State(config, runtime, model, optim.build_optimizer(model, config), run.started)
+    state = State(config, runtime, model, optim.build_optimizer(model, config), run.schedule, run.started)
     distributed.set_seed(config.seed + runtime.rank)
     remembered = runtime.on_main(lambda: run_folder.remembered_batch_size(config, run.run_dir))
     state.micro_batch.size = min(state.micro_batch.size, remembered or state.micro_batch.size)

@@ -8,6 +8,7 @@ from torch import nn
 from mori import distributed
 from mori.config import TrainConfig
 from mori.distributed import BatchSize, Runtime
+from mori.optim import Schedule
 from mori.tracking.throughput import Throughput
 
 # The counters of a checkpoint and their types.
@@ -33,10 +34,16 @@ class State:
     """
 
     def __init__(
-        self, config: TrainConfig, runtime: Runtime, model: nn.Module, optimizer: torch.optim.Optimizer, started: float
+        self,
+        config: TrainConfig,
+        runtime: Runtime,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        schedule: Schedule,
+        started: float,
     ):
         self.model, self.optimizer, self.scaler = model, optimizer, runtime.grad_scaler()
-        self.runtime = runtime
+        self.schedule, self.runtime = schedule, runtime
         self.step = 0
         self.before: dict | None = None
         self.best: dict | None = None
@@ -81,6 +88,7 @@ class State:
             "progress": progress,
             "ranks": ranks,
             "scaler": self.scaler.state_dict(),
+            "schedule": self.schedule.state_dict(),
             "compiled": self.compiled,
         }
 
@@ -120,5 +128,6 @@ class State:
         ):
             batch.size = min(batch.size, size or batch.size)
         self.scaler.load_state_dict(saved["scaler"])
+        self.schedule.load_state_dict(saved.get("schedule", {}))
         self.compiled = saved.get("compiled")
         distributed.set_rng_state(rank["rng"])

@@ -62,13 +62,7 @@ def train_step(run: Run, state: State) -> tuple[torch.Tensor, float]:
     """One optimizer step; returns the gradient's norm before clipping, on the device, and the learning rate."""
     config, optimizer = run.config, state.optimizer
     loss = accumulate_gradients(run, state)
-    lr = optim.learning_rate(
-        state.step,
-        peak=config.learning_rate,
-        schedule=config.lr_scheduler_type,
-        warmup_steps=run.warmup_steps,
-        total_steps=run.total_steps,
-    )
+    lr = state.schedule.learning_rate(state.step)
     optim.set_learning_rate(optimizer, lr)
     state.scaler.unscale_(optimizer)
     grad_norm = clip_grad_norm_(run.parameters, config.max_grad_norm or math.inf)
@@ -151,6 +145,8 @@ def evaluate_and_sample(run: Run, state: State, signals: distributed.StopSignals
         monitor.say(
             f"step {state.step}: memory ran out; evaluated {state.eval_batch.size} window(s) at a time instead of {size}"
         )
+    if state.step > 0:
+        state.schedule.observe(evaluation.loss)
     state.after = {"step": state.step, **asdict(evaluation)}
     monitor.scalars(state.step, evaluation.scalars())
     if state.best is None or math.isnan(state.best["loss"]) or evaluation.loss < state.best["loss"]:

@@ -56,7 +56,7 @@ RUNS = {
         "--gradient_accumulation_steps 2 --max_grad_norm 0.5 --seed 7"
     ],
     "long-window": [f"{STORY} {SHORT} --block_size 512 --per_device_train_batch_size 2 --max_steps 6"],
-    "no-fast-products": [f"{SHORT} --cpu_matmul torch --lr_scheduler_type constant"],
+    "no-fast-products": [f"{SHORT} --cpu_matmul torch --lr_scheduler_type constant_with_warmup"],
 }
 # name -> the model (the brain of a run above, or the stories), then the flags of scripts/generate.py
 GENERATIONS = {

@@ -4,26 +4,84 @@ import pytest
 import torch
 from conftest import assert_equal_weights, stop_after
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, get_scheduler
 
 from mori import optim
 from mori.checkpoint import checkpoints
+from mori.cli import UserError
 from mori.config import TrainConfig
 from mori.model.loading import store_in_bfloat16
 from mori.tracking.loggers import read_metrics
 
+KEYWORDS = {
+    "cosine_with_restarts": {"num_cycles": 3},
+    "polynomial": {"lr_end": 1e-5, "power": 2.0},
+    "inverse_sqrt": {"timescale": 5},
+    "cosine_with_min_lr": {"min_lr_rate": 0.1},
+    "cosine_warmup_with_min_lr": {"min_lr": 1e-5, "warmup_lr_rate": 0.2},
+    "warmup_stable_decay": {"num_decay_steps": 10, "min_lr_ratio": 0.1},
+    "reduce_lr_on_plateau": {"patience": 1, "factor": 0.5},
+    "greedy": {"patience": 1, "factor": 0.8, "smooth": True},
+}
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
-@pytest.mark.parametrize("warmup", [0, 1, 7, 40])
-def test_learning_rate_equals_transformers_to_the_bit(schedule, warmup):
+
+def schedule_of(name, warmup=0, keywords=None):
+    config = TrainConfig(lr_scheduler_type=name, learning_rate=3e-4, lr_scheduler_kwargs=keywords)
+    return optim.Schedule(config, warmup, 40)
+
+
+@pytest.mark.parametrize("name", optim.SCHEDULES)
+@pytest.mark.parametrize("warmup", [0, 1, 7, 39])
+def test_learning_rate_equals_a_stepped_scheduler_to_the_bit(name, warmup):
+    """The steps are asked for in any order; a schedule that follows the evaluations sees one every fourth step."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=3e-4)
-    name = "constant_with_warmup" if schedule == "constant" else schedule
-    theirs = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=40)
+    theirs = get_scheduler(name, optimizer, warmup, 40, KEYWORDS.get(name))
+    ours, losses = schedule_of(name, warmup, KEYWORDS.get(name)), [3.0, 2.0, 2.5, 2.5, 2.5, 1.9, 2.0, 2.2, 2.4, 1.0]
+    ours.learning_rate(30)
+    rates = []
     for step in range(40):
-        ours = optim.learning_rate(step, peak=3e-4, schedule=schedule, warmup_steps=warmup, total_steps=40)
-        assert ours == theirs.get_last_lr()[0], step
+        rates.append(optimizer.param_groups[0]["lr"])
+        assert ours.learning_rate(step) == rates[-1], step
         optimizer.step()
-        theirs.step()
+        if not hasattr(theirs, "lr_lambdas"):
+            if step % 4 == 3:
+                theirs.step(losses[step // 4])
+                ours.observe(losses[step // 4])
+        else:
+            theirs.step()
+            ours.observe(losses[step // 4])
+    assert len(set(rates)) > 1 or name == "constant" or (name, warmup) == ("constant_with_warmup", 0)
+
+
+@pytest.mark.parametrize(
+    "name, keywords", [("cosine", {"cycles": 2}), ("cosine_with_min_lr", {}), ("polynomial", {"lr_end": 1.0}),
+                       ("warmup_stable_decay", None), ("polynomial", {"power": "x"})],
+)  # fmt: skip
+def test_schedule_refuses_wrong_keywords_in_one_line(name, keywords):
+    with pytest.raises(UserError, match=f"lr_scheduler_type {name} with lr_scheduler_kwargs") as refused:
+        schedule_of(name, 0, keywords)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["reduce_lr_on_plateau", "greedy"])
+def test_schedule_that_follows_the_evaluations_resumes_to_the_bit(name, run_train, tmp_path):
+    """The rates are those of the library's scheduler, stepped with the run's own held-out losses."""
+    options = {"lr_scheduler_type": name, "lr_scheduler_kwargs": {"patience": 0, "threshold": 0.5}, "eval_steps": 2}
+    run_train(**options, run_name="whole", output_dir=str(tmp_path / "whole"))
+    stop_after(7, lambda: run_train(**options))
+    run_train(**options)
+    assert_equal_weights(tmp_path / "whole", tmp_path / "brain")
+    lines = read_metrics(tmp_path / "runs" / "run" / "metrics.jsonl")
+    losses = {line["step"]: line["eval/loss"] for line in lines if "eval/loss" in line}
+    rates = {line["step"]: line["train/learning_rate"] for line in lines if "train/loss" in line}
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1e-3)
+    theirs = get_scheduler(name, optimizer, scheduler_specific_kwargs=options["lr_scheduler_kwargs"])
+    for step in range(1, 13):
+        assert rates[step] == optimizer.param_groups[0]["lr"]
+        if step in losses:
+            theirs.step(losses[step])
+    assert len(set(rates.values())) > 1
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "bloom", "phi", "gemma2", "olmo2", "mixtral", "qwen3"])
@@ -152,14 +210,14 @@ def test_muon_updates_hidden_matrices_as_pytorch_does_and_the_rest_by_adamw():
 def test_a_new_optimizer_and_schedule_are_found_by_name_in_a_run(run_train, settings, tmp_path, monkeypatch):
     """One entry each in a table, and the name among the choices."""
     monkeypatch.setitem(
-        optim.OPTIMIZERS, "sgd", lambda model, config: torch.optim.SGD(model.parameters(), config.learning_rate)
+        optim.OPTIMIZERS, "asgd", lambda model, config: torch.optim.ASGD(model.parameters(), config.learning_rate)
     )
-    monkeypatch.setitem(optim.SCHEDULES, "halves", lambda step, warmup_steps, total_steps: 0.5**step)
+    monkeypatch.setitem(optim.SCHEDULES, "halves", lambda optimizer, **_: LambdaLR(optimizer, lambda step: 0.5**step))
     choices = {name: TrainConfig.__dataclass_fields__[name] for name in ("optim", "lr_scheduler_type")}
-    for field, name in zip(choices.values(), ("sgd", "halves"), strict=True):
+    for field, name in zip(choices.values(), ("asgd", "halves"), strict=True):
         rules = {**field.metadata, "choices": (*field.metadata["choices"], name)}
         monkeypatch.setattr(field, "metadata", rules)
-    run_train(optim="sgd", lr_scheduler_type="halves")
+    run_train(optim="asgd", lr_scheduler_type="halves")
     lines = read_metrics(tmp_path / "runs" / "run" / "metrics.jsonl")
     rates = [line["train/learning_rate"] for line in lines if "train/loss" in line]
     assert rates == [settings["learning_rate"] * 0.5**step for step in range(12)]

@@ -253,11 +253,11 @@ def _training_arguments(arm: str, config: TrainConfig, folder: Path, runtime: Ru
     from transformers import TrainingArguments
 
     tuned, warmup_steps = arm == "trainer-tuned", steps_of(config.warmup_steps, total_steps)
-    constant = "constant_with_warmup" if warmup_steps else "constant"
     arguments = TrainingArguments(
         output_dir=str(folder / "trainer"),
         max_steps=total_steps,
-        lr_scheduler_type=constant if config.lr_scheduler_type == "constant" else config.lr_scheduler_type,
+        lr_scheduler_type=config.lr_scheduler_type,
+        lr_scheduler_kwargs=config.lr_scheduler_kwargs,
         warmup_steps=warmup_steps,
         bf16=runtime.precision == "bf16",
         fp16=runtime.precision == "fp16",

@@ -7,7 +7,8 @@ from mori.cli import Config, flag, same_flag
 from mori.config import DeviceConfig, TrainConfig
 
 ARMS = ("mori", "mori-exact", "trainer", "trainer-tuned", "course")
-IN_TRAINER = ("adamw_torch_fused", "adamw_bnb_8bit", "adafactor")  # optimizers of this name that are the same there
+NOT_IN_TRAINER = ("muon",)  # optimizers
+FOLLOW_EVALUATIONS = ("reduce_lr_on_plateau", "greedy")  # schedules; the arms of Trainer do not evaluate while training
 TRAIN_ARMS = ("mori", "trainer", "trainer-tuned", "bare", "mori-compiled")
 DECODE_ARMS = ("mori-greedy", "generate-greedy", "mori-sampled", "generate-sampled", "mori-process", "generate-process")
 TOKENIZE_ARMS = ("mori", "run_clm", "one-call")
@@ -56,8 +57,12 @@ class CompareConfig(TrainConfig):
                 mistakes.append(
                     f"{name} does not exist in Trainer, so the arms would not do the same work; leave it out"
                 )
-        if self.optim not in IN_TRAINER:
-            mistakes.append(f"optim {self.optim} does not exist in Trainer; take one of {', '.join(IN_TRAINER)}")
+        if self.optim in NOT_IN_TRAINER:
+            mistakes.append(f"optim {self.optim} does not exist in Trainer; take another")
+        if self.lr_scheduler_type in FOLLOW_EVALUATIONS:
+            mistakes.append(
+                f"lr_scheduler_type {self.lr_scheduler_type} follows evaluations, and Trainer's arms have none; take another"
+            )
         if not self.eval_on_start:
             mistakes.append("eval_on_start must stay on: the report shows every arm's loss before training")
         return mistakes + super().contradictions()

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from mori.cli import Config, flag
+from mori.cli import Config, flag, json_object
 
 
 @dataclass
@@ -78,14 +78,32 @@ class TrainingConfig(Config):
     max_steps: int = flag(-1, "optimizer steps; overrides num_train_epochs when positive", min=-1, extends=True)
     optim: str = flag(
         "adamw_torch_fused",
-        "optimizer: AdamW in PyTorch's fused kernel; AdamW with 8-bit moments by bitsandbytes (2 bytes a weight instead of "
-        "8; results differ); muon (torch.optim.Muon for the hidden matrices, AdamW for the rest); adafactor "
-        "(Trainer's: factored second moments)",
-        choices=("adamw_torch_fused", "adamw_bnb_8bit", "muon", "adafactor"),
+        "optimizer, as in Trainer: AdamW in PyTorch's fused kernel, or without it; AdamW with 8-bit moments by bitsandbytes (2 "
+        "bytes a weight instead of 8; results differ); adafactor (factored second moments); sgd, rmsprop and adagrad with "
+        "PyTorch's defaults. Also muon (torch.optim.Muon for the hidden matrices, AdamW for the rest)",
+        choices=(
+            "adamw_torch_fused",
+            "adamw_torch",
+            "adamw_bnb_8bit",
+            "muon",
+            "adafactor",
+            "sgd",
+            "rmsprop",
+            "adagrad",
+        ),
     )
     learning_rate: float | None = flag(None, "peak learning rate", pretrained=5e-5, scratch=1e-3, above=0)
     lr_scheduler_type: str = flag(
-        "linear", "shape of the learning rate after the warm-up", choices=("linear", "cosine", "constant")
+        "linear",
+        "shape of the learning rate after the warm-up, as in Trainer; constant, reduce_lr_on_plateau and greedy have no warm-up, "
+        "and the last two follow the held-out loss",
+        choices=(
+            "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
+            "reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay", "greedy",
+        ),
+    )  # fmt: skip
+    lr_scheduler_kwargs: dict | None = flag(
+        None, "further keywords of the schedule, as JSON: '{\"num_cycles\": 2}'", kind=json_object
     )
     warmup_steps: float | None = flag(
         None, "steps of linear warm-up; below 1 a share of all steps", pretrained=0.0, scratch=0.05, min=0, share=True

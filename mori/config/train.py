@@ -19,6 +19,7 @@ from mori.config.groups import (
 from mori.config.sampling import TrainSamplingConfig
 
 PRESETS = ("mini",)
+NO_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")  # the schedules of transformers without a warm-up
 
 
 @dataclass
@@ -38,6 +39,8 @@ class TrainConfig(
         """A copy in which every default that depends on another field has its value."""
         resolved = dataclasses.replace(self, model=self.model.rstrip("/") or self.model)
         start = "scratch" if resolved.model in PRESETS else "pretrained"
+        if resolved.warmup_steps is None and resolved.lr_scheduler_type in NO_WARMUP:
+            resolved.warmup_steps = 0.0
         for f in fields(resolved):
             if start in f.metadata and getattr(resolved, f.name) is None:
                 setattr(resolved, f.name, f.metadata[start])
@@ -57,6 +60,10 @@ class TrainConfig(
             (
                 not 0 < self.max_steps < (self.warmup_steps or 0),
                 f"warmup_steps {self.warmup_steps or 0:g} is more than max_steps {self.max_steps}",
+            ),
+            (
+                not (self.warmup_steps and self.lr_scheduler_type in NO_WARMUP),
+                f"lr_scheduler_type {self.lr_scheduler_type} has no warm-up; take constant_with_warmup, or leave warmup_steps out",
             ),
             (bool(self.resume_from_checkpoint), "resume_from_checkpoint is empty, must be auto, none or a path"),
             (
