@@ -228,7 +228,7 @@ def test_text_encoder_gives_the_ids_of_one_call_of_a_pretrained_tokenizer(small_
 @pytest.mark.parametrize("name", ["byte level", "Llama 3", "Llama 2, fused", "Gemma"])
 def test_text_encoder_keeps_special_tokens_as_text_as_one_call_does(name, small_parts):
     tokenizer, rng = TOKENIZERS[name][0](), random.Random(name)
-    names = ["<s>", "</s>", "<|im end|>", "[SEP]"]
+    names = ["<s>", "</s>", "<|im_end|>", "[SEP]"]
     tokenizer.add_special_tokens({"bos_token": "<s>", "extra_special_tokens": names[1:]})
     special_tokens.decide(tokenizer, parse=False)
     encoder, counts = TextEncoder(tokenizer), []

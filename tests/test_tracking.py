@@ -200,6 +200,7 @@ def test_introduction_says_what_is_read_trained_and_written(tmp_path):
         "trains  12 steps (5 an epoch) of 4 windows x 3 x 2 rank(s) x 16 tokens",
     ]
     assert len(lines) == 6 and str(tmp_path) in lines[5]
+    assert overview.introduction(config, **values, resumed=None, notes=["a", "b"]).endswith("\na\nb")
     assert overview.introduction(config, **values, resumed=tmp_path / "c").endswith(f"\nresumes {tmp_path / 'c'}")
 
 

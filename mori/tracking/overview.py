@@ -3,6 +3,7 @@
 import json
 import platform
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -35,8 +36,6 @@ def introduction(
     environment: dict,
     device: torch.device,
     text: str,
-    special_tokens: str,
-    warnings: list[str],
     blank_files: int,
     parameters: int,
     total_steps: int,
@@ -44,17 +43,17 @@ def introduction(
     faster: str,
     run_dir: Path,
     resumed: Path | None,
+    notes: Iterable[str] = (),
 ) -> str:
     """The lines printed before the first step: what is read, what is trained, and what is written.
 
     Args:
         environment: of this process, as `environment` returns it.
         text: the corpus in words (its ledger); `blank_files` of its files were left out.
-        special_tokens: what begins and ends a text, in words.
-        warnings: lines about the corpus.
         parameters: of the model.
         faster: what speeds up this run, in words.
         resumed: the checkpoint that the run resumes from.
+        notes: further lines.
     """
     left_out = f" ({blank_files} blank file(s) left out)" if blank_files else ""
     layout = (
@@ -65,13 +64,12 @@ def introduction(
         f"mori {environment['mori']}, torch {environment['torch']}, transformers {environment['transformers']}; "
         f"{device}, {environment['precision']}, {environment['threads']} threads",
         f"reads   {text}{left_out}",
-        f"special {special_tokens}",
         f"model   {config.model}, {parameters / 1e6:.1f} M parameters",
         f"trains  {total_steps} steps ({steps_per_epoch} an epoch) of {layout} x {config.block_size} tokens",
         f"faster  {faster}",
         f"writes  {run_dir}/ (tensorboard --logdir {config.logging_dir}), the brain to {config.output_dir}/",
     ]
-    return "\n".join(lines + ([f"resumes {resumed}"] if resumed else []) + warnings)
+    return "\n".join(lines + ([f"resumes {resumed}"] if resumed else []) + list(notes))
 
 
 def results(summary: dict, prompt: str) -> str:
