@@ -7,12 +7,15 @@ from transformers import (
     EpsilonLogitsWarper,
     EtaLogitsWarper,
     ExponentialDecayLengthPenalty,
+    ForcedEOSTokenLogitsProcessor,
+    MinLengthLogitsProcessor,
     MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
     NoBadWordsLogitsProcessor,
     NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     SequenceBiasLogitsProcessor,
+    SuppressTokensAtBeginLogitsProcessor,
     SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -41,9 +44,12 @@ TRANSFORMERS = {
     "repetition_penalty": {p: (p, lambda p=p: RepetitionPenaltyLogitsProcessor(p)) for p in (0.5, 1.2, 5.0)},
     "no_repeat_ngram_size": {n: (n, lambda n=n: NoRepeatNGramLogitsProcessor(n)) for n in (1, 2, 3, 20)},
     "bad_words_ids": {"some": (WORDS, lambda: NoBadWordsLogitsProcessor(WORDS, EOS))},
+    "min_length": {n: (n, lambda n=n: MinLengthLogitsProcessor(n, EOS)) for n in (PROMPT + NEW, PROMPT + NEW + 1)},
     "min_new_tokens": {n: (n, lambda n=n: MinNewTokensLengthLogitsProcessor(PROMPT, n, EOS)) for n in (NEW, NEW + 1)},
+    "forced_eos_token_id": {"some": (EOS, lambda: ForcedEOSTokenLogitsProcessor(PROMPT + 100, EOS))},
     "exponential_decay_length_penalty": {"some": (DECAY, lambda: ExponentialDecayLengthPenalty(DECAY, EOS, PROMPT))},
     "suppress_tokens": {"some": ([0, 6], lambda: SuppressTokensLogitsProcessor([0, 6]))},
+    "begin_suppress_tokens": {"some": ([1, 6], lambda: SuppressTokensAtBeginLogitsProcessor([1, 6], PROMPT))},
     "temperature": {t: (t, lambda t=t: TemperatureLogitsWarper(t)) for t in (1e-3, 0.7, 0.9, 1.7, 50.0)},
     "top_h": {h: (h, lambda h=h: TopHLogitsWarper(h)) for h in (0.1, 0.4, 0.95)},
     "top_k": {k: (k, lambda k=k: TopKLogitsWarper(k)) for k in (1, 3, 50, 60_000)},
@@ -127,6 +133,15 @@ def test_controls_order_is_that_of_generate():
     assert shared == list(TRANSFORMERS)
 
 
+def test_first_and_last_token_controls_equal_transformers():
+    rows, texts = random_rows(50, 7, 1), random_texts(50, 7)
+    ours = filtered(rows, texts, NEW, forced_eos_token_id=EOS, max_new_tokens=NEW + 1)
+    assert torch.equal(ours, ForcedEOSTokenLogitsProcessor(PROMPT + NEW + 1, EOS)(texts, rows))
+    ours = filtered(rows, texts, 0, begin_suppress_tokens=[1, 6])
+    assert torch.equal(ours, SuppressTokensAtBeginLogitsProcessor([1, 6], PROMPT + NEW)(texts, rows))
+    assert not torch.equal(ours, rows)
+
+
 def test_unset_controls_change_nothing():
     rows = random_rows(50, 320, 2)
     assert torch.equal(filtered(rows, torch.zeros(50, 1, dtype=torch.long)), rows)
@@ -142,6 +157,7 @@ def test_controls_ignore_padding():
         {"sequence_bias": [[[4, 1, 2], 5.0]]},
         {"frequency_penalty": 0.5, "presence_penalty": 0.5},
         {"dry_multiplier": 1.0},
+        {"min_length": 6},
     ):
         without, with_padding = (filtered(rows, ids, 2, **controls) for ids in (text, padded))
         assert torch.equal(without, with_padding) and not torch.equal(without, rows), controls

@@ -42,6 +42,11 @@ class SamplingConfig(Config):
     )
     bad_words_ids: list = flag([], "sequences of ids that are never completed, as JSON: [[5, 7], ...]", kind=json_list)
     suppress_tokens: list[int] = flag([], "token ids that are never drawn", kind=int)
+    begin_suppress_tokens: list[int] = flag([], "token ids that are never drawn first", kind=int)
+    forced_eos_token_id: list[int] = flag(
+        [], "token ids of which one is drawn last, if the text is max_new_tokens long", kind=int
+    )
+    min_length: int = flag(0, "suppress the end of the text until prompt and answer have this many tokens", min=0)
     min_new_tokens: int = flag(0, "suppress the end of the text until this many tokens", min=0)
     exponential_decay_length_penalty: list[float] = flag(
         [], "after the first number of tokens, the end's logit grows by the power of the second", kind=float
@@ -68,7 +73,10 @@ class SamplingConfig(Config):
                 all(map(_is_bias, self.sequence_bias)),
                 "sequence_bias must be pairs of token ids and a number, such as [[[5, 7], -2.0]]",
             ),
-            (not self.suppress_tokens or _is_ids(self.suppress_tokens), "suppress_tokens must be token ids"),
+            *(
+                (not getattr(self, name) or _is_ids(getattr(self, name)), f"{name} must be token ids")
+                for name in ("suppress_tokens", "begin_suppress_tokens", "forced_eos_token_id")
+            ),
             (
                 not decay or len(decay) == 2 and decay[0] >= 0 and decay[1] > 0,
                 "exponential_decay_length_penalty must be two numbers: the tokens before it begins, and a factor above 0",

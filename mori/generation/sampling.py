@@ -71,6 +71,19 @@ def suppress(logits: torch.Tensor, tokens: list[int]) -> torch.Tensor:
     return torch.where(forbidden, -torch.inf, logits)
 
 
+def apply_min_length(logits: torch.Tensor, input_ids: torch.Tensor, length: int, eos_ids: list[int]) -> torch.Tensor:
+    """Forbid the end of a text that has fewer than `length` tokens; padding does not count."""
+    short = (input_ids < logits.size(1)).sum(-1, keepdim=True) < length  # (B, 1)
+    return torch.where(short, suppress(logits, eos_ids), logits)
+
+
+def force(logits: torch.Tensor, tokens: list[int]) -> torch.Tensor:
+    """Forbid all but `tokens`, which become equally likely."""
+    forced = torch.full_like(logits, -torch.inf)
+    forced[:, tokens] = 0
+    return forced
+
+
 def apply_exponential_decay(logits: torch.Tensor, excess: int, factor: float, eos_ids: list[int]) -> torch.Tensor:
     """Raise the end-of-text logits by their size times `factor ** excess - 1`, once the text has `excess` tokens too many.
 
@@ -278,10 +291,23 @@ CONTROLS = (
         token_ids=lambda c: [token for ids in c.bad_words_ids for token in ids],
     ),
     Control(
+        "min_length",
+        lambda c: c.min_length,
+        lambda x, step, c: apply_min_length(x, step.input_ids, c.min_length, step.eos_ids),
+        always=True,
+    ),
+    Control(
         "min_new_tokens",
         lambda c: c.min_new_tokens,
         lambda x, step, c: suppress(x, step.eos_ids) if step.new_tokens < c.min_new_tokens else x,
         always=True,
+    ),
+    Control(
+        "forced_eos_token_id",
+        lambda c: c.forced_eos_token_id,
+        lambda x, step, c: force(x, c.forced_eos_token_id) if step.new_tokens == c.max_new_tokens - 1 else x,
+        always=True,
+        token_ids=lambda c: c.forced_eos_token_id,
     ),
     Control(
         "exponential_decay_length_penalty",
@@ -300,6 +326,13 @@ CONTROLS = (
         lambda x, step, c: suppress(x, c.suppress_tokens),
         always=True,
         token_ids=lambda c: c.suppress_tokens,
+    ),
+    Control(
+        "begin_suppress_tokens",
+        lambda c: c.begin_suppress_tokens,
+        lambda x, step, c: x if step.new_tokens else suppress(x, c.begin_suppress_tokens),
+        always=True,
+        token_ids=lambda c: c.begin_suppress_tokens,
     ),
     Control(
         "frequency_penalty",
