@@ -14,11 +14,11 @@ from torch.nn.utils import clip_grad_norm_
 
 from mori import distributed, optim
 from mori.checkpoint import checkpoints, files, run_folder
-from mori.cli import Interrupted, RunFailed, one_line
+from mori.cli import Interrupted, RunFailed, UserError, guarded, one_line
 from mori.config import TrainConfig
 from mori.data.windows import load_step
 from mori.evaluate import evaluate, first_nonfinite_tensor
-from mori.generation.generate import generate
+from mori.generation.generate import Completion, generate
 from mori.run import Run, build, check
 from mori.state import State
 from mori.tracking.memory import peak_memory_bytes
@@ -42,7 +42,8 @@ def train(config: TrainConfig, on_step: Callable[[int, float], None] = lambda st
         state = build(run, locks)
         while True:
             if run.evaluation_is_due(state):
-                evaluate_and_sample(run, state, signals)
+                with run.runtime.unchanged_random_state():  # some models draw random numbers in evaluation mode
+                    evaluate_and_sample(run, state, signals)
             if run.save_is_due(state):
                 save(run, state)
             if run.runtime.any(signals.received):
@@ -130,7 +131,7 @@ def undo(run: Run, state: State, random_state: tuple) -> None:
 
 def evaluate_and_sample(run: Run, state: State, signals: distributed.StopSignals) -> None:
     """Evaluate on the held-out text and draw samples; neither changes the training's random state."""
-    config, runtime, monitor, size = run.config, run.runtime, run.monitor, state.eval_batch.size
+    runtime, monitor, size = run.runtime, run.monitor, state.eval_batch.size
     evaluation = evaluate(
         run.module,
         run.data.held_out,
@@ -153,19 +154,22 @@ def evaluate_and_sample(run: Run, state: State, signals: distributed.StopSignals
         state.best = state.after
     if runtime.is_main:
         try:
-            with run.module.as_loaded() as model, runtime.autocast():
-                completions = generate(model, run.data.tokenizer, config.prompt, seed=config.seed, **config.sampling())
+            completions = guarded("no sample", lambda: draw_samples(run))
             state.samples_after = [completion.prompt + completion.text for completion in completions]
-        except (FloatingPointError, RuntimeError, MemoryError) as error:
-            if not isinstance(error, FloatingPointError) and not distributed.out_of_memory(error):
-                raise
-            state.samples_after = [f"(no sample: {error})"]
+        except UserError as error:  # a model that cannot be sampled is still worth training
+            state.samples_after = [f"({error})"]
         for number, sample in enumerate(state.samples_after):
             monitor.text(state.step, f"samples/{number}", sample)
     monitor.say(f"step {state.step}: {evaluation}")
     if state.step == 0:
         state.before, state.samples_before = state.after, state.samples_after
         monitor.say("\n".join(["before:", *state.samples_before]))
+
+
+def draw_samples(run: Run) -> list[Completion]:
+    """Continue the prompts of the config with the model as it is now."""
+    with run.module.as_loaded() as model, run.runtime.autocast():
+        return generate(model, run.data.tokenizer, run.config.prompt, seed=run.config.seed, **run.config.sampling())
 
 
 def log(run: Run, state: State, grad_norm: torch.Tensor, lr: float) -> None:
