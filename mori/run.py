@@ -22,6 +22,7 @@ from mori.data.windows import Batches, load_step
 from mori.distributed import Runtime
 from mori.model import loading, special_tokens
 from mori.model.lm import CausalLMLoss
+from mori.model.probes import check_causal, check_positions
 from mori.model.variants import WORTH_COMPILING_SECONDS, build_module, compile_module, may_compile, takes_onednn
 from mori.prepare import Prepared, prepare
 from mori.speed.matmul import choose_library
@@ -226,10 +227,16 @@ def build(run: Run, locks: contextlib.ExitStack) -> State:
         loading.store_in_bfloat16(model)
     saved = checkpoints.load_state(run.resumed) if run.resumed else {}
     library = choose_cpu_matmul(run, model, saved)
+    batch = run.data.train.batch(range(min(len(run.data.train), config.per_device_train_batch_size)))
+    check_positions(model, config.block_size)
+    with runtime.autocast():
+        other_loss = check_causal(model, config.model, batch[0].to(runtime.device))
+    if other_loss and runtime.is_main:
+        say(f"WARNING: {other_loss}")
     run.module, description = build_module(
         model,
         config,
-        run.data.train.batch(range(min(len(run.data.train), config.per_device_train_batch_size))),
+        batch,
         runtime,
         separators=run.data.special_tokens.borders,
         cpu_matmul=library,

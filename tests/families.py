@@ -96,7 +96,7 @@ PARTICULAR = {
         "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8, "indexer_compress_ratio": 4,
     },
     "recurrent_gemma": {"num_hidden_layers": 3},
-    "reformer": {"is_decoder": True, "axial_pos_embds": False},
+    "reformer": {"is_decoder": True, "axial_pos_embds": False, "num_buckets": 4},
     "roc_bert": {
         "pronunciation_vocab_size": 20, "shape_vocab_size": 20, "pronunciation_embed_dim": 8, "shape_embed_dim": 8,
     },

@@ -16,6 +16,7 @@ from mori.cli import UserError, parse
 from mori.config import PRESETS, GenerateConfig, SamplingConfig
 from mori.generation.generate import check_prompts, generate, model_settings, resolve_settings
 from mori.model.loading import load_config, load_model, load_tokenizer
+from mori.model.probes import check_causal
 from mori.model.variants import fuse_activations
 from mori.speed.startup import keep_freed_memory
 
@@ -43,6 +44,7 @@ def answer(config: GenerateConfig, device: torch.device) -> None:
     tokenizer = load_tokenizer(config.model, (), config.trust_remote_code)
     model_config = load_config(config.model, tokenizer, trust_remote_code=config.trust_remote_code)
     model = load_model(config.model, model_config, config.trust_remote_code).to(device).eval()
+    check_causal(model, config.model, torch.arange(16, device=device)[None] % model_config.get_text_config().vocab_size)
     fuse_activations(model)
     controls = {name: value for name, value in config.sampling().items() if name in config.given}
     defaults = [f"{name} {value}" for name, value in model_settings(model).items() if name not in controls]

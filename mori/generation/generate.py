@@ -1,5 +1,6 @@
 """Prompts -> completions: settings, batches, and the end of each text."""
 
+import inspect
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
@@ -10,10 +11,12 @@ from torch import nn
 from mori.cli import UserError, checked
 from mori.config import SamplingConfig
 from mori.generation.decode import decode
+from mori.generation.reader import reads_padded_alike
 from mori.generation.sampler import Sampler
 from mori.generation.sampling import check_token_ids
 from mori.generation.stream import TextStream, decode_text
-from mori.model.loading import check_fits, context_length
+from mori.model.context import context_length, usable_context
+from mori.model.loading import check_fits
 from mori.model.special_tokens import encode_prompt, eos_ids
 
 
@@ -64,7 +67,8 @@ def generate(
     prompt_ids = [_encode(prompt, tokenizer, model.config, crop_prompt) for prompt in prompts]
     pairs = [(prompt, sample) for prompt in range(len(prompts)) for sample in range(settings.num_return_sequences)]
     slides = on_full_context == "slide"
-    context, ends = context_length(model.config), set(eos_ids(model, tokenizer))
+    context = usable_context(model, "position_ids" in inspect.signature(model.forward).parameters)
+    ends = set(eos_ids(model, tokenizer))
     breaker_ids = _breaker_ids(tokenizer, settings.dry_sequence_breakers) if settings.dry_multiplier else []
     texts = []
     for number, (prompt, _) in enumerate(pairs):
@@ -75,7 +79,8 @@ def generate(
     model.eval()
     torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a new plan for each number of keys
     try:
-        for batch in _batches([len(text.prompt_ids) for text in texts], batch_size, equal_lengths=slides):
+        equal_lengths = slides or not reads_padded_alike(model, prompt_ids, context)
+        for batch in _batches([len(text.prompt_ids) for text in texts], batch_size, equal_lengths):
             sampler = Sampler(
                 [f"{seed}/{pairs[number][1]}" for number in batch],
                 settings,
@@ -101,13 +106,18 @@ def resolve_settings(model: nn.Module, controls: dict) -> SamplingConfig:
 def model_settings(model: nn.Module) -> dict:
     """The fields of SamplingConfig that the model's own generation_config.json sets to other values than the default."""
     defaults, settings = SamplingConfig(), {}
+    vocabulary = model.config.get_text_config().vocab_size
     for field in fields(SamplingConfig):
         default, value = getattr(defaults, field.name), getattr(model.generation_config, field.name, None)
         if isinstance(value, dict):  # an older form of sequence_bias
             value = [[list(ids), bias] for ids, bias in value.items()]
         if isinstance(default, list) and value is not None:
-            items = [value] if isinstance(value, str) else value
+            items = [value] if isinstance(value, (str, int)) else value
             value = [list(item) if isinstance(item, tuple) else item for item in items]
+            if field.name.endswith(
+                "suppress_tokens"
+            ):  # a smaller vocabulary than the file's has nothing to suppress there
+                value = [token for token in value if token < vocabulary]
         if value is not None and value != default:
             settings[field.name] = type(default)(value)
     return settings

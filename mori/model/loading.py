@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from mori.cli import UserError, guarded, one_line
 from mori.config import PRESETS
 from mori.model import files
+from mori.model.context import context_length
 
 # The base classes of all errors of the HTTP client, which differs between releases of huggingface_hub.
 _HUB_ERRORS = (OSError, *huggingface_hub.errors.HfHubHTTPError.__bases__)
@@ -65,7 +66,8 @@ def load_config(name: str, tokenizer, *, dropout: float | None = None, trust_rem
         config = mini_config(len(tokenizer))
     else:
         config = _load(name, lambda: AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code))
-        if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+        causal = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
+        if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not causal:
             raise UserError(
                 f"model {name} is a {config.model_type} that reads text in both directions; take a causal model"
             )
@@ -122,11 +124,6 @@ def store_in_bfloat16(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.data = parameter.data.bfloat16()
-
-
-def context_length(config) -> int | None:
-    """The longest text that the model can see, in tokens; None without a limit."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def check_fits(config, *, block_size: int, max_id: int) -> None:

@@ -23,7 +23,9 @@ def flops_per_token(model: nn.Module, block_size: int) -> float:
     looked_up = {id(module.weight): module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     head = model.get_output_embeddings()
     weights -= sum(weight.numel() for key, weight in looked_up.items() if head is None or key != id(head.weight))
-    return 6.0 * weights + 12.0 * block_size * config.hidden_size * config.num_hidden_layers
+    # A model made of several transformers describes its layers elsewhere; its attention is not counted.
+    width, layers = (getattr(config, name, 0) for name in ("hidden_size", "num_hidden_layers"))
+    return 6.0 * weights + 12.0 * block_size * width * layers
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:

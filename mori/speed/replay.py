@@ -35,11 +35,17 @@ def _embedding(ids: torch.Tensor, weight: torch.Tensor, **options) -> torch.Tens
     return torch.embedding(weight, ids)
 
 
+def _split(tensor: torch.Tensor, sizes, dim: int = 0) -> tuple[torch.Tensor, ...]:
+    if isinstance(sizes, int):
+        return torch.unsafe_split(tensor, sizes, dim)
+    return torch.unsafe_split_with_sizes(tensor, list(sizes), dim)
+
+
 # Equivalents without a Python wrapper.
 _LEANER = {
     functional.layer_norm: torch.layer_norm,
     functional.embedding: _embedding,
-    torch.Tensor.split: torch.unsafe_split,
+    torch.Tensor.split: _split,
 }
 
 
