@@ -156,9 +156,9 @@ if Version(transformers.__version__) >= Version("5.24"):
 REPRESENTATIVES, MASK_FREE_REPRESENTATIVES = ["gpt2", "gemma2", "qwen3_moe"], ["gpt2", "llama", "qwen3_moe"]
 
 
-def small_config(model_type: str, vocabulary: int):
-    """A configuration of `model_type`, a few thousand parameters large."""
-    changes = FAMILIES.get(model_type, {})
+def small_config(model_type: str, vocabulary: int, **changes):
+    """A configuration of `model_type`, a few thousand parameters large, with `changes`."""
+    changes = FAMILIES.get(model_type, {}) | changes
     return CONFIG_MAPPING[model_type](**{**_small_fields(CONFIG_MAPPING[model_type], vocabulary), **changes})
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import CPU
 from families import batch, expected, greedy, prompts_of, small_config, small_model
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from mori import train as train_module
 from mori.cli import UserError
@@ -27,9 +27,8 @@ LONGROPE = {
 
 def model_with(family: str, **changes) -> torch.nn.Module:
     """A small model of `family` whose configuration has `changes`, in evaluation mode."""
-    config = small_config(family, 320)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(type(config)(**{**config.to_dict(), **changes})).eval()
+    model = AutoModelForCausalLM.from_config(small_config(family, 320, **changes)).eval()
     model.generation_config.eos_token_id = None
     return model
 
@@ -78,10 +77,8 @@ def test_reader_of_xlm_asks_the_model_for_its_inputs():
     assert greedy(model, prompts_of(7), 20) == expected(model, prompts_of(7), 20)
 
 
-@pytest.mark.parametrize(
-    "family, name", [("rwkv", "state"), ("recurrent_gemma", "cache"), ("reformer", "past_buckets_states")]
-)
-def test_reader_carries_a_state_so_that_no_text_is_read_twice(family, name, monkeypatch):
+@pytest.mark.parametrize("family", ["rwkv", "recurrent_gemma", "mamba"])
+def test_reader_carries_a_state_so_that_no_text_is_read_twice(family, monkeypatch):
     model, lengths, forward = model_with(family), [], type(model_with(family)).forward
 
     def spy(self, input_ids=None, **rest):
@@ -93,7 +90,7 @@ def test_reader_carries_a_state_so_that_no_text_is_read_twice(family, name, monk
     ids = torch.tensor(prompts_of(9))
     for length in (6, 7, 8, 9):
         reader.read(ids[:, :length])
-    assert lengths == [6, 1, 1, 1] and name in reader.carried
+    assert lengths == [6, 1, 1, 1]
 
 
 @pytest.mark.parametrize("family", ["phi3", "phimoe"])
@@ -187,6 +184,7 @@ def test_check_causal_names_a_model_with_another_objective(family, changes):
     assert "has a loss of its own" in check_causal(model_with(family, **changes), "x", batch(vocabulary=320)[0])
 
 
+@pytest.mark.skipif("gemma4_unified_assistant" not in CONFIG_MAPPING, reason="this release of transformers lacks it")
 def test_check_causal_refuses_a_model_that_needs_more_than_text():
     with pytest.raises(UserError, match="cannot be trained on text alone"):
         check_causal(small_model("gemma4_unified_assistant", 320), "x", batch(vocabulary=320)[0])
