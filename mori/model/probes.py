@@ -20,7 +20,7 @@ def check_causal(model: nn.Module, name: str, input_ids: torch.Tensor) -> str:
         A sentence that says how the model's own loss differs from the cross-entropy of the next token; "" if it does not.
     """
     ids = input_ids[:1, :_TOKENS]
-    half, vocabulary = ids.size(1) // 2, model.config.get_text_config().vocab_size
+    half, vocabulary = ids.size(1) // 2, len(model.get_input_embeddings().weight)
     changed = torch.cat([ids[:, :half], (ids[:, half:] + 1) % vocabulary], dim=1)
     pair, was_training = torch.cat([ids, changed]), model.training
     model.eval()
