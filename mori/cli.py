@@ -13,7 +13,9 @@ import math
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
@@ -245,6 +247,20 @@ def guarded(what: str, action: Callable):
         elif "trust_remote_code" in str(error):
             reason = "it contains Python code, which is not run; if you trust it, pass --trust_remote_code"
         raise UserError(f"{what}: {reason}") from None
+
+
+def interruptible(action: Callable):
+    """Return `action()`, native code that may take minutes, from a thread: Ctrl-C ends the wait for it at once."""
+    result = Future()
+
+    def call() -> None:
+        try:
+            result.set_result(action())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return result.result()
 
 
 def one_line(error: BaseException) -> str:

@@ -251,20 +251,27 @@ def for_children(device: torch.device) -> str:
 
 
 class StopSignals:
-    """Records SIGINT (Ctrl-C), SIGTERM and SIGUSR1 instead of dying of them; `received` is the name of the first.
+    """Records SIGINT (Ctrl-C), SIGTERM, SIGHUP and SIGUSR1 instead of dying of them; `received` is the name of the first.
 
-    A second Ctrl-C exits at once. `torchrun` forwards a signal to workers that have it from the terminal already, so a second
-    one within a second counts as the same. Outside the main thread Python allows no handlers, and none are installed.
+    Until `defer` is called there is nothing to save, and a signal raises KeyboardInterrupt. Afterwards a second Ctrl-C does so.
+    `torchrun` forwards a signal to workers that have it from the terminal already, so a second one within a second counts as
+    the same. A SIGHUP that `nohup` ignores stays ignored. Outside the main thread Python allows no handlers, and none are
+    installed.
     """
 
     def __init__(self):
-        self.received, self._at, self._before = "", 0.0, {}
+        self.received, self._at, self._before, self._deferred = "", 0.0, {}, False
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-                self._before[number] = signal.signal(number, self._handle)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._handle)
         return self
+
+    def defer(self) -> None:
+        """From now on the caller reads `received`, and stops when its step is saved."""
+        self._deferred = True
 
     def __exit__(self, *_) -> None:
         for number, handler in self._before.items():
@@ -273,6 +280,8 @@ class StopSignals:
     def _handle(self, number: int, frame) -> None:
         if not self.received:
             self.received, self._at = signal.Signals(number).name, time.monotonic()
+            if not self._deferred:
+                raise KeyboardInterrupt
             text = f"\n{self.received}: finishing and saving this step first (Ctrl-C again exits at once)\n"
             with contextlib.suppress(OSError, ValueError):  # `| tee` may have died of the same Ctrl-C
                 os.write(sys.stderr.fileno(), text.encode())  # print() is not reentrant

@@ -33,13 +33,14 @@ def train(config: TrainConfig, on_step: Callable[[int, float], None] = lambda st
 
     Raises UserError for the user's mistakes, before the first step; RunFailed if the run cannot continue (the gradient is
     non-finite in too many consecutive steps, one window does not fit in memory, another rank has exited, or the model or the last
-    checkpoint cannot be written); Interrupted after a signal, once the step is done and the run is saved.
+    checkpoint cannot be written); Interrupted after a signal, once the step is done and the run is saved; KeyboardInterrupt before the loop.
     """
     with distributed.StopSignals() as signals, contextlib.ExitStack() as locks, _readable_failures():
         run = check(config, locks)
         if summary := run.finished_summary():
             return summary
         state = build(run, locks)
+        signals.defer()
         while True:
             if run.evaluation_is_due(state):
                 with run.runtime.unchanged_random_state():  # some models draw random numbers in evaluation mode

@@ -1,23 +1,30 @@
 """Asked to stop, a run finishes its step, saves, leaves with code 130, and goes on later to the same bits."""
 
+import fcntl
+import hashlib
 import os
+import pty
+import select
 import signal
 import subprocess
 import sys
+import termios
+import threading
 import time
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, assert_equal_weights, flags
 
+import mori.run
 import mori.train
 from mori import optim
 from mori.checkpoint import checkpoints
-from mori.cli import Interrupted
+from mori.cli import Interrupted, interruptible
 from mori.distributed import StopSignals
 from mori.tracking.loggers import read_metrics
 
-SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
 
 
 def saved_steps(tmp_path: Path) -> list[str]:
@@ -86,6 +93,7 @@ def _wait_for_lines(tmp_path: Path, process: subprocess.Popen) -> None:
 
 def test_second_ctrl_c_interrupts_but_its_echo_does_not():
     with StopSignals() as signals:
+        signals.defer()
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)  # torchrun's echo
         assert signals.received == "SIGINT"
@@ -104,6 +112,76 @@ def test_ctrl_c_with_a_dead_pipe_saves(settings, tmp_path):
     process.stdout.close()
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 130 and len(saved_steps(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_signal_before_the_first_step_ends_the_run_at_once(run_train, tmp_path, monkeypatch, number):
+    real = mori.run.prepare
+    monkeypatch.setattr(mori.run, "prepare", lambda *a: (os.kill(os.getpid(), number), time.sleep(60), real(*a)))
+    with pytest.raises(KeyboardInterrupt):
+        run_train()
+    assert not (tmp_path / "runs" / "run").exists()
+
+
+def test_interruptible_ends_a_native_call_at_once():
+    finished = []
+
+    def derive():
+        finished.append(hashlib.pbkdf2_hmac("sha256", b"", b"", 5_000_000))  # seconds that no signal handler interrupts
+
+    threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        interruptible(derive)
+    assert not finished
+
+
+def test_interruptible_returns_and_raises_as_the_action_does():
+    assert interruptible(lambda: 3) == 3
+    with pytest.raises(ZeroDivisionError):
+        interruptible(lambda: 1 // 0)
+
+
+def test_closed_terminal_saves(settings, tmp_path):
+    """The terminal's window is closed: the system sends SIGHUP, and nothing can be printed any more."""
+    words = flags({**settings, "max_steps": 5_000, "eval_steps": 1e5, "save_steps": 1e5})
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), *words]
+    keys, screen = pty.openpty()
+
+    def open_terminal():
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), screen)
+    process = subprocess.Popen(command, **streams, start_new_session=True, preexec_fn=open_terminal)
+    os.close(screen)
+    deadline = time.monotonic() + 120
+    while len(read_metrics(tmp_path / "runs" / "run" / "metrics.jsonl")) < 5:
+        assert process.poll() is None and time.monotonic() < deadline
+        if select.select([keys], [], [], 0.1)[0]:
+            os.read(keys, 4096)  # what the run prints, so that it never waits for a reader
+    os.close(keys)
+    assert process.wait(timeout=60) == 130 and len(saved_steps(tmp_path)) == 1
+
+
+def test_nohup_ignores_a_closed_terminal():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not signals.received
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_hang_up_of_torchrun_saves(settings, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "scripts/train.py"]
+    words = flags({**settings, "max_steps": 100_000, "save_steps": 1e5, "eval_steps": 1e5})
+    process = subprocess.Popen(
+        [*torchrun, *words], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    _wait_for_lines(tmp_path, process)
+    process.send_signal(signal.SIGHUP)
+    _, errors = process.communicate(timeout=120)
+    assert "saved at step" in errors and len(saved_steps(tmp_path)) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

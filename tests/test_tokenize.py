@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -370,3 +371,40 @@ def _is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_train_tokenizer_learns_as_the_library_does():
+    library = Tokenizer(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        min_frequency=2,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    library.train_from_iterator([TRAINING_TEXT], trainer)
+    ours = train_tokenizer([TRAINING_TEXT], 600).backend_tokenizer
+    assert ours.get_vocab() == library.get_vocab()
+    assert ours.encode(TRAINING_TEXT).ids == library.encode(TRAINING_TEXT).ids
+
+
+def test_train_tokenizer_cuts_an_endless_word():
+    """The time to learn grows with the square of a word's length; in parts, no token is learned across their borders."""
+    endless = ("c" + "a" * 4094 + "b") * 5
+    learned = train_tokenizer([endless], 300)
+    assert "aaaa" in learned.get_vocab() and "bc" not in learned.get_vocab()
+    assert learned.decode(learned(endless)["input_ids"]) == endless
+
+
+def test_encode_waits_in_a_thread_so_that_ctrl_c_ends_it():
+    threads = []
+
+    class Slow:
+        """A tokenizer without a backend of the library."""
+
+        def __call__(self, text, **_):
+            threads.append(threading.current_thread())
+            return {"input_ids": [1]}
+
+    assert encode(Slow(), "a") == [1] and threads != [threading.main_thread()]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy
 
-from mori.cli import UserError, guarded
+from mori.cli import UserError, guarded, interruptible
 from mori.data.cuts import Cutter, Piece
 from mori.data.files import memory_bytes
 from mori.data.words import Part, WordEncoder, encode_batch
@@ -28,10 +28,14 @@ def encode(tokenizer, text: str) -> list[int]:
     if backend is None:
         return guarded(
             "cannot tokenize the corpus",
-            lambda: tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"],
+            lambda: interruptible(
+                lambda: tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+            ),
         )
     disable_truncation(backend)
-    return guarded("cannot tokenize the corpus", lambda: backend.encode(text, add_special_tokens=False).ids)
+    return guarded(
+        "cannot tokenize the corpus", lambda: interruptible(lambda: backend.encode(text, add_special_tokens=False)).ids
+    )
 
 
 def encode_each(tokenizer, texts: list[str]) -> Iterator[numpy.ndarray]:

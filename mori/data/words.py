@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy
 from tokenizers import Encoding
 
-from mori.cli import RunFailed, guarded
+from mori.cli import RunFailed, guarded, interruptible
 
 CACHE_CHARACTERS = 1 << 20  # of words whose ids are remembered
 _GROUP_CHARACTERS = 1 << 13  # of new words that are tokenized as one text
@@ -138,7 +138,10 @@ class WordEncoder:
 
 def encode_batch(backend, texts: list[str]) -> list[Encoding]:
     """The encodings of the texts, without special tokens; the library uses all cores. Raises UserError if it fails."""
-    return guarded("cannot tokenize the corpus", lambda: backend.encode_batch(texts, add_special_tokens=False))
+    return guarded(
+        "cannot tokenize the corpus",
+        lambda: interruptible(lambda: backend.encode_batch(texts, add_special_tokens=False)),
+    )
 
 
 def _grouped(words: list[str]) -> Iterator[list[str]]:

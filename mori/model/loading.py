@@ -18,7 +18,7 @@ from torch.nn.modules.module import (
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from mori.cli import UserError, guarded, one_line
+from mori.cli import UserError, guarded, interruptible, one_line
 from mori.config import PRESETS
 from mori.model import files
 from mori.model.context import context_length
@@ -27,13 +27,16 @@ from mori.model.context import context_length
 _HUB_ERRORS = (OSError, *huggingface_hub.errors.HfHubHTTPError.__bases__)
 END_OF_TEXT = "<|endoftext|>"
 MINI_VOCABULARY = 8192
+_LONGEST_WORD = 4096  # bytes
 _BUFFER_BYTES = 1 << 29  # buffers are in no file; the largest in use are attention masks of some ten million bytes
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int = MINI_VOCABULARY) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer (Sennrich et al., 2016; Radford et al., 2019) learned from `texts`; it encodes any text."""
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # Learning takes the square of a word's length: one of a genome, or of minified code, is learned from in parts.
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.FixedLength(_LONGEST_WORD)])
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
@@ -42,7 +45,8 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int = MINI_VOCABULARY) -> 
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator(texts, trainer)
+    interruptible(lambda: bpe.train_from_iterator(texts, trainer))
+    bpe.pre_tokenizer = words
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
 
 
