@@ -162,11 +162,19 @@ def test_control_on_a_gpu_equals_that_on_a_cpu(name):
     assert not torch.equal(filtered[0], logits)
 
 
-@pytest.mark.parametrize("controls", [{"temperature": 0.0}, {"temperature": 0.9, "top_k": 50, "top_p": 0.95}])
+@pytest.mark.parametrize(
+    "controls",
+    [
+        {"temperature": 0.0},
+        {"temperature": 0.9, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.2},
+        *({name: value} for name, value in CONTROLS.items() if name != "dry_multiplier"),
+    ],
+    ids=" ".join,
+)
 def test_decoding_on_a_gpu_has_no_host_sync(controls):
     """Between the blocks of ids that the host reads, once the step is captured."""
     model, [prompt] = small_model("llama", 97).eval().cuda(), prompts_of(9)
-    sampler = Sampler([1], SamplingConfig(repetition_penalty=1.2, **controls), device="cuda")
+    sampler = Sampler([1], SamplingConfig(**controls), device="cuda", eos_ids=[2])
     reader = open_reader(model, torch.zeros(1, 1, dtype=torch.long, device="cuda"), 64)
     assert isinstance(reader, GraphReader)
     texts = torch.tensor([prompt + [0] * 20], device="cuda")

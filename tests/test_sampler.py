@@ -178,3 +178,18 @@ def test_every_sampling_field_is_read_in_the_package():
             if isinstance(node, ast.Attribute):
                 read.add(node.attr)
     assert {f.name for f in fields(SamplingConfig)} <= read
+
+
+def test_controls_copy_their_token_ids_to_the_device_once(monkeypatch):
+    """On a GPU the host waits for each copy."""
+    config = SamplingConfig(
+        sequence_bias=[[[5, 7], 2.0]], bad_words_ids=[[9], [3, 4]], min_new_tokens=9, suppress_tokens=[1],
+        exponential_decay_length_penalty=[1, 1.5], dry_multiplier=0.8, eta_cutoff=0.1, xtc_probability=0.5,
+    )  # fmt: skip
+    sampler = Sampler([1], config, eos_ids=[2], dry_breaker_ids=[11])
+    logits, texts = torch.randn(1, 97), torch.arange(1, 21)[None]
+    sampler(logits, texts, 5)
+    copies, tensor = [], torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda *args, **options: copies.append(args) or tensor(*args, **options))
+    sampler(logits, texts, 6)
+    assert not copies

@@ -40,7 +40,7 @@ class Sampler:
         self.eos_ids, self.dry_breaker_ids = list(eos_ids), list(dry_breaker_ids)
         self.streams = [random.Random(str(seed)) for seed in seeds]
         self._control_streams: dict[str, list[random.Random]] = {}
-        self._uniforms_ahead: list[torch.Tensor] = []  # (B, 1) for each coming step, the next one last
+        self._uniforms_ahead: dict[str, list[torch.Tensor]] = {}  # (B, 1) for each coming step, the next one last
         self._always, self._when_sampling = active_controls(config)
         names = {control.name for control in self._when_sampling}
         # A GPU sorts a vocabulary in less time than the host takes to read the window from it.
@@ -64,7 +64,7 @@ class Sampler:
                 return tokens
             uniforms = torch.tensor(numbers, dtype=torch.float64)[:, None]
         else:
-            uniforms = self._next_uniforms()
+            uniforms = self._next_uniforms("", self.streams)
         for control in self._when_sampling:
             logits = control.apply(logits, step, self.config)
         return draw(logits, uniforms)
@@ -82,12 +82,13 @@ class Sampler:
     def _control_uniforms(self, name: str) -> torch.Tensor:
         if name not in self._control_streams:
             self._control_streams[name] = [random.Random(f"{seed}/{name}") for seed in self.seeds]
-        return _next_numbers(self._control_streams[name], 1)[0].to(self.device)
+        return self._next_uniforms(name, self._control_streams[name])
 
-    def _next_uniforms(self) -> torch.Tensor:
-        if not self._uniforms_ahead:
-            self._uniforms_ahead = list(_next_numbers(self.streams, _STEPS_AHEAD).to(self.device).flip(0))
-        return self._uniforms_ahead.pop()
+    def _next_uniforms(self, name: str, streams: list[random.Random]) -> torch.Tensor:
+        ahead = self._uniforms_ahead.setdefault(name, [])
+        if not ahead:
+            ahead += _next_numbers(streams, _STEPS_AHEAD).to(self.device).flip(0)
+        return ahead.pop()
 
 
 def draw(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:

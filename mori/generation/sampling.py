@@ -6,14 +6,25 @@ padding is V or above. The controls that `generate()` of transformers has do the
 To add a control, write a field in `config.SamplingConfig`, a function here, and its entry in `CONTROLS`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch.nn.functional import pad
 
 from mori.cli import UserError
 from mori.config import SamplingConfig
+
+
+@lru_cache(maxsize=1024)
+def _cached(ids: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor(ids, dtype=torch.long, device=device)
+
+
+def _ids(ids: Iterable[int], device: torch.device) -> torch.Tensor:
+    """Token ids as a tensor `(N,)`, copied to the device once: the host waits for each copy."""
+    return _cached(tuple(ids), device)
 
 
 def apply_sequence_bias(logits: torch.Tensor, input_ids: torch.Tensor, biases: list) -> torch.Tensor:
@@ -26,8 +37,7 @@ def apply_sequence_bias(logits: torch.Tensor, input_ids: torch.Tensor, biases: l
         *prefix, last = ids
         if len(prefix) > input_ids.size(1):
             continue
-        expected = torch.tensor(prefix, dtype=torch.long, device=input_ids.device)
-        prefix_ends_text = (input_ids[:, input_ids.size(1) - len(prefix) :] == expected).all(-1)
+        prefix_ends_text = (input_ids[:, input_ids.size(1) - len(prefix) :] == _ids(prefix, input_ids.device)).all(-1)
         total[:, last] += torch.where(prefix_ends_text, bias, 0.0)
     return logits + total
 
@@ -67,7 +77,7 @@ def apply_bad_words(logits: torch.Tensor, input_ids: torch.Tensor, words: list, 
 def suppress(logits: torch.Tensor, tokens: list[int]) -> torch.Tensor:
     """Forbid `tokens`."""
     vocabulary = torch.arange(logits.size(1), device=logits.device)
-    forbidden = torch.isin(vocabulary, torch.tensor(tokens, dtype=torch.long, device=logits.device))
+    forbidden = torch.isin(vocabulary, _ids(tokens, logits.device))
     return torch.where(forbidden, -torch.inf, logits)
 
 
@@ -91,9 +101,10 @@ def apply_exponential_decay(logits: torch.Tensor, excess: int, factor: float, eo
     """
     if excess <= 0:
         return logits
-    ends = logits[:, eos_ids]
+    columns = _ids(eos_ids, logits.device)
+    ends = logits[:, columns]
     penalty = torch.zeros_like(logits)
-    penalty[:, eos_ids] = (ends.abs() * (factor**excess - 1)).masked_fill(~ends.isfinite(), 0.0)
+    penalty[:, columns] = (ends.abs() * (factor**excess - 1)).masked_fill(~ends.isfinite(), 0.0)
     return logits + penalty
 
 
@@ -124,7 +135,7 @@ def apply_dry(
     llama.cpp.
     """
     length, vocabulary = input_ids.size(1), logits.size(1)
-    breaks = torch.isin(input_ids, torch.tensor(breaker_ids, dtype=torch.long, device=input_ids.device))
+    breaks = torch.isin(input_ids, _ids(breaker_ids, input_ids.device))
     breaks |= input_ids >= vocabulary
     lengths = torch.zeros(len(logits), length - 1, dtype=torch.long, device=logits.device)
     # Column i: whether the text up to token i ends like the whole text, so that token i + 1 would extend the repetition.
@@ -204,7 +215,7 @@ def apply_epsilon_cutoff(logits: torch.Tensor, epsilon: float | torch.Tensor) ->
 
 def apply_eta_cutoff(logits: torch.Tensor, epsilon: float) -> torch.Tensor:
     """`apply_epsilon_cutoff` at min(epsilon, sqrt(epsilon) * exp(-entropy)) (Hewitt et al., 2022, arXiv:2210.15191)."""
-    epsilon = torch.tensor(epsilon, device=logits.device)
+    epsilon = torch.full((), epsilon, device=logits.device)
     log_probs = logits - logits.logsumexp(-1, keepdim=True)
     entropy = -(log_probs.clamp(min=torch.finfo(logits.dtype).min) * log_probs.softmax(-1)).sum(-1)
     return apply_epsilon_cutoff(logits, torch.min(epsilon, epsilon.sqrt() * torch.exp(-entropy))[:, None])
