@@ -6,7 +6,7 @@ loads a checkpoint.
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from mori.cli import RunFailed, UserError, checked, one_line
 from mori.config import TrainConfig, steps_of
 from mori.data.windows import Batches, load_step
 from mori.distributed import Runtime
+from mori.evaluate import windows_to_score
 from mori.model import loading, special_tokens
 from mori.model.lm import CausalLMLoss
 from mori.model.probes import check_causal, check_positions
@@ -66,6 +67,11 @@ class Run:
     def eval_every(self) -> int:
         """The number of steps between evaluations."""
         return steps_of(self.config.eval_steps, self.total_steps)
+
+    @property
+    def eval_windows(self) -> Sequence[int]:
+        """The held-out windows that every evaluation scores."""
+        return windows_to_score(self.config, len(self.data.held_out), self.eval_every, self.batches.windows_per_step)
 
     @property
     def save_every(self) -> int:
@@ -326,6 +332,10 @@ def _introduction(run: Run, model: nn.Module, description: str, about: dict) -> 
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         total_steps=run.total_steps,
         steps_per_epoch=run.batches.steps_per_epoch,
+        evaluations=(
+            f"{len(run.eval_windows)} of {len(run.data.held_out)} held-out windows every {run.eval_every} steps"
+            + ("" if len(run.eval_windows) == len(run.data.held_out) else " (--max_eval_windows 0 takes all)")
+        ),
         faster=description,
         notes=[run.data.special_tokens.describe(model, run.data.tokenizer), *run.data.ledger.warnings()],
         run_dir=run.run_dir,

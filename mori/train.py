@@ -137,6 +137,7 @@ def evaluate_and_sample(run: Run, state: State, signals: distributed.StopSignals
         run.module,
         run.data.held_out,
         run.data.held_out_bytes,
+        run.eval_windows,
         batch_size=state.eval_batch,
         runtime=runtime,
         give_up=lambda: signals.received and runtime.world_size == 1,  # ranks must stay together

@@ -120,6 +120,7 @@ def settings(small_model, text_file, tmp_path) -> dict:
         "save_steps": 4,
         "logging_steps": 1,
         "max_new_tokens": 5,
+        "max_eval_windows": 0,
         "prompt": ["Halo"],
         "logging_dir": str(tmp_path / "runs"),
         "output_dir": str(tmp_path / "brain"),

@@ -24,7 +24,7 @@ ENVIRONMENT = {
     **os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2", "TORCHELASTIC_ERROR_FILE": "",
 }  # fmt: skip
 
-SHORT = "--max_steps 12 --eval_steps 6 --save_steps 6 --logging_steps 1 --max_new_tokens 8"
+SHORT = "--max_steps 12 --eval_steps 6 --save_steps 6 --logging_steps 1 --max_new_tokens 8 --max_eval_windows 0"
 WITH_BOS = f"--model {STORIES} --learning_rate 1e-3"
 STORY = f"{WITH_BOS} --no-document_bos"  # recorded before documents began with BOS
 # name -> the command lines that are run one after the other in one folder; {folder} is that folder

@@ -25,7 +25,7 @@ from mori.config import TrainConfig, steps_of
 from mori.data.token_file import text_bytes_from
 from mori.data.windows import Batches, ShiftedDataset
 from mori.distributed import Runtime
-from mori.evaluate import evaluate
+from mori.evaluate import evaluate, windows_to_score
 from mori.model import loading
 from mori.model.lm import CausalLMLoss
 from mori.prepare import Prepared, prepare
@@ -211,7 +211,7 @@ def _trainer_arm(arm: str, config: TrainConfig, folder: Path, clock: _Clock) -> 
     batches = _batches(config, len(dataset))
     total_steps = config.total_steps(batches.steps_per_epoch)
     arguments = _training_arguments(arm, config, folder, runtime, total_steps)
-    record = _Record(config, prepared, model, runtime, clock, total_steps)
+    record = _Record(config, prepared, model, runtime, clock, batches)
     trainer = (Trainer if arm == "course" else _trainer_class(batches))(
         model=model,
         args=arguments,
@@ -300,26 +300,26 @@ def _trainer_class(batches: Batches):
 class _Record:
     """The evaluations and the log of a Trainer run; evaluates at the same steps as `mori`, with the same code."""
 
-    def __init__(
-        self, config: TrainConfig, prepared: Prepared, model, runtime: Runtime, clock: _Clock, total_steps: int
-    ):
+    def __init__(self, config, prepared: Prepared, model, runtime: Runtime, clock: _Clock, batches: Batches):
         self.config, self.prepared, self.runtime, self.clock = config, prepared, runtime, clock
-        self.module, self.total_steps = CausalLMLoss(model), total_steps
+        self.module, self.total_steps = CausalLMLoss(model), config.total_steps(batches.steps_per_epoch)
+        self.eval_every = steps_of(config.eval_steps, self.total_steps)
+        self.windows = windows_to_score(config, len(prepared.held_out), self.eval_every, batches.windows_per_step)
         self.evaluations: list[dict] = []
         self.logged: list[dict] = []
 
     def evaluate(self, step: int) -> None:
         """Evaluate on the held-out text."""
-        held_out, text_bytes = self.prepared.held_out, self.prepared.held_out_bytes
-        batch_size = distributed.BatchSize(self.config.per_device_eval_batch_size)
-        evaluation = evaluate(self.module, held_out, text_bytes, batch_size=batch_size, runtime=self.runtime)
+        prepared, size = self.prepared, distributed.BatchSize(self.config.per_device_eval_batch_size)
+        texts = prepared.held_out, prepared.held_out_bytes, self.windows
+        evaluation = evaluate(self.module, *texts, batch_size=size, runtime=self.runtime)
         self.evaluations.append({"step": step, **asdict(evaluation)})
 
     def callback(self):
         """The TrainerCallback that seeds as `mori` does before the first step, measures time, evaluates and logs."""
         from transformers import TrainerCallback
 
-        record, eval_every = self, steps_of(self.config.eval_steps, self.total_steps)
+        record = self
 
         class Callback(TrainerCallback):
             def on_train_begin(self, args, state, control, **_):
@@ -332,7 +332,7 @@ class _Record:
                     record.runtime.synchronize()  # as in `mori`, whose last step reads its loss
                 self.seconds += time.perf_counter() - self.mark
                 record.clock.step(state.global_step, self.seconds)
-                if state.global_step % eval_every == 0 or last:
+                if state.global_step % record.eval_every == 0 or last:
                     record.evaluate(state.global_step)
                 self.mark = time.perf_counter()
 

@@ -42,6 +42,7 @@ class CompareConfig(TrainConfig):
     arms: list[str] = flag(list(ARMS), f"implementations to compare: {', '.join(ARMS)}; separated by spaces or commas")
     repeats: int = flag(1, "runs of each arm; the report gives median and range of speed and memory", min=1)
     logging_steps: int = same_flag(TrainConfig, "logging_steps", 1)
+    max_eval_windows: int | None = same_flag(TrainConfig, "max_eval_windows", 0)
 
     def resolve(self) -> "CompareConfig":
         """A copy with every default that depends on another field filled in."""

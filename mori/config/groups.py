@@ -195,6 +195,13 @@ class LoggingConfig(Config):
         0.1, "interval of evaluation and samples, in steps; below 1 a fraction of all steps", above=0, share=True
     )
     eval_on_start: bool = flag(True, "evaluate and sample before the first step as well")
+    max_eval_windows: int | None = flag(
+        None,
+        "held-out windows that an evaluation scores, spread evenly; 0 takes all, unset as many as a tenth of the training time "
+        "allows",
+        kind=int,
+        min=0,
+    )
     per_device_eval_batch_size: int = flag(8, "windows in one batch of the evaluation", above=0)
     save_steps: float = flag(
         0.1, "interval of checkpoints, in steps; below 1 a fraction of all steps", above=0, share=True

@@ -53,6 +53,15 @@ class ShiftedDataset(Dataset):
     def __len__(self) -> int:
         return self._windows
 
+    @property
+    def targets(self) -> int:
+        """The number of labels in all windows."""
+        positions = len(self.ids) - self.dropped
+        without = (
+            0 if self.without_label is None else ((self.without_label > 0) & (self.without_label < positions)).sum()
+        )
+        return positions - 1 - int(without)
+
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """One window: `input_ids` `(T,)` and `labels` `(T,)`, int64."""
         input_ids, labels = self.batch([index])

@@ -40,6 +40,7 @@ def introduction(
     parameters: int,
     total_steps: int,
     steps_per_epoch: int,
+    evaluations: str,
     faster: str,
     run_dir: Path,
     resumed: Path | None,
@@ -51,6 +52,7 @@ def introduction(
         environment: of this process, as `environment` returns it.
         text: the corpus in words (its ledger); `blank_files` of its files were left out.
         parameters: of the model.
+        evaluations: how much text is evaluated, and when, in words.
         faster: what speeds up this run, in words.
         resumed: the checkpoint that the run resumes from.
         notes: further lines.
@@ -66,6 +68,7 @@ def introduction(
         f"reads   {text}{left_out}",
         f"model   {config.model}, {parameters / 1e6:.1f} M parameters",
         f"trains  {total_steps} steps ({steps_per_epoch} an epoch) of {layout} x {config.block_size} tokens",
+        f"checks  {evaluations}",
         f"faster  {faster}",
         f"writes  {run_dir}/ (tensorboard --logdir {config.logging_dir}), the brain to {config.output_dir}/",
     ]
