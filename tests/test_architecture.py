@@ -52,8 +52,8 @@ def test_no_module_uses_pickle_broad_except_or_trainer(path):
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ExceptHandler):
             broad = node.type is None or getattr(node.type, "id", "") in ("Exception", "BaseException")
-            # The one place that calls libraries whose errors share no base class.
-            assert not broad or (path == ROOT / "mori/cli.py" and source.count("except BaseException") == 1)
+            # `guarded` calls libraries whose errors share no base class; `interruptible` hands any error on.
+            assert not broad or (path == ROOT / "mori/cli.py" and source.count("except BaseException") == 2)
         if isinstance(node, ast.ImportFrom) and path != ROOT / "mori/bench/arms.py":
             assert not {"Trainer", "TrainingArguments"} & {alias.name for alias in node.names}
     for word in ("pickle", "torch.load(", "torch.save(", "exec(", "import accelerate", "from accelerate"):
