@@ -147,8 +147,9 @@ FAMILIES = {
 MASK_FREE = [
     "gpt2", "gpt_neox", "opt", "phi", "llama", "qwen2", "qwen3", "gemma", "granite", "cohere", "olmo2", "olmoe", "qwen3_moe",
 ]  # fmt: skip
-# The families whose decoding step makes the same calls at every position, so that a GPU can capture it.
-CAPTURED = set("gpt2 gpt_neox opt falcon phi llama qwen2 qwen3 gemma granite cohere olmo2 stablelm smollm3".split())
+# The families whose decoding step makes the same calls at every position, so that a GPU can capture it. Falcon's does too, but
+# it indexes by a list, which is copied from the host.
+CAPTURED = set("gpt2 gpt_neox opt phi llama qwen2 qwen3 gemma granite cohere olmo2 stablelm smollm3".split())
 if Version(transformers.__version__) >= Version("5.24"):
     MASK_FREE.append("gptj")
     CAPTURED.add("gptj")

@@ -17,6 +17,10 @@ from tests.gpu_day.parts import PARTS
 
 # The others train in many processes, or compile.
 QUICK = ["float64", "attention", "one-rank", "curves", "parity-bf16", "oom", "graphs", "decode", "graph-cost", "syncs"]
+# On the simulated GPU (`python -m tests.sim`), which has neither NCCL nor a compiler, and runs in one process.
+SIMULATED = (
+    "float64 attention curves parity-fp16 oom graphs decode decode-more syncs graph-cost attention-speed head".split()
+)
 
 
 @pytest.fixture
@@ -26,9 +30,9 @@ def run_part(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(CausalLMLoss, "forward", CausalLMLoss.forward)  # a part replaces it
     precision, cudnn = torch.get_float32_matmul_precision(), torch.backends.cuda.cudnn_sdp_enabled()
 
-    def run(name: str) -> dict:
+    def run(name: str, device: str = "cpu") -> dict:
         (tmp_path / "place").mkdir()
-        task = {"limit": 300.0, "device": "cpu", "dry": True, "stories": str(STORIES) if STORIES.is_dir() else ""}
+        task = {"limit": 300.0, "device": device, "dry": True, "stories": str(STORIES) if STORIES.is_dir() else ""}
         runner.run_part(name, {**task, "place": str(tmp_path / "place"), "out": str(tmp_path)})
         return runner.result_of("ok", 0.0, capsys.readouterr().out)
 
@@ -49,6 +53,13 @@ def test_part_names_a_function_and_its_arguments(name):
 @pytest.mark.parametrize("name", QUICK)
 def test_part_runs_dry(name, run_part):
     result = run_part(name)
+    assert result["status"] == "ok" and len(result) > 2, result
+
+
+@pytest.mark.skipif(not hasattr(torch.cuda, "simulated"), reason="this is not the simulated GPU")
+@pytest.mark.parametrize("name", SIMULATED)
+def test_part_runs_on_a_gpu_that_is_simulated(name, run_part):
+    result = run_part(name, "cuda")
     assert result["status"] == "ok" and len(result) > 2, result
 
 

@@ -67,7 +67,7 @@ def test_graph_greedy_ids_equal_generate(family, graphs):
         prompts = prompts_of(*lengths)
         assert greedy(model, prompts, count) == expected(model, prompts, count), lengths
     launches = sum(graph.launches for graph in graphs)
-    assert (launches > 150) == (family in CAPTURED and not OLD), launches
+    assert (launches > 150) == (family in CAPTURED | {"falcon"} and not OLD), launches
 
 
 @needs_capture
@@ -158,7 +158,13 @@ def test_graph_steps_need_no_host_sync(graphs, long_model, monkeypatch):
 @pytest.mark.parametrize("family", sorted(CAPTURED))
 def test_graph_on_a_gpu_greedy_ids_equal_generate(family, monkeypatch):
     captured = []
-    monkeypatch.setattr(replaying_reader, "Graph", lambda *args: captured.append(1) or Graph(*args))
+
+    def capture(*arguments) -> Graph:
+        graph = Graph(*arguments)  # may fail
+        captured.append(graph)
+        return graph
+
+    monkeypatch.setattr(replaying_reader, "Graph", capture)
     model = model_of(family, 97).eval().cuda()
     model.generation_config.eos_token_id = None
     for lengths, count in (((9,), 40), ((1,), 30), ((9, 9, 9), 20), ((3, 9, 6), 30)):

@@ -109,9 +109,9 @@ def against_float64(task: Task) -> None:
         return model.to(device)
 
     expected = {}
-    for separator in (None, 0):
+    for separators in ((), (0,)):
         reference.zero_grad()
-        expected[separator] = _loss_and_gradients(CausalLMLoss(reference, separator=separator), batch)
+        expected[separators] = _loss_and_gradients(CausalLMLoss(reference, separators=separators), batch)
     types = {"fp32": (None, 1e-5), "tf32": (None, 2e-3), "bf16": (torch.bfloat16, 3e-2), "fp16": (torch.float16, 2e-2)}
     forms = ("exact", "chunked, mask-free", "documents apart")
     for precision, form in itertools.product(types, forms):
@@ -119,14 +119,14 @@ def against_float64(task: Task) -> None:
         def error(precision=precision, form=form) -> dict:
             torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
             model, (dtype, limit) = fresh(task.device), types[precision]
-            separator = 0 if form == "documents apart" else None
-            module = CausalLMLoss(model, chunked_loss=form != "exact", separator=separator)
+            separators = (0,) if form == "documents apart" else ()
+            module = CausalLMLoss(model, chunked_loss=form != "exact", separators=separators)
             if form == "chunked, mask-free":
                 fuse_activations(model)
                 module.use_mask_free_attention()
             scale = torch.tensor(65536.0, device=task.device) if precision == "fp16" else None
             loss, gradients = _loss_and_gradients(module, batch, dtype, scale)
-            expected_loss, expected_gradients = expected[separator]
+            expected_loss, expected_gradients = expected[separators]
             gap, loss_gap = _distance(gradients, expected_gradients), abs(loss - expected_loss) / expected_loss
             return {"ok": gap <= limit and loss_gap <= limit, "gradient": gap, "loss": loss_gap}
 
