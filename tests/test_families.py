@@ -184,9 +184,16 @@ def test_check_causal_names_a_model_with_another_objective(family, changes):
     assert "has a loss of its own" in check_causal(model_with(family, **changes), "x", batch(vocabulary=320)[0])
 
 
-def test_check_causal_refuses_a_model_that_needs_more_than_text():
-    with pytest.raises(UserError, match="cannot be trained on text alone"):
-        check_causal(small_model("gemma4_unified_assistant", 320), "x", batch(vocabulary=320)[0])
+def test_check_causal_refuses_a_model_that_needs_more_than_text(monkeypatch):
+    def forward(pixels=None, **_):
+        raise ValueError("pixels cannot be None.")
+
+    model = small_model("llama", 320)
+    monkeypatch.setattr(model, "forward", forward)
+    with pytest.raises(
+        UserError, match="LlamaForCausalLM that cannot be trained on text alone: .*pixels cannot be None"
+    ):
+        check_causal(model, "x", batch(vocabulary=320)[0])
 
 
 def test_load_config_accepts_xlm_with_causal(tmp_path, tokenizer):
