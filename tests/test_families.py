@@ -274,3 +274,13 @@ def test_training_config_of_probes_leaves_the_model_in_training_mode():
     with CPU.autocast():
         check_causal(model, TrainConfig().model, batch()[0])
     assert model.training
+
+
+def test_reader_splits_matvecs_of_recorded_steps_only(monkeypatch):
+    """A mode intercepts every call of a step in Python; a replay keeps what it chose without it."""
+    modes, mode = [], reader_module.SplitMatvec
+    monkeypatch.setattr(reader_module, "SplitMatvec", lambda: modes.append(1) or mode())
+    for family, replayed in (("mistral", False), ("mamba", False), ("llama", True)):
+        modes.clear()
+        greedy(model_with(family), prompts_of(5), 20)
+        assert bool(modes) == replayed and len(modes) < 10, family

@@ -36,6 +36,9 @@ class Reader:
             self.parameters -= {"position_ids"}  # it counts them itself
         cache = _new_cache(model, self.parameters)
         self.use_cache, self.carried = cache is not None, cache or {}
+        self.splits = (
+            False  # a mode around every step costs more than it gains, but for steps that are replayed without it
+        )
         self.length = 0  # tokens read so far
         self._allocate(0)
 
@@ -82,7 +85,7 @@ class Reader:
             arguments["input_ids"] = unread
             if positions is None and "position_ids" in arguments:
                 arguments["position_ids"] = arguments["position_ids"][:, -unread.size(1) :]
-        with SplitMatvec() if unread.size(1) == 1 else contextlib.nullcontext():
+        with SplitMatvec() if self.splits and unread.size(1) == 1 else contextlib.nullcontext():
             out = self.model(**arguments)
         self.carried |= {name: out[name] for name in self.parameters & out.keys() if self.use_cache}
         return out.logits[:, -1]

@@ -89,7 +89,7 @@ class ReplayingReader(Reader):
         super().__init__(model, pads, context)
         self.layers = [BufferedLayer() for _ in self.cache.layers]
         self.cache.layers = self.layers
-        self.recordable = True
+        self.recordable = self.splits = True
         self.recording: Recording | None = None  # of the step before
         self.replay: Replay | Graph | None = None
 
@@ -150,7 +150,7 @@ class ReplayingReader(Reader):
             )
         self.recording = recording
         if not self.recordable:
-            self.replay = None
+            self.replay, self.splits = None, False
             self._set_length(self.length - 1)
             return self.forward(newest)
         self._set_length(self.length)
