@@ -12,6 +12,7 @@ from mori.config import TrainConfig
 from mori.generation import reader as reader_module
 from mori.generation.generate import generate
 from mori.generation.reader import reads_padded_alike
+from mori.generation.replaying_reader import ReplayingReader
 from mori.model import loading
 from mori.model.context import context_length, usable_context
 from mori.model.probes import check_causal, check_positions
@@ -241,10 +242,12 @@ def test_training_numbers_do_not_depend_on_an_evaluation_that_draws_random_numbe
     assert losses[0] == losses[1]
 
 
-def test_replay_in_bf16_splits_into_given_sizes():
-    model = model_with("gpt_bigcode").bfloat16()
+def test_replay_in_bf16_splits_into_given_sizes(monkeypatch):
+    model, steps, replayed = model_with("gpt_bigcode").bfloat16(), [], ReplayingReader.replayed
+    monkeypatch.setattr(ReplayingReader, "replayed", lambda *args: steps.append(1) or replayed(*args))
     for prompts in (prompts_of(9), prompts_of(5, 5)):
         assert greedy(model, prompts, 20) == expected(model, prompts, 20)
+    assert steps
 
 
 @pytest.mark.parametrize(
