@@ -100,7 +100,7 @@ def test_eos_ids_are_written_as_trainer_writes_them(in_files):
     special_tokens.write_into(ours, tokenizer)
     written = [config.eos_token_id for config in (ours.generation_config, theirs.generation_config)]
     ids, expected = ([value] if isinstance(value, int) else value for value in written)
-    assert ids == expected and ids[0] == tokenizer.eos_token_id
+    assert ids == list(dict.fromkeys(expected)) and ids[0] == tokenizer.eos_token_id  # transformers 5.17 repeats one
     assert ours.generation_config.bos_token_id == theirs.generation_config.bos_token_id == tokenizer.bos_token_id
 
 
@@ -127,7 +127,9 @@ def test_generate_stops_at_the_end_of_text_of_each_file(place):
         getattr(model, place).eos_token_id = [50256, end] if place == "generation_config" else end
     [cut] = generate(model, tokenizer, ["halo"], **controls)
     assert cut.new_token_ids == free.new_token_ids[:5] and cut.finish_reason == "eos"
-    [longer] = generate(model, tokenizer, ["halo"], **controls, min_new_tokens=8)
+    [longer] = generate(
+        model, tokenizer, ["halo"], **controls, min_new_tokens=8, exponential_decay_length_penalty=[9, 1.1]
+    )
     assert len(longer.new_token_ids) >= 8 and end not in longer.new_token_ids[:8]
 
 

@@ -5,7 +5,7 @@ model's own files, and knows no class of them.
 """
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -13,8 +13,6 @@ from torch import nn
 from mori.cli import UserError, guarded
 from mori.data.token_file import separator
 from mori.data.tokenize import special_ids
-
-_PROBES = ("a", "A", "0", ".", "一")
 
 
 @dataclass(frozen=True)
@@ -114,8 +112,7 @@ def write_into(model: nn.Module, tokenizer) -> None:
 
 def _affixes(tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The ids that the tokenizer puts in front of a text and behind it."""
-    words = (word for word, token in tokenizer.get_vocab().items() if token not in special_ids(tokenizer))
-    for text in itertools.chain(_PROBES, itertools.islice(words, 8)):
+    for text in _probes(tokenizer):
         try:
             with_affixes = tuple(_ids(tokenizer, text, "the text"))
             plain = tuple(_ids(tokenizer, text, "the text", add_special_tokens=False))
@@ -127,12 +124,20 @@ def _affixes(tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return (), ()
 
 
+def _probes(tokenizer) -> Iterator[str]:
+    """Texts, of which a tokenizer knows at least one."""
+    yield from ("a", "A", "0", ".", "一")
+    special = special_ids(tokenizer)
+    yield from itertools.islice((word for word, token in tokenizer.get_vocab().items() if token not in special), 8)
+
+
 def _ids(tokenizer, text: str, what: str, **options) -> list[int]:
     return guarded(f"cannot tokenize {what}", lambda: tokenizer(text, **options)["input_ids"])
 
 
 def _names(ids: Iterable[int], tokenizer) -> str:
-    return ", ".join(tokenizer.convert_ids_to_tokens(token) or str(token) for token in ids)
+    size = len(tokenizer)  # a configuration may name ids beyond it
+    return ", ".join((tokenizer.convert_ids_to_tokens(token) if token < size else None) or str(token) for token in ids)
 
 
 def _cannot_split(where: str, names: str) -> UserError:
