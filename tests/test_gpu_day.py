@@ -70,7 +70,7 @@ def test_command_runs_parts_and_prints_the_table(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert [line["part"] for line in lines] == ["machine", "bench"]
-    assert lines[0]["status"] == "ok" and lines[0]["versions"]["torch"] == torch.__version__
+    assert lines[0]["status"] == "ok" and torch.__version__.startswith(lines[0]["versions"]["torch"])
     assert lines[1]["status"].startswith("skipped")
     assert "| decoding graphs by family | – | all |" in done.stdout and "bench: skipped" in done.stdout
     assert len(list(tmp_path.iterdir())) <= 8
