@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import errno
 import inspect
 import json
 import math
@@ -14,7 +15,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
@@ -293,6 +294,29 @@ def run_script(name: str, main: Callable[[], int | None]) -> None:
     except OSError:  # a closed pipe or a full disk: Python would flush again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
+
+
+# How file systems and systems refuse a call that they do not have.
+UNSUPPORTED = frozenset(
+    {
+        errno.EACCES, errno.EBADF, errno.EINVAL, errno.EISDIR, errno.ENODEV, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.ENOTTY,
+        errno.EOPNOTSUPP, errno.EPERM, errno.EROFS,
+    }
+)  # fmt: skip
+_refused: set[str] = set()
+
+
+@contextlib.contextmanager
+def optional(call: str, lost: str) -> Iterator[None]:
+    """The context of a system call that the work does not need: if it is refused, say once what is lost, and continue."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        if call not in _refused and os.environ.get("RANK") in (None, "", "0"):
+            print_error(f"note: this file system refuses {call} ({error.strerror}): {lost}")
+        _refused.add(call)
 
 
 def print_error(line: str) -> None:

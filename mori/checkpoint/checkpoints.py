@@ -4,56 +4,98 @@
         model.safetensors      the model's state_dict(), tied tensors once
         optimizer.safetensors  the optimizer's tensors, "<parameter index>.<name>"
         state.json             everything that is not a tensor
+        config.json ...        what `save_pretrained` writes beside the weights, so that transformers loads the folder
         manifest.json          the step, and size and SHA-256 of the files above; written last
 
-Safetensors and JSON only, so reading a checkpoint runs no code.
+Safetensors and JSON only, so resuming from a checkpoint runs no code.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from torch import nn
 
 from mori.checkpoint import optimizer_state
-from mori.checkpoint.files import describe, set_aside, sync, write
-from mori.checkpoint.tensors import check_storable, distinct, serialized
+from mori.checkpoint.files import describe, rename_folder, set_aside, sync, write
+from mori.checkpoint.tensors import check_finite, check_storable, distinct, serialized
 from mori.cli import UserError
 
 _FORMAT = 1
 _MANIFEST, _LARGEST_MANIFEST = "manifest.json", 1 << 16
 _STEP = re.compile(r"step-\d{8}")
 _FILES = {"model.safetensors", "optimizer.safetensors", "state.json"}
+_REHEARSAL = ".step-00000000.partial"  # `clean` removes it
 
 
 class CorruptCheckpoint(ValueError):
     """A checkpoint that differs from its manifest; the message names the file and the damage."""
 
 
-def save(root: Path, step: int, *, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> Path:
+def save(
+    root: Path,
+    step: int,
+    *,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict,
+    beside: Mapping[str, bytes] | None = None,
+) -> Path:
     """Write the checkpoint of `step` under `root` and return its folder, which appears by one rename, complete and synced.
 
-    `state` is everything else that the run needs, as JSON values; the keys `step` and `optimizer` are set here.
+    `state` is everything else that the run needs, as JSON values; the keys `step` and `optimizer` are set here. `beside` are
+    further files, by their paths in the folder.
 
     Raises TypeError, before anything is written, for a part of the optimizer's state that cannot be stored (see
-    `optimizer_state.pack`), and FloatingPointError if a tensor holds NaN or infinity. Raises OSError with the space needed
-    and the space free if the disk refuses, and CorruptCheckpoint if the files do not read back as they were written;
-    what was staged is removed.
+    `optimizer_state.pack`), and FloatingPointError if a tensor holds NaN, or infinity and is no buffer. Raises OSError with
+    the space needed and the space free if the disk refuses, and CorruptCheckpoint if the files do not read back as they were
+    written; what was staged is removed.
     """
-    final, staged = root / f"step-{step:08d}", root / f".step-{step:08d}.partial"
     weights = distinct(model.state_dict())
     moments, plain = optimizer_state.pack(optimizer)
     check_storable(weights)
     check_storable(moments)
+    check_finite(weights, dict(model.named_buffers()))
+    check_finite(moments)
     text = json.dumps({**state, "step": step, "optimizer": plain}).encode()
-    needed = sum(tensor.nbytes for tensor in [*weights.values(), *moments.values()]) + len(text)
+    return _write(root, step, weights, moments, {"state.json": text, **(beside or {})})
+
+
+def rehearse(root: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, beside: Mapping[str, bytes]) -> int:
+    """Save, load and remove a checkpoint with one element of each type of tensor; returns the bytes that a whole one takes.
+
+    Whatever would make `save` fail, except a full disk, raises the same errors here. A killed rehearsal leaves a folder that
+    `clean` removes.
+    """
+    weights = distinct(model.state_dict())
+    moments, plain = optimizer_state.pack(optimizer)
+    check_storable(weights)
+    check_storable(moments)
+    text = json.dumps({"step": 0, "optimizer": plain}).encode()
+    samples = {str(tensor.dtype): tensor[(slice(1),) * tensor.dim()] for tensor in weights.values()}
+    staged = root / _REHEARSAL
+    shutil.rmtree(staged, ignore_errors=True)
+    try:
+        folder = _write(staged, 0, samples, {}, {"state.json": text, **beside})
+        loaded = _load_tensors_of(folder / "model.safetensors")
+        if any(loaded[name].dtype != sample.dtype for name, sample in samples.items()):
+            raise CorruptCheckpoint(f"{folder} reads back with other types of tensors")
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    return sum(tensor.nbytes for tensor in [*weights.values(), *moments.values()]) + sum(map(len, beside.values()))
+
+
+def _write(root: Path, step: int, weights: dict, moments: dict, others: Mapping[str, bytes]) -> Path:
+    """Write, verify and publish the checkpoint of `step`; `others` are its files that hold no tensors."""
+    final, staged = root / f"step-{step:08d}", root / f".step-{step:08d}.partial"
     try:
         os.makedirs(root, exist_ok=True)
         shutil.rmtree(staged, ignore_errors=True)
@@ -61,18 +103,24 @@ def save(root: Path, step: int, *, model: nn.Module, optimizer: torch.optim.Opti
         files = {
             "model.safetensors": write(staged / "model.safetensors", serialized(weights)),
             "optimizer.safetensors": write(staged / "optimizer.safetensors", serialized(moments)),
-            "state.json": write(staged / "state.json", [text]),
         }
+        for name, content in others.items():
+            (staged / name).parent.mkdir(parents=True, exist_ok=True)
+            files[name] = write(staged / name, [content])
         write_manifest(staged, step, files)
         verify(staged)  # an unreadable checkpoint must not replace a readable one
-        sync(staged)
+        for folder in {(staged / name).parent for name in files}:
+            sync(folder)
         set_aside(final)
-        os.rename(staged, final)
+        rename_folder(staged, final)
         sync(root)
     except OSError as error:
-        free = shutil.disk_usage(next(folder for folder in root.absolute().parents if folder.exists())).free
-        reason = f"{error.strerror or error} (it needs {needed / 2**20:,.1f} MiB, {free / 2**20:,.1f} MiB are free)"
-        raise OSError(f"{root}: {reason}") from None
+        needed = sum(t.nbytes for t in [*weights.values(), *moments.values()]) + sum(map(len, others.values()))
+        room = f"it needs {needed / 2**20:,.1f} MiB"
+        with contextlib.suppress(OSError, StopIteration):
+            free = shutil.disk_usage(next(folder for folder in root.absolute().parents if folder.exists())).free
+            room += f", {free / 2**20:,.1f} MiB are free"
+        raise OSError(error.errno, f"{root}: {error.strerror or error} ({room})") from None
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     return final
@@ -96,7 +144,7 @@ def verify(folder: Path) -> None:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if manifest["format"] != _FORMAT:
             raise CorruptCheckpoint(f"{folder} has format {manifest['format']}, this mori reads {_FORMAT}")
-        if manifest["seal"] != _seal(manifest["files"]) or set(manifest["files"]) != _FILES:
+        if manifest["seal"] != _seal(manifest["files"]) or not _are_files_of_a_checkpoint(manifest["files"]):
             raise CorruptCheckpoint(f"{path} is not what was written (its seal differs)")
         if _STEP.fullmatch(folder.name) and int(folder.name[5:]) != manifest["step"]:
             raise CorruptCheckpoint(f"{path} belongs to step {manifest['step']}")
@@ -131,7 +179,7 @@ def newest(root: Path, say: Callable[[str], None]) -> Path | None:
             any_damaged = True
             aside = folder.with_name(folder.name + ".corrupt")
             set_aside(aside)  # an earlier damaged checkpoint of this step
-            os.rename(folder, aside)
+            rename_folder(folder, aside)
             say(f"checkpoint set aside as {aside.name}: {error}")
     if any_damaged:
         raise UserError(
@@ -167,8 +215,8 @@ def load_tensors(folder: Path, model: nn.Module, optimizer: torch.optim.Optimize
     Raises UserError if the model's tensors have other names, shapes or types, or the optimizer's state does not fit.
     """
     try:
-        weights = load_file(folder / "model.safetensors")
-        moments = load_file(folder / "optimizer.safetensors")
+        weights = _load_tensors_of(folder / "model.safetensors")
+        moments = _load_tensors_of(folder / "optimizer.safetensors")
     except SafetensorError as error:
         raise UserError(f"{folder} cannot be read: {error}") from None
     own = distinct(model.state_dict())
@@ -187,6 +235,14 @@ def load_tensors(folder: Path, model: nn.Module, optimizer: torch.optim.Optimize
         ) from None
 
 
+def _load_tensors_of(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file; read at once if the file system refuses mmap."""
+    try:
+        return load_file(path)
+    except (OSError, RuntimeError, SafetensorError):
+        return load(path.read_bytes())
+
+
 def prune(root: Path, keep: int, best_step: int | None) -> None:
     """Delete all checkpoints but the `keep` newest and the one of `best_step`; call it after a `save`.
 
@@ -196,7 +252,7 @@ def prune(root: Path, keep: int, best_step: int | None) -> None:
     for folder in published(root)[:-keep]:
         if folder.name != f"step-{best_step or 0:08d}" and _holds_its_files_only(folder):
             hidden = root / f".{folder.name}.pruned"
-            os.rename(folder, hidden)
+            rename_folder(folder, hidden)
             shutil.rmtree(hidden)
 
 
@@ -212,13 +268,24 @@ def _plain_file(path: Path) -> Path:
     raise CorruptCheckpoint(f"{path} is {'not a plain file' if os.path.lexists(path) else 'missing'}")
 
 
+def _are_files_of_a_checkpoint(names) -> bool:
+    """Whether `names` hold all that a run needs, and nothing outside the folder."""
+    paths = map(PurePosixPath, names)
+    return set(names) >= _FILES and not any(path.is_absolute() or ".." in path.parts for path in paths)
+
+
 def _holds_its_files_only(folder: Path) -> bool:
     try:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.name != _MANIFEST}
+        sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in _files_in(folder)}
+        sizes.pop(_MANIFEST)
         return sizes == {name: description["bytes"] for name, description in manifest["files"].items()}
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def _files_in(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
 
 
 def _seal(files: dict) -> str:

@@ -1,7 +1,7 @@
 """Tensors as a safetensors file, written with one tensor in host memory at a time."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 import torch
 from torch import nn
@@ -10,6 +10,8 @@ from torch import nn
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.complex64: "C64",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
 
 
@@ -23,13 +25,18 @@ def distinct(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def check_storable(tensors: dict[str, torch.Tensor]) -> None:
-    """Raise TypeError for a value that the file format cannot hold, FloatingPointError for NaN or infinity."""
+    """Raise TypeError for a value that the file format cannot hold."""
     for name, tensor in tensors.items():
         if type(tensor) not in (torch.Tensor, nn.Parameter):
             raise TypeError(f"{name} cannot be saved: it is a {type(tensor).__name__}, not a plain tensor")
         if tensor.dtype not in DTYPES or tensor.layout is not torch.strided or tensor.is_meta:
             raise TypeError(f"{name} cannot be saved: {tensor.dtype}, {tensor.layout}, on {tensor.device}")
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+
+
+def check_finite(tensors: dict[str, torch.Tensor], buffers: Container[str] = ()) -> None:
+    """Raise FloatingPointError for NaN or infinity; an infinity in one of `buffers` may be a mask."""
+    for name, tensor in tensors.items():
+        if tensor.isnan().any() or name not in buffers and not tensor.isfinite().all():
             raise FloatingPointError(f"{name} is not finite")
 
 
@@ -39,8 +46,10 @@ def serialized(tensors: dict[str, torch.Tensor]) -> Iterator[bytes | memoryview]
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.nbytes
         header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    header["__metadata__"] = {"format": "pt"}  # for transformers
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for tensor in tensors.values():
-        yield memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        stored = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        yield memoryview(stored.reshape(-1).view(torch.uint8).numpy())
