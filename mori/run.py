@@ -15,7 +15,16 @@ from torch import nn
 
 from mori import distributed, optim
 from mori.checkpoint import checkpoints, run_folder
-from mori.checkpoint.files import publish, set_aside, write_json
+from mori.checkpoint.files import (
+    advice,
+    check_room,
+    publish,
+    rehearse_publication,
+    set_aside,
+    staging_folder,
+    write_json,
+)
+from mori.checkpoint.tensors import check_finite
 from mori.cli import RunFailed, UserError, checked, one_line
 from mori.config import TrainConfig, steps_of
 from mori.data.windows import Batches, load_step
@@ -55,6 +64,9 @@ class Run:
     monitor: Monitor | None = None
     step_graph: StepGraph | None = None
     parameters: list[nn.Parameter] = field(default_factory=list)
+    model_files: dict[str, bytes] = field(
+        default_factory=dict
+    )  # set by `rehearse`: what a model folder holds beside weights
     flops_per_token: float = 0.0
     peak_flops: float | None = None
 
@@ -158,17 +170,42 @@ class Run:
     def publish(self) -> None:
         """Write the trained model to `output_dir`; an existing model is renamed to `<name>.previous`."""
         with self.module.as_loaded() as model:
-            bad = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
-            if bad:
-                raise RunFailed(f"the model is not written: {len(bad)} of its tensors are not finite, such as {bad[0]}")
             try:
+                check_finite(model.state_dict(), dict(model.named_buffers()))
                 publish(self.output_dir, lambda folder: loading.save(model, self.data.tokenizer, folder))
+            except FloatingPointError as error:
+                raise RunFailed(f"the model is not written: {error}") from None
             except (OSError, UserError) as error:
-                reason = getattr(error, "strerror", None) or error
-                raise RunFailed(
-                    f"cannot write the trained model to {self.output_dir}: {reason}; make room and run the same command again: it "
-                    "resumes from the newest checkpoint"
-                ) from None
+                reason = f"{advice(error)}: it resumes from the newest checkpoint"
+                raise RunFailed(f"cannot write the trained model to {self.output_dir}: {reason}") from None
+
+    def rehearse(self, state: State) -> None:
+        """Save and publish a part of the model in the true places, and undo it; sets `model_files`.
+
+        Whatever would spoil a save raises UserError here, before the first step.
+        """
+        root, tokenizer = self.run_dir / "checkpoints", self.data.tokenizer
+        try:
+            with self.module.as_loaded() as model:
+                files = rehearse_publication(
+                    self.output_dir, lambda folder: loading.save(model, tokenizer, folder, rehearsal=True)
+                )
+            self.model_files = {name: files[name] for name in files if not name.endswith(".safetensors")}
+            size = checkpoints.rehearse(root, model=state.model, optimizer=state.optimizer, beside=self.model_files)
+        except OSError as error:
+            raise UserError(f"cannot save in {self.run_dir} and {self.output_dir}: {advice(error)}") from None
+        except checkpoints.SAVE_ERRORS as error:
+            if distributed.out_of_memory(error):
+                raise
+            raise UserError(f"this model cannot be saved: {one_line(error)}") from None
+        if (
+            not state.optimizer.state and self.config.optim == "adamw_torch_fused"
+        ):  # two moments come with the first step
+            size += 2 * sum(parameter.nbytes for parameter in self.parameters)
+        if state.saved_step == self.total_steps:
+            size = 0
+        weights = sum(parameter.nbytes for parameter in self.parameters)
+        check_room({root: size, staging_folder(self.output_dir).parent: weights})
 
     @contextlib.contextmanager
     def writes(self) -> Iterator[None]:
@@ -176,8 +213,7 @@ class Run:
         try:
             yield
         except OSError as error:
-            advice = "make room and run the same command again"
-            raise RunFailed(f"cannot write in {self.run_dir}: {error.strerror}; {advice}") from None
+            raise RunFailed(f"cannot write in {self.run_dir}: {advice(error)}") from None
 
 
 def check(config: TrainConfig, locks: contextlib.ExitStack) -> Run:
@@ -271,6 +307,7 @@ def build(run: Run, locks: contextlib.ExitStack) -> State:
         resumed=run.resumed is not None,
     )
     run.module.on_compile_failure = lambda error: run.monitor.say(f"WARNING: no longer compiled: {one_line(error)}")
+    runtime.on_main(lambda: run.rehearse(state))
     run.step_graph = StepGraph(
         config.cuda_graphs and runtime.device.type == "cuda" and runtime.world_size == 1,
         on_failure=lambda error: run.monitor.say(f"no CUDA graph: {one_line(error)}"),

@@ -220,15 +220,10 @@ def save(run: Run, state: State) -> None:
     if runtime.is_main:
         run.monitor.sync()
         try:
-            checkpoints.save(root, state.step, model=state.model, optimizer=state.optimizer, state=saved)
-        except (
-            OSError,
-            FloatingPointError,
-            TypeError,
-            RuntimeError,
-            MemoryError,
-            checkpoints.CorruptCheckpoint,
-        ) as error:
+            checkpoints.save(
+                root, state.step, model=state.model, optimizer=state.optimizer, state=saved, beside=run.model_files
+            )
+        except checkpoints.SAVE_ERRORS as error:
             if isinstance(error, (RuntimeError, MemoryError)) and not distributed.out_of_memory(error):
                 raise
             run.monitor.say(f"WARNING: no checkpoint at step {state.step}: {error}; training continues")

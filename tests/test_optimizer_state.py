@@ -229,7 +229,7 @@ def change_state(folder, change) -> None:
         ({"list": [1, {2}]}, "0.list.1 .* a set"),
         ({"dict": {"a": {None: 1}}}, "0.dict.a .* a dict"),
         ({7: torch.zeros(2)}, "0.7 .* no name"),
-        ({"wave": torch.zeros(2, dtype=torch.complex64)}, "0.wave .*complex64"),
+        ({"wave": torch.zeros(2, dtype=torch.complex128)}, "0.wave .*complex128"),
         ({"sparse": torch.eye(2).to_sparse()}, "0.sparse .*sparse"),
     ],
 )

@@ -23,7 +23,6 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mori.cli import RunFailed, UserError
-from mori.model import loading
 from mori.run import Run
 from mori.speed import matmul
 from mori.tracking.loggers import read_metrics
@@ -117,7 +116,7 @@ def test_run_killed_before_publishing_publishes(run_train, tmp_path, monkeypatch
         raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(loading, "save", cut)
+        patch.setattr(Run, "publish", cut)
         with pytest.raises(Stop):
             run_train()
     first = json.loads(json.dumps(run_train()))

@@ -62,7 +62,11 @@ def test_train_writes_summary_metrics_events_and_checkpoints(run_train, settings
 def test_train_publishes_a_model_that_loads_without_mori(settings, tmp_path, monkeypatch):
     trained = {}
     save = loading.save
-    monkeypatch.setattr(loading, "save", lambda model, *rest: (trained.update(model=model), save(model, *rest)))
+    monkeypatch.setattr(
+        loading,
+        "save",
+        lambda model, *rest, **options: (trained.update(model=model), save(model, *rest, **options)),
+    )
     train(TrainConfig(**settings, fused_activations=False))  # PyTorch's GELU may round the last bit otherwise
     brain = AutoModelForCausalLM.from_pretrained(tmp_path / "brain").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "brain")

@@ -40,6 +40,10 @@ class CorruptCheckpoint(ValueError):
     """A checkpoint that differs from its manifest; the message names the file and the damage."""
 
 
+# What `save` may raise; a RuntimeError may be a lack of memory.
+SAVE_ERRORS = (OSError, FloatingPointError, TypeError, RuntimeError, MemoryError, CorruptCheckpoint)
+
+
 def save(
     root: Path,
     step: int,
@@ -120,7 +124,9 @@ def _write(root: Path, step: int, weights: dict, moments: dict, others: Mapping[
         with contextlib.suppress(OSError, StopIteration):
             free = shutil.disk_usage(next(folder for folder in root.absolute().parents if folder.exists())).free
             room += f", {free / 2**20:,.1f} MiB are free"
-        raise OSError(error.errno, f"{root}: {error.strerror or error} ({room})") from None
+        failure = OSError(f"{root}: {error.strerror or error} ({room})")
+        failure.errno = error.errno
+        raise failure from None
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     return final

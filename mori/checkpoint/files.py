@@ -16,7 +16,7 @@ import stat
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from mori.cli import UNSUPPORTED, optional
+from mori.cli import UNSUPPORTED, UserError, optional
 
 # How a file system refuses to rename a folder though it may rename files: mount points, overlays, object stores.
 _CANNOT_RENAME = UNSUPPORTED | {errno.EBUSY, errno.EXDEV, errno.EMFILE}
@@ -193,6 +193,21 @@ def describe(path: Path) -> dict:
         while block := file.read(1 << 20):
             digest.update(block)
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def check_room(sizes: dict[Path, int]) -> None:
+    """Raise UserError if the file systems of these folders have less room than the sum of the bytes planned there."""
+    needed: dict[int, int] = {}
+    for folder, size in sizes.items():
+        device = folder.stat().st_dev
+        needed[device] = needed.get(device, 0) + size
+    for folder in sizes:
+        usage, size = shutil.disk_usage(folder), needed[folder.stat().st_dev]
+        if usage.total and usage.free < size:  # some file systems do not tell their size
+            raise UserError(
+                f"{folder} has room for {usage.free / 2**20:,.1f} MiB, but the files of this run need at least "
+                f"{size / 2**20:,.1f} MiB; make room and run the same command again"
+            )
 
 
 def advice(error: Exception) -> str:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import IO
 
 from mori.checkpoint import checkpoints
-from mori.checkpoint.files import hashes, write_json
-from mori.cli import UserError, print_error
+from mori.checkpoint.files import hashes, stays_in_place, visible, write_json
+from mori.cli import UserError, optional, print_error
 from mori.config import TrainConfig
 
 # What checkpoints of versions that did not record it stand for.
@@ -30,15 +30,16 @@ def check_writable(run_dir: Path, output_dir: Path) -> None:
     for name, path in (("logging_dir", run_dir), ("output_dir", output_dir)):
         if path.exists() and not path.is_dir():
             raise UserError(f"{name}: {path} is a file; choose a folder")
-        # The model's folder is renamed into place: its parent must be writable.
-        candidates = [path, *path.parents] if path == run_dir else path.parents
+        # The model's folder is renamed into place: its parent must be writable, unless it is filled in place.
+        candidates = [path, *path.parents] if path == run_dir or stays_in_place(path) else path.parents
         parent = next(folder for folder in candidates if folder.exists())
         try:
             with tempfile.TemporaryFile(dir=parent):
                 pass
         except OSError as error:
             raise UserError(f"{name}: cannot write in {parent}: {error.strerror}") from None
-    if output_dir.is_dir() and any(output_dir.iterdir()) and not _is_model(output_dir):
+    contents = visible if stays_in_place(output_dir) else Path.iterdir
+    if output_dir.is_dir() and any(contents(output_dir)) and not _is_model(output_dir):
         raise UserError(
             f"output_dir: {output_dir} contains something that is not a model and would be replaced; choose another folder"
         )
@@ -56,7 +57,8 @@ def lock(run_dir: Path) -> IO:
     file, deadline = (run_dir / ".lock").open("w"), time.monotonic() + 3
     while True:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with optional("flock", "two processes that train this run at once would not notice each other"):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return file
         except BlockingIOError:
             if time.monotonic() > deadline:

@@ -52,4 +52,5 @@ def serialized(tensors: dict[str, torch.Tensor]) -> Iterator[bytes | memoryview]
     yield len(text).to_bytes(8, "little") + text
     for tensor in tensors.values():
         stored = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-        yield memoryview(stored.reshape(-1).view(torch.uint8).numpy())
+        flat = stored.as_strided((stored.numel(),), (1,))  # reshape() may keep the stride of a single element
+        yield memoryview(flat.view(torch.uint8).numpy())

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy
 from tqdm import tqdm
 
-from mori.cli import UserError
+from mori.cli import UserError, optional
 from mori.data.corpus import Document, corpus_hash, hashed_chunks
 from mori.data.tokenize import (
     LONG_CHARACTERS,
@@ -85,7 +85,11 @@ class TokenFile:
             raise ValueError(f"{path} is cut short")
         if header.pop("sha256", None) != header_hash(header, _blocks(path, start)):
             raise ValueError(f"{path} is damaged")
-        self.ids = numpy.memmap(path, dtype=dtype, mode="r", offset=start, shape=(count,))
+        self.ids = None
+        with optional("mmap", "files are read whole into memory"):
+            self.ids = numpy.memmap(path, dtype=dtype, mode="r", offset=start, shape=(count,))
+        if self.ids is None:
+            self.ids = numpy.fromfile(path, dtype=dtype, count=count, offset=start)
         self.header = header
 
     def __len__(self) -> int:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy
 from tokenizers import Encoding
 
-from mori.cli import RunFailed, guarded, interruptible
+from mori.cli import RunFailed, guarded, interruptible, one_line, print_error
 
 CACHE_CHARACTERS = 1 << 20  # of words whose ids are remembered
 _GROUP_CHARACTERS = 1 << 13  # of new words that are tokenized as one text
@@ -76,7 +76,13 @@ class WordEncoder:
             yield from map(self.encode, parts)
             return
         os.environ.setdefault(_PARALLELISM, "true")  # or the library warns at each fork
-        pool = ProcessPoolExecutor(n_processes, multiprocessing.get_context("fork"), _start_process, (self,))
+        try:
+            pool = ProcessPoolExecutor(n_processes, multiprocessing.get_context("fork"), _start_process, (self,))
+        except (OSError, ImportError, NotImplementedError) as error:  # no semaphores: /dev/shm is missing or read-only
+            print_error(f"note: processes cannot share semaphores here ({one_line(error)}): one core tokenizes")
+            os.environ[_PARALLELISM] = "false"  # for the next documents
+            yield from map(self.encode, parts)
+            return
         results: deque = deque()
         try:
             for part in parts:

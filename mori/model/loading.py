@@ -1,6 +1,9 @@
 """Load a model and its tokenizer from the hub, from a folder or from scratch; save them."""
 
 import contextlib
+import inspect
+import mmap
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,10 +18,18 @@ from torch.nn.modules.module import (
     register_module_buffer_registration_hook,
     register_module_parameter_registration_hook,
 )
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GPT2Config,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from mori.cli import UserError, guarded, interruptible, one_line
+from mori.cli import UserError, guarded, interruptible, one_line, optional
 from mori.config import PRESETS
 from mori.model import files
 from mori.model.context import context_length
@@ -97,6 +108,7 @@ def load_model(name: str, config, trust_remote_code: bool = False) -> nn.Module:
                 trust_remote_code=trust_remote_code,
                 ignore_mismatched_sizes=True,  # reported below, together with missing tensors
                 output_loading_info=True,
+                **({} if _can_map(name) else {"disable_mmap": True}),
             )
 
     stored = _stored(name)
@@ -144,16 +156,55 @@ def check_fits(config, *, block_size: int, max_id: int) -> None:
         )
 
 
-def save(model: nn.Module, tokenizer, folder: Path) -> None:
+def save(model: nn.Module, tokenizer, folder: Path, *, rehearsal: bool = False) -> None:
     """Write model and tokenizer so that `AutoModelForCausalLM` and `AutoTokenizer` load them from `folder`.
 
-    Raises OSError if they cannot be written, and UserError for errors of the tokenizer's library.
+    A `rehearsal` writes one element of each weight, and everything else in full.
+
+    Raises OSError if they cannot be written, and UserError for other errors of the libraries.
     """
+    options = {"state_dict": _samples(model.state_dict()), "save_original_format": False} if rehearsal else {}
     try:
-        model.save_pretrained(folder)
+        with _published_generation_config(model, folder):
+            model.save_pretrained(folder, **options)
     except SafetensorError as error:  # safetensors' error for a full disk
-        raise OSError(str(error)) from None
+        failure = OSError(str(error))
+        if number := re.search(r"os error (\d+)", str(error)):
+            failure = OSError(int(number[1]), os.strerror(int(number[1])))
+        raise failure from None
+    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
+        raise UserError(f"the model cannot be saved: {one_line(error)}") from None
     guarded("the tokenizer cannot be saved", lambda: tokenizer.save_pretrained(folder))
+
+
+def _samples(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """One element of each tensor; tensors that share memory share it still."""
+    samples: dict[tuple, torch.Tensor] = {}
+    for tensor in tensors.values():
+        samples.setdefault(_memory(tensor), tensor[(slice(1),) * tensor.dim()].clone())
+    return {name: samples[_memory(tensor)] for name, tensor in tensors.items()}
+
+
+def _memory(tensor: torch.Tensor) -> tuple:
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+@contextlib.contextmanager
+def _published_generation_config(model: nn.Module, folder: Path) -> Iterator[None]:
+    """The context of `save_pretrained`: the model's generation_config.json is written as it is.
+
+    transformers loads a contradiction such as a temperature without sampling with a warning, but refuses to save it.
+    """
+    own = getattr(model, "generation_config", None)
+    if own is None:
+        yield
+        return
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+    own.to_json_file(folder / "generation_config.json", use_diff=True)
 
 
 def check_reachable(name: str) -> None:
@@ -179,6 +230,17 @@ def check_reachable(name: str) -> None:
         raise UserError(
             f"model {name} is no preset ({', '.join(PRESETS)}), no folder here, and not available on the hub: {one_line(error)}"
         ) from None
+
+
+def _can_map(name: str) -> bool:
+    """Whether the weights in the folder `name` can be mapped into memory, as transformers does unless told otherwise."""
+    path = next(Path(name).glob("*.safetensors"), None)
+    if path is None or "disable_mmap" not in inspect.signature(PreTrainedModel.from_pretrained).parameters:
+        return True
+    with optional("mmap", "files are read whole into memory"), path.open("rb") as file:
+        mmap.mmap(file.fileno(), 1, prot=mmap.PROT_READ).close()
+        return True
+    return False
 
 
 def _stored(name: str) -> files.Stored | None:

@@ -8,6 +8,8 @@ import textwrap
 import time
 from pathlib import Path
 
+from mori.cli import optional
+
 _EVENTS_NAME = re.compile(r"events\.out\.tfevents\.(\d{10})\b")
 
 
@@ -149,8 +151,9 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    with optional("fsync", "a power cut may lose the newest files"):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
