@@ -1,5 +1,6 @@
 """File systems that lack a call which the work does not need, or whose folders cannot be renamed."""
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -15,7 +16,6 @@ from conftest import assert_equal_weights, stop_after, weights
 from mori import cli
 from mori.checkpoint import checkpoints, files
 from mori.cli import RunFailed, UserError
-from mori.data import words
 from mori.run import Run
 
 
@@ -24,12 +24,12 @@ def nothing_said_yet(monkeypatch):
     monkeypatch.setattr(cli, "_refused", set())
 
 
-def refuse(monkeypatch, owner, name: str, number: int, when=lambda *_: True) -> None:
+def refuse(monkeypatch, owner, name: str, number: int, when=lambda *_, **__: True) -> None:
     """Let `owner.name` raise the error `number` if `when` is true of its arguments."""
     real = getattr(owner, name)
 
     def refusing(*arguments, **options):
-        if when(*arguments):
+        if when(*arguments, **options):
             raise OSError(number, os.strerror(number))
         return real(*arguments, **options)
 
@@ -41,14 +41,14 @@ def is_folder(handle, *_) -> bool:
 
 
 REFUSALS = {
-    "flock ENOSYS": (fcntl, "flock", errno.ENOSYS, lambda *_: True, "would not notice each other"),
-    "flock ENOLCK": (fcntl, "flock", errno.ENOLCK, lambda *_: True, "would not notice each other"),
+    "flock ENOSYS": (fcntl, "flock", errno.ENOSYS, lambda *_, **__: True, "would not notice each other"),
+    "flock ENOLCK": (fcntl, "flock", errno.ENOLCK, lambda *_, **__: True, "would not notice each other"),
     "fsync of a folder": (os, "fsync", errno.EINVAL, is_folder, "a power cut may lose"),
-    "fsync": (os, "fsync", errno.EOPNOTSUPP, lambda *_: True, "a power cut may lose"),
-    "open of a folder": (os, "open", errno.EISDIR, lambda path, mode, *_: mode == os.O_RDONLY and Path(path).is_dir(), "a power cut may lose"),
-    "chmod": (Path, "chmod", errno.EPERM, lambda *_: True, "only this user may read"),
-    "mmap of token ids": (numpy, "memmap", errno.ENODEV, lambda *_: True, "read whole into memory"),
-    "mmap of weights": ("mori.model.loading.mmap", "mmap", errno.ENODEV, lambda *_: True, "read whole into memory"),
+    "fsync": (os, "fsync", errno.EOPNOTSUPP, lambda *_, **__: True, "a power cut may lose"),
+    "open of a folder": (os, "open", errno.EISDIR, lambda path, mode, *_, **options: not options and mode == os.O_RDONLY and Path(path).is_dir(), "a power cut may lose"),
+    "chmod": (Path, "chmod", errno.EPERM, lambda *_, **__: True, "only this user may read"),
+    "mmap of token ids": (numpy, "memmap", errno.ENODEV, lambda *_, **__: True, "read whole into memory"),
+    "mmap of weights": ("mori.model.loading.mmap", "mmap", errno.ENODEV, lambda *_, **__: True, "read whole into memory"),
 }  # fmt: skip
 
 
@@ -77,20 +77,6 @@ def test_checkpoint_is_read_without_mmap(run_train, tmp_path, monkeypatch):
     refuse(monkeypatch, checkpoints, "load_file", errno.ENODEV)
     run_train()
     assert_equal_weights(tmp_path / "whole", tmp_path / "brain")
-
-
-def test_tokenizing_needs_no_semaphores(tmp_path, monkeypatch, capsys):
-    """A read-only or missing /dev/shm."""
-    from mori.data.tokenize import TextEncoder, encode
-    from mori.model.loading import train_tokenizer
-
-    text = " ".join(f"kata{number % 977} halo\n" for number in range(300_000))
-    tokenizer = train_tokenizer([text[:20_000]], 300)
-    refuse(monkeypatch, words, "ProcessPoolExecutor", errno.EROFS)
-    monkeypatch.setattr(words, "_n_processes", lambda: 2)
-    ids = numpy.concatenate([ids for ids, _ in TextEncoder(tokenizer).encode([text])])
-    assert ids.tolist() == encode(tokenizer, text)
-    assert capsys.readouterr().err.count("one core tokenizes") == 1
 
 
 @pytest.mark.parametrize("number", [errno.EXDEV, errno.ENOSYS, errno.EPERM, errno.EBUSY])
@@ -176,7 +162,7 @@ def test_mount_point_is_filled_in_place(run_train, tmp_path, mount, kind):
 def test_mount_point_whose_filling_was_cut_loses_nothing(run_train, tmp_path, monkeypatch):
     brain = tmp_path / "brain"
     run_train(max_steps=2, run_name="a")
-    first = weights(brain)
+    first = (brain / "model.safetensors").read_bytes()
     monkeypatch.setattr(files, "_mount_points", lambda: {os.fsencode(brain)})
     for moment in range(1, 9, 2):
         moved, real = [], os.rename
@@ -190,15 +176,12 @@ def test_mount_point_whose_filling_was_cut_loses_nothing(run_train, tmp_path, mo
 
         with monkeypatch.context() as patch:
             patch.setattr(os, "rename", cut)
-            with pytest.raises(KeyboardInterrupt):
+            with contextlib.suppress(KeyboardInterrupt):  # what is left may need fewer moves
                 run_train(max_steps=3, run_name="b")
     run_train(max_steps=3, run_name="b")
     run_train(output_dir=str(tmp_path / "plain"), max_steps=3, run_name="plain")
     assert_equal_weights(brain, tmp_path / "plain")
-    stored = [path.read_bytes() for path in brain.rglob("model.safetensors")]
-    shutil.rmtree(tmp_path / "plain")
-    run_train(output_dir=str(tmp_path / "plain"), max_steps=2, run_name="plain2")
-    assert (tmp_path / "plain" / "model.safetensors").read_bytes() in stored and first
+    assert first in [path.read_bytes() for path in brain.rglob("model.safetensors")]
 
 
 def test_mount_point_with_something_else_is_refused(run_train, tmp_path, monkeypatch):

@@ -310,6 +310,23 @@ def test_word_encoder_gives_the_ids_of_one_call_from_processes(name, two_process
     assert capfd.readouterr().err == ""  # the library warns of a fork if it is not told
 
 
+@pytest.mark.parametrize(
+    "error", [OSError(30, "Read-only file system"), ImportError("no sem_open"), NotImplementedError()]
+)
+def test_word_encoder_needs_no_processes(two_processes, monkeypatch, capfd, error):
+    """A read-only or missing /dev/shm has no room for their semaphores."""
+
+    def refuse(*_):
+        raise error
+
+    monkeypatch.setattr(words, "ProcessPoolExecutor", refuse)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    tokenizer, rng = TOKENIZERS["byte level, added"][0](), random.Random(0)
+    text = " ".join(rng.choice(PLAIN_WORDS) + random_text(rng) for _ in range(20))
+    assert_ids_of_one_call(TextEncoder(tokenizer), tokenizer, text, rng)
+    assert capfd.readouterr().err.count("one core tokenizes") == 1
+
+
 def test_word_encoder_raises_what_its_processes_raise(two_processes, monkeypatch):
     tokenizer, text, parent = TOKENIZERS["byte level"][0](), "kata dan kata " * 500, os.getpid()
     real = words.WordEncoder.encode

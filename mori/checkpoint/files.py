@@ -20,6 +20,7 @@ from mori.cli import UNSUPPORTED, UserError, optional
 
 # How a file system refuses to rename a folder though it may rename files: mount points, overlays, object stores.
 _CANNOT_RENAME = UNSUPPORTED | {errno.EBUSY, errno.EXDEV, errno.EMFILE}
+PREVIOUS = ".previous"
 _PARTIAL = ".partial"
 
 
@@ -135,15 +136,16 @@ def replace_folder(staged: Path, final: Path) -> None:
                 path.chmod(wanted)
         sync(path)
     if staged.parent == final:
-        if old := visible(final):
-            set_aside(final / ".previous")
-            os.mkdir(final / ".previous")
-            _move(old, final / ".previous")
+        old, previous = visible(final), final / PREVIOUS
+        if old and previous.exists() and any(previous.iterdir()):
+            set_aside(previous)
+        os.makedirs(previous, exist_ok=True)  # also without old files, as the mark of a folder that is filled in place
+        _move(old, previous)
         _move(list(staged.iterdir()), final)
         sync(final)
         return
     if final.exists():
-        previous = final.with_name(final.name + ".previous")
+        previous = final.with_name(final.name + PREVIOUS)
         set_aside(previous)
         rename_folder(final, previous)
     rename_folder(staged, final)

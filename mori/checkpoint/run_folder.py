@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO
 
 from mori.checkpoint import checkpoints
-from mori.checkpoint.files import hashes, stays_in_place, visible, write_json
+from mori.checkpoint.files import PREVIOUS, hashes, stays_in_place, visible, write_json
 from mori.cli import UserError, optional, print_error
 from mori.config import TrainConfig
 
@@ -38,8 +38,9 @@ def check_writable(run_dir: Path, output_dir: Path) -> None:
                 pass
         except OSError as error:
             raise UserError(f"{name}: cannot write in {parent}: {error.strerror}") from None
-    contents = visible if stays_in_place(output_dir) else Path.iterdir
-    if output_dir.is_dir() and any(contents(output_dir)) and not _is_model(output_dir):
+    in_place = stays_in_place(output_dir)
+    contents = list((visible if in_place else Path.iterdir)(output_dir)) if output_dir.is_dir() else []
+    if contents and not _is_model(output_dir) and not (in_place and (output_dir / PREVIOUS).is_dir()):
         raise UserError(
             f"output_dir: {output_dir} contains something that is not a model and would be replaced; choose another folder"
         )
