@@ -1,28 +1,40 @@
 """How well a model predicts the held-out text, and where a number first stopped being finite."""
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 
-from mori.config import TrainConfig
+from mori.cli import checked
+from mori.config import EvaluateConfig, TrainConfig
+from mori.data.corpus import read_documents
+from mori.data.files import find_files
 from mori.data.windows import ShiftedDataset, count_targets
-from mori.distributed import BatchSize, Runtime
+from mori.distributed import BatchSize, Runtime, start
+from mori.model import loading, special_tokens
 from mori.model.lm import CausalLMLoss
+from mori.model.variants import build_module
+from mori.prepare import scored_text, tokenized
 
 _EVALUATION_SHARE = 0.1  # of the training time
 
 
 @dataclass
 class Evaluation:
-    """`loss` is in nats per token, `bits_per_byte` in bits per byte of the text before it was tokenized, or None."""
+    """`loss` is in nats per token, `bits_per_byte` in bits per byte of the text before it was tokenized, or None.
 
-    loss: float
-    perplexity: float
+    All are None for a run that holds no text out.
+    """
+
+    loss: float | None
+    perplexity: float | None
     bits_per_byte: float | None
 
     def __str__(self) -> str:
+        if self.loss is None:
+            return "no text is held out"
         bits = "" if self.bits_per_byte is None else f", {self.bits_per_byte:.4f} bits per byte"
         return f"held-out loss {self.loss:.4f}, perplexity {self.perplexity:.2f}{bits}"
 
@@ -34,7 +46,7 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(
     module: CausalLMLoss,
-    dataset: ShiftedDataset,
+    dataset: ShiftedDataset | None,
     text_bytes: int | None,
     windows: Sequence[int] | None = None,
     *,
@@ -51,6 +63,8 @@ def evaluate(
     predicted, and has no label in `dataset`. A batch that does not fit in memory is split in halves. `give_up` is called before
     every batch; the result is None once it returns true.
     """
+    if dataset is None:
+        return Evaluation(None, None, None)
     was_training = module.training
     module.eval()
     totals = torch.zeros(2, dtype=torch.float64)
@@ -86,6 +100,29 @@ def windows_to_score(config: TrainConfig, held_out: int, steps_between: int, win
     if count == 0 or count >= held_out:
         return range(held_out)
     return [number * held_out // count for number in range(count)]
+
+
+def evaluate_text(config: EvaluateConfig) -> dict:
+    """Score a text by `config.model`, and print the result; returns it.
+
+    Raises UserError for a model or a text that cannot be read, and windows that do not fit the model; RunFailed if not even one
+    window fits in memory.
+    """
+    config = checked(config)
+    runtime = start(config.device, config.precision)
+    documents = read_documents(find_files(config.corpus))
+    tokenizer = loading.load_tokenizer(config.model, (), config.trust_remote_code)
+    model_config = loading.load_config(config.model, tokenizer, trust_remote_code=config.trust_remote_code)
+    special = special_tokens.decide(tokenizer, document_bos=config.document_bos, parse=config.parse_special_tokens)
+    token_file = tokenized(documents, tokenizer, model_config, special, config, runtime)
+    windows, text_bytes = scored_text(token_file, documents, tokenizer, config.block_size)
+    model = loading.load_model(config.model, model_config, config.trust_remote_code).to(runtime.device)
+    module, _ = build_module(model, TrainConfig(block_size=config.block_size), windows.batch([0]), runtime)
+    size = BatchSize(config.per_device_eval_batch_size)
+    evaluation = evaluate(module, windows, text_bytes, batch_size=size, runtime=runtime)
+    result = {"model": config.model, "tokens": windows.targets, "bytes": text_bytes, **asdict(evaluation)}
+    print(json.dumps(result) if config.json else f"{config.model}: {evaluation} on {windows.targets:,} tokens")
+    return result
 
 
 def first_nonfinite_tensor(

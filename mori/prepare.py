@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mori import distributed
-from mori.config import TrainConfig
+from mori.cli import UserError
+from mori.config import EvaluateConfig, TrainConfig
 from mori.data import corpus
 from mori.data.files import find_files
 from mori.data.token_file import TokenFile, text_bytes_from
@@ -18,7 +19,8 @@ from mori.model import loading, special_tokens
 class Prepared:
     """A tokenizer, a model's configuration, and the corpus as windows of token ids.
 
-    `held_out_bytes` is the number of bytes of text that the held-out labels cover; None if the tokenizer loses text.
+    `held_out` is the end of the corpus, or the validation file; None if everything is trained on. `held_out_bytes` is the number of
+    bytes of text that its labels cover; None if the tokenizer loses text.
     """
 
     documents: list[corpus.Document]
@@ -28,7 +30,7 @@ class Prepared:
     model_config: object
     token_file: TokenFile
     train: ShiftedDataset
-    held_out: ShiftedDataset
+    held_out: ShiftedDataset | None
     held_out_bytes: int | None
     ledger: corpus.Ledger
 
@@ -46,6 +48,7 @@ def prepare(config: TrainConfig, runtime: Runtime) -> Prepared:
     """
     files = find_files(config.corpus)
     documents = corpus.read_documents(files)
+    validation = corpus.read_documents(find_files(config.validation_file)) if config.validation_file else []
     distributed.set_seed(config.seed)
     tokenizer = loading.load_tokenizer(config.model, (d.text for d in documents), config.trust_remote_code)
     model_config = loading.load_config(
@@ -53,14 +56,10 @@ def prepare(config: TrainConfig, runtime: Runtime) -> Prepared:
     )
     special = special_tokens.decide(tokenizer, document_bos=config.document_bos, parse=config.parse_special_tokens)
     check_prompts(config.prompt, tokenizer, model_config)
-    loading.check_fits(model_config, block_size=config.block_size, max_id=0)
-    cache_dir = Path(config.logging_dir) / ".cache"
-    token_file = runtime.main_first(lambda: TokenFile.make(documents, tokenizer, cache_dir, special.begin))
-    loading.check_fits(model_config, block_size=config.block_size, max_id=token_file.header["max_id"])
+    token_file = tokenized(documents, tokenizer, model_config, special, config, runtime)
     header = token_file.header
-    corpus.check_expressed(documents, header["text"])
-    special_tokens.check_corpus(special, header["text"]["special_tokens"])
-    boundary = split(len(token_file), config.block_size, config.held_out_fraction)
+    held_out_fraction = 0.0 if config.validation_file else config.held_out_fraction
+    boundary = split(len(token_file), config.block_size, held_out_fraction)
     train = ShiftedDataset(token_file.ids[:boundary], config.block_size)
     ledger = corpus.Ledger(
         bytes=sum(document.bytes for document in documents),
@@ -73,6 +72,12 @@ def prepare(config: TrainConfig, runtime: Runtime) -> Prepared:
         eos_tokens=len(documents) * len(header["end"]) + len(header["final"]),
         **header["text"],
     )
+    held_out = held_out_bytes = None
+    if validation:
+        validation_tokens = tokenized(validation, tokenizer, model_config, special, config, runtime)
+        held_out, held_out_bytes = scored_text(validation_tokens, validation, tokenizer, config.block_size)
+    elif held_out_fraction:
+        held_out, held_out_bytes = scored_text(token_file, documents, tokenizer, config.block_size, boundary)
     return Prepared(
         documents=documents,
         blank_files=len(files) - len(documents),
@@ -81,13 +86,44 @@ def prepare(config: TrainConfig, runtime: Runtime) -> Prepared:
         model_config=model_config,
         token_file=token_file,
         train=train,
-        held_out=ShiftedDataset(
-            token_file.ids[boundary:],
-            config.block_size,
-            keep_tail=True,
-            without_label=token_file.begin_positions() - boundary,
-        ),
-        # The first held-out token is never a label, so its bytes are not counted.
-        held_out_bytes=None if ledger.loses_text else text_bytes_from(boundary + 1, token_file, documents, tokenizer),
+        held_out=held_out,
+        held_out_bytes=held_out_bytes,
         ledger=ledger,
     )
+
+
+def tokenized(
+    documents: list[corpus.Document],
+    tokenizer,
+    model_config,
+    special: special_tokens.SpecialTokens,
+    config: TrainConfig | EvaluateConfig,
+    runtime: Runtime,
+) -> TokenFile:
+    """The token ids of `documents`, cached in `logging_dir`. Raises UserError if they do not fit the model or its tokenizer."""
+    loading.check_fits(model_config, block_size=config.block_size, max_id=0)
+    cache_dir = Path(config.logging_dir) / ".cache"
+    token_file = runtime.main_first(lambda: TokenFile.make(documents, tokenizer, cache_dir, special.begin))
+    loading.check_fits(model_config, block_size=config.block_size, max_id=token_file.header["max_id"])
+    corpus.check_expressed(documents, token_file.header["text"])
+    special_tokens.check_corpus(special, token_file.header["text"]["special_tokens"])
+    return token_file
+
+
+def scored_text(
+    token_file: TokenFile, documents: list[corpus.Document], tokenizer, block_size: int, start: int = 0
+) -> tuple[ShiftedDataset, int | None]:
+    """The windows that score the tokens from index `start` on, and the bytes of text that their labels cover.
+
+    The bytes are None if the tokenizer loses text. Raises UserError if there is nothing to score.
+    """
+    if len(token_file) - start < 2:
+        raise UserError("the text to evaluate has fewer than two tokens; bring more text")
+    text = token_file.header["text"]
+    windows = ShiftedDataset(
+        token_file.ids[start:], block_size, keep_tail=True, without_label=token_file.begin_positions() - start
+    )
+    if text["unknown_tokens"] or text["lost_bytes"]:
+        return windows, None
+    # The first token is never a label, so its bytes are not counted.
+    return windows, text_bytes_from(start + 1, token_file, documents, tokenizer)

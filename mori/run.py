@@ -83,7 +83,9 @@ class Run:
     @property
     def eval_windows(self) -> Sequence[int]:
         """The held-out windows that every evaluation scores."""
-        return windows_to_score(self.config, len(self.data.held_out), self.eval_every, self.batches.windows_per_step)
+        return windows_to_score(
+            self.config, len(self.data.held_out or []), self.eval_every, self.batches.windows_per_step
+        )
 
     @property
     def save_every(self) -> int:
@@ -369,12 +371,19 @@ def _introduction(run: Run, model: nn.Module, description: str, about: dict) -> 
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         total_steps=run.total_steps,
         steps_per_epoch=run.batches.steps_per_epoch,
-        evaluations=(
-            f"{len(run.eval_windows)} of {len(run.data.held_out)} held-out windows every {run.eval_every} steps"
-            + ("" if len(run.eval_windows) == len(run.data.held_out) else " (--max_eval_windows 0 takes all)")
-        ),
+        evaluations=_evaluations(run),
         faster=description,
         notes=[run.data.special_tokens.describe(model, run.data.tokenizer), *run.data.ledger.warnings()],
         run_dir=run.run_dir,
         resumed=run.resumed,
+    )
+
+
+def _evaluations(run: Run) -> str:
+    """How much text is evaluated, and when, in words."""
+    if run.data.held_out is None:
+        return f"no text is held out; samples every {run.eval_every} steps"
+    scored, held_out = len(run.eval_windows), len(run.data.held_out)
+    return f"{scored} of {held_out} held-out windows every {run.eval_every} steps" + (
+        " (--max_eval_windows 0 takes all)" if scored < held_out else ""
     )

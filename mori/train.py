@@ -152,7 +152,8 @@ def evaluate_and_sample(run: Run, state: State, signals: distributed.StopSignals
         state.schedule.observe(evaluation.loss)
     state.after = {"step": state.step, **asdict(evaluation)}
     monitor.scalars(state.step, evaluation.scalars())
-    if state.best is None or math.isnan(state.best["loss"]) or evaluation.loss < state.best["loss"]:
+    loss = evaluation.loss
+    if loss is not None and (state.best is None or math.isnan(state.best["loss"]) or loss < state.best["loss"]):
         state.best = state.after
     if runtime.is_main:
         try:

@@ -1,13 +1,16 @@
 """Which held-out windows an evaluation scores, and what it makes of them."""
 
+import json
 import math
 
 import pytest
 import torch
-from conftest import CPU
+from conftest import CPU, assert_equal_weights, run_script, stop_after
 from families import small_model
 from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mori.cli import UserError
 from mori.config import TrainConfig
 from mori.data.windows import ShiftedDataset, count_targets
 from mori.distributed import BatchSize
@@ -50,3 +53,50 @@ def test_train_evaluates_as_many_windows_as_it_says(run_train, tmp_path, capsys)
     assert "checks  1 of " in capsys.readouterr().out and summary["eval"]["best"]
     run_train(max_steps=4, eval_steps=1, run_name="all")
     assert "--max_eval_windows" not in capsys.readouterr().out
+
+
+def test_train_on_everything_evaluates_nothing(run_train, tmp_path, capsys):
+    summary = run_train(held_out_fraction=0, save_steps=4)
+    ledger = summary["ledger"]
+    assert ledger["tokens"] == ledger["train_tokens"] + ledger["dropped_tokens"] and ledger["held_out_tokens"] == 0
+    assert summary["eval"]["best"] is None and summary["eval"]["after"]["loss"] is None and summary["samples"]["after"]
+    assert "held-out loss" not in capsys.readouterr().out
+    stop_after(
+        7, lambda: run_train(held_out_fraction=0, save_steps=4, run_name="killed", output_dir=str(tmp_path / "b"))
+    )
+    run_train(held_out_fraction=0, save_steps=4, run_name="killed", output_dir=str(tmp_path / "b"))
+    assert_equal_weights(tmp_path / "brain", tmp_path / "b")
+    with pytest.raises(UserError, match="follows the held-out loss"):
+        run_train(held_out_fraction=0, lr_scheduler_type="greedy", run_name="greedy")
+
+
+def test_validation_file_is_evaluated_as_transformers_does(run_train, settings, small_model, tmp_path):
+    """The whole corpus is trained on, and the loss is that of the other file."""
+    path = tmp_path / "other.txt"
+    path.write_text("Selamat pagi, semuanya. " * 30, encoding="utf-8")
+    summary = run_train(validation_file=[str(path)])
+    assert summary["ledger"]["held_out_tokens"] == 0
+    tokenizer = AutoTokenizer.from_pretrained(small_model)
+    ids = torch.tensor(tokenizer(path.read_text(encoding="utf-8"))["input_ids"] + [tokenizer.eos_token_id])
+    model, nats = AutoModelForCausalLM.from_pretrained(small_model).eval(), 0.0
+    with torch.no_grad():
+        for start in range(0, len(ids) - 1, 16):
+            logits = model(ids[None, start : start + 16]).logits[0]
+            labels = ids[start + 1 : start + 17]
+            nats += cross_entropy(logits[: len(labels)].double(), labels, reduction="sum").item()
+    before = summary["eval"]["before"]
+    assert before["loss"] == pytest.approx(nats / (len(ids) - 1), rel=1e-5)
+
+
+def test_evaluate_script_gives_the_loss_of_the_training(run_train, settings, tmp_path):
+    """The brain's loss on the validation file, after its training and by itself."""
+    path = tmp_path / "other.txt"
+    path.write_text("Selamat pagi, semuanya. " * 30, encoding="utf-8")
+    after = run_train(validation_file=[str(path)])["eval"]["after"]
+    flags = ["--corpus", str(path), "--block_size", "16", "--logging_dir", str(tmp_path / "runs")]
+    done = run_script("evaluate.py", "--model", str(tmp_path / "brain"), *flags, "--json")
+    result = json.loads(done.stdout)
+    for name in ("loss", "perplexity", "bits_per_byte"):
+        assert result[name] == pytest.approx(after[name], rel=1e-5)
+    missing = run_script("evaluate.py", "--model", str(tmp_path / "nothing"), *flags)
+    assert missing.returncode == 2 and missing.stderr.count("\n") == 1 and "nothing" in missing.stderr

@@ -4,11 +4,10 @@ from dataclasses import dataclass, fields
 from typing import ClassVar
 
 from mori.cli import Config, flag, same_flag
-from mori.config import DeviceConfig, TrainConfig
+from mori.config import FOLLOW_EVALUATIONS, DeviceConfig, TrainConfig
 
 ARMS = ("mori", "mori-exact", "trainer", "trainer-tuned", "course")
 NOT_IN_TRAINER = ("muon",)  # optimizers
-FOLLOW_EVALUATIONS = ("reduce_lr_on_plateau", "greedy")  # schedules; the arms of Trainer do not evaluate while training
 TRAIN_ARMS = ("mori", "trainer", "trainer-tuned", "bare", "mori-compiled")
 DECODE_ARMS = ("mori-greedy", "generate-greedy", "mori-sampled", "generate-sampled", "mori-process", "generate-process")
 TOKENIZE_ARMS = ("mori", "run_clm", "one-call")
@@ -63,6 +62,10 @@ class CompareConfig(TrainConfig):
         if self.lr_scheduler_type in FOLLOW_EVALUATIONS:
             mistakes.append(
                 f"lr_scheduler_type {self.lr_scheduler_type} follows evaluations, and Trainer's arms have none; take another"
+            )
+        if self.validation_file or not self.held_out_fraction:
+            mistakes.append(
+                "the arms are compared on the end of the corpus: leave validation_file out, and hold some text out"
             )
         if not self.eval_on_start:
             mistakes.append("eval_on_start must stay on: the report shows every arm's loss before training")

@@ -4,9 +4,19 @@ A field is declared once (`cli.flag`); the class that declares it is its group i
 imported here, so that `--help` and flag errors appear immediately.
 """
 
+from mori.config.evaluation import EvaluateConfig
 from mori.config.generation import GenerateConfig
 from mori.config.groups import DeviceConfig
 from mori.config.sampling import SamplingConfig
-from mori.config.train import PRESETS, TrainConfig, steps_of
+from mori.config.train import FOLLOW_EVALUATIONS, PRESETS, TrainConfig, steps_of
 
-__all__ = ["PRESETS", "DeviceConfig", "GenerateConfig", "SamplingConfig", "TrainConfig", "steps_of"]
+__all__ = [
+    "FOLLOW_EVALUATIONS",
+    "PRESETS",
+    "DeviceConfig",
+    "EvaluateConfig",
+    "GenerateConfig",
+    "SamplingConfig",
+    "TrainConfig",
+    "steps_of",
+]

@@ -54,10 +54,11 @@ class CorpusConfig(Config):
     )
     held_out_fraction: float = flag(
         0.05,
-        "share of the tokens, at the end of the corpus, kept for evaluation (at least one window)",
-        above=0,
+        "share of the tokens, at the end of the corpus, kept for evaluation (at least one window); 0 trains on everything",
+        min=0,
         below=1,
     )
+    validation_file: list[str] = flag([], "text to evaluate on, instead of the end of the corpus: named as in --corpus")
 
 
 @dataclass

@@ -19,7 +19,8 @@ from mori.config.groups import (
 from mori.config.sampling import TrainSamplingConfig
 
 PRESETS = ("mini",)
-NO_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")  # the schedules of transformers without a warm-up
+FOLLOW_EVALUATIONS = ("reduce_lr_on_plateau", "greedy")  # schedules of transformers that follow the held-out loss
+NO_WARMUP = ("constant", *FOLLOW_EVALUATIONS)  # those without a warm-up
 
 
 @dataclass
@@ -64,6 +65,10 @@ class TrainConfig(
             (
                 not (self.warmup_steps and self.lr_scheduler_type in NO_WARMUP),
                 f"lr_scheduler_type {self.lr_scheduler_type} has no warm-up; take constant_with_warmup, or leave warmup_steps out",
+            ),
+            (
+                self.lr_scheduler_type not in FOLLOW_EVALUATIONS or self.held_out_fraction > 0 or self.validation_file,
+                f"lr_scheduler_type {self.lr_scheduler_type} follows the held-out loss, which held_out_fraction 0 leaves out",
             ),
             (bool(self.resume_from_checkpoint), "resume_from_checkpoint is empty, must be auto, none or a path"),
             (

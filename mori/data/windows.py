@@ -12,10 +12,10 @@ IGNORE_INDEX = -100  # the label of a position that does not count towards the l
 def split(count: int, block_size: int, held_out_fraction: float) -> int:
     """The boundary in a stream of `count` tokens: `[0, boundary)` is for training, `[boundary, count)` is held out.
 
-    At least one window with its last label is held out. Raises UserError if the training part would be shorter than that.
+    At least one window with its last label is held out, and nothing for a fraction of 0. Raises UserError if the training part would be shorter than that.
     """
     shortest = block_size + 1
-    held_out = max(round(count * held_out_fraction), shortest)
+    held_out = max(round(count * held_out_fraction), shortest) if held_out_fraction else 0
     if count - held_out < shortest:
         raise UserError(
             f"the corpus has {count:,} tokens, and block_size {block_size} with held_out_fraction {held_out_fraction} "

@@ -81,11 +81,12 @@ def results(summary: dict, prompt: str) -> str:
     `summary` is what `summary.json` holds.
     """
     evaluation, steps = summary["eval"], summary["steps"]
-    before = f"{evaluation['before']['loss']:.4f} -> " if evaluation["before"] else ""
+    losses = ""
+    if best := evaluation["best"]:
+        before = f"{evaluation['before']['loss']:.4f} -> " if evaluation["before"] else ""
+        losses = f"; held-out loss {before}{evaluation['after']['loss']:.4f} (best {best['loss']:.4f} at step {best['step']})"
     lines = [
-        f"{steps} steps in {summary['wall_seconds']:.0f} s, {summary['tokens_per_second']:.0f} tokens/s; "
-        f"held-out loss {before}{evaluation['after']['loss']:.4f} "
-        f"(best {evaluation['best']['loss']:.4f} at step {evaluation['best']['step']})",
+        f"{steps} steps in {summary['wall_seconds']:.0f} s, {summary['tokens_per_second']:.0f} tokens/s{losses}",
         f"the brain is in {summary['output_dir']}/; talk to it: python scripts/generate.py "
         f"--model {summary['output_dir']} --prompt {json.dumps(prompt, ensure_ascii=False)}",
     ]
