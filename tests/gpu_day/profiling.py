@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 from mori.model import loss
-from tests.gpu_day.common import Task, attempt, say
+from tests.gpu_day.common import ROOT, Task, attempt, say
 from tests.gpu_day.step import Step, sizes
 
 _KINDS = {  # the first that matches a kernel's name
@@ -46,10 +46,12 @@ def _count_syncs(task: Task, changed: dict) -> dict:
 
     def seen(message, category, filename, line, *_) -> None:
         if "synchroniz" in str(message):
-            ours = [frame for frame in traceback.extract_stack() if "/mori/" in frame.filename]
+            ours = [frame for frame in traceback.extract_stack() if frame.filename.startswith(str(ROOT / "mori"))]
             last = f"{Path(ours[-1].filename).name}:{ours[-1].lineno} {ours[-1].name}" if ours else f"{filename}:{line}"
             waiting[last] += 1
 
+    if task.dry:
+        changed = {**changed, "logging_steps": 3}
     with Step(task, *sizes(task, "mini", 4, 128), **changed) as step, warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.showwarning = seen
@@ -83,12 +85,16 @@ def one_shape(task: Task, shape: str, batch: int, block: int) -> None:
             with Step(task, shape, batch, block, torch_compile=compiled) as step:
                 figures[name] = step.measured(times)
                 say(**{name: figures[name]})
-                attempt(f"{name}_kernels", _kernels, task, step, f"{shape} {name} B{batch} x T{block}", name == "eager")
+                title = f"{shape} {name} B{batch} x T{block}"
+                kernels = attempt(f"{name}_kernels", _kernels, task, step, title, trace=not compiled)
+                runs_compiled = step.run.module.compiled
             if not compiled:
                 return figures[name]
-            # The compiler's errors are suppressed: there must be a graph, and on a GPU kernels of Triton.
+            # The compiler may fail without an error: on a GPU there must be kernels of Triton.
+            by_triton = not task.cuda or bool(kernels and kernels["ms_by_kind"]["triton"])
             graphs, breaks = counters["stats"].get("unique_graphs", 0), len(counters["graph_break"])
-            return {"ok": graphs > 0, **figures[name], "graphs": graphs, "graph_breaks": breaks}
+            ok = runs_compiled and graphs > 0 and by_triton
+            return {"ok": ok, **figures[name], "graphs": graphs, "graph_breaks": breaks}
 
         attempt(name, measured)
     if len(figures) == 2:

@@ -61,7 +61,7 @@ class Step:
     def __exit__(self, *_) -> None:
         self.run.monitor.close()
         self.locks.close()
-        compiled = self.run.module.compiled
+        compiled = self.run.config.torch_compile
         self.__dict__.clear()
         if compiled:
             torch._dynamo.reset()
