@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import difflib
 import errno
+import functools
 import inspect
 import json
 import math
@@ -49,6 +50,11 @@ def json_object(text: str) -> dict:
     if not isinstance(value, dict):
         raise ValueError("not an object")
     return value
+
+
+def escaped_text(text: str) -> str:
+    r"""The text with \n for a line break, \t for a tab and \\ for a backslash; any other backslash stays."""
+    return re.sub(r"\\([nt\\])", lambda match: {"n": "\n", "t": "\t"}.get(match[1], match[1]), text)
 
 
 def flag(default, help: str, *, kind=None, **rules):
@@ -157,10 +163,9 @@ def parse(cls: type[Config], description: str, argv: list[str] | None = None):
     if any("\udc80" <= letter <= "\udcff" for word in argv for letter in word):
         raise UserError("the command line is not UTF-8")
     switches = {f.name for f in fields(cls) if f.metadata["type"] is bool}
-    argv = [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), word) for word in argv]
-    argv = [f"--no-{word[5:]}" if word.startswith("--no_") and word[5:] in switches else word for word in argv]
-    values, unknown = _parser(cls, description).parse_known_args(argv)
-    if unknown and not unknown[0].startswith("-"):
+    values, unknown = _parser(cls, description).parse_known_args([_argparse_word(word, switches) for word in argv])
+    unknown = [word.removeprefix(_VALUE) for word in unknown]
+    if unknown and not _FLAG.match(unknown[0]):
         raise UserError(f"{unknown[0]!r} belongs to no flag; --help lists the flags")
     if unknown:
         nearest = difflib.get_close_matches(unknown[0].split("=")[0], [f"--{f.name}" for f in fields(cls)], 1, 0.6)
@@ -179,9 +184,30 @@ def take_command(commands) -> tuple[str, list[str]]:
     return command, rest
 
 
+_FLAG = re.compile(r"--?[A-Za-z][\w-]*(?:=|$)")
+_VALUE = "\0"  # marks a value that begins with a dash; no command line holds this character
+
+
+def _argparse_word(word: str, switches: set[str]) -> str:
+    """A word of the command line as argparse expects it: a flag with the field's name, a value without a dash in front."""
+    match = _FLAG.match(word)
+    if not match:
+        return _VALUE + word if word.startswith("-") else word
+    if not word.startswith("--"):
+        return word
+    value = word[match.end() :]
+    word = "--" + match[0][2:].replace("-", "_") + (_VALUE + value if value.startswith("-") else value)
+    return f"--no-{word[5:]}" if word.startswith("--no_") and word[5:] in switches else word
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise UserError(message)
+        raise UserError(message.replace(_VALUE, "").replace(repr(_VALUE)[1:-1], ""))
+
+
+def _reader(kind: Callable) -> Callable:
+    """The function that reads a value of type `kind`; argparse shows its name."""
+    return functools.wraps(kind, updated=())(lambda text: kind(text.removeprefix(_VALUE)))
 
 
 def _parser(cls: type[Config], description: str) -> _Parser:
@@ -205,7 +231,7 @@ def _parser(cls: type[Config], description: str) -> _Parser:
                 continue
             group.add_argument(
                 f"--{f.name}",
-                type=rules["type"],
+                type=_reader(rules["type"]),
                 choices=rules.get("choices"),
                 nargs="+" if rules["is_list"] else None,
                 action="extend" if rules["is_list"] else "store",  # a list flag may be repeated
@@ -271,9 +297,11 @@ def one_line(error: BaseException) -> str:
 
 def run_script(name: str, main: Callable[[], int | None]) -> None:
     """Run a script's `main()` and exit with its code; a user's mistake is one line on standard error and code 2."""
+    _open_closed_streams()
     sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode still shows the rest
     try:
         code = main() or EXIT_OK
+        sys.stdout.flush()
     except UserError as mistake:
         if not getattr(mistake, "reported_by_main_rank", False):
             print_error(f"{name}: error: {' '.join(str(mistake).splitlines())}")
@@ -289,6 +317,10 @@ def run_script(name: str, main: Callable[[], int | None]) -> None:
         code = EXIT_INTERRUPTED
     except BrokenPipeError:
         code = EXIT_OK
+    except OSError as error:  # of the system: a full disk behind `>`, a folder that is gone, no permission
+        place = os.fsdecode(error.filename) if error.filename else "standard output, or a file of this run"
+        print_error(f"{name}: failed: {place}: {error.strerror or one_line(error)}")
+        code = EXIT_FAILURE
     try:
         sys.stdout.flush()
     except OSError:  # a closed pipe or a full disk: Python would flush again at exit
@@ -317,6 +349,17 @@ def optional(call: str, lost: str) -> Iterator[None]:
         if call not in _refused and os.environ.get("RANK") in (None, "", "0"):
             print_error(f"note: this file system refuses {call} ({error.strerror}): {lost}")
         _refused.add(call)
+
+
+def _open_closed_streams() -> None:
+    """Open the null device in place of closed standard streams; the next files would get their descriptors otherwise."""
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != descriptor:
+                os.dup2(null, descriptor)
+                os.close(null)
+            setattr(sys, name, open(descriptor, "w" if descriptor else "r", encoding="utf-8"))  # noqa: SIM115
 
 
 def print_error(line: str) -> None:

@@ -202,9 +202,11 @@ def start(device: str = "auto", precision: str = "fp32", timeout: int = 1800) ->
     """Find the device, join the ranks that `torchrun` started (environment variables), and resolve the precision.
 
     `auto` precision is bf16 on a GPU with bf16 units, fp16 on an older one, fp32 on a CPU. The ranks give up one that does
-    not answer for `timeout` seconds. Raises UserError if the device does not exist.
+    not answer for `timeout` seconds. Raises UserError if the device does not exist, or if the variables describe no ranks.
     """
-    world_size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    world_size, local_rank = _variable("WORLD_SIZE", 1), _variable("LOCAL_RANK", 0)
+    if world_size > 1:
+        _check_variables(world_size)
     resolved = _device(device, local_rank)
     if resolved.type == "cuda":
         torch.cuda.set_device(resolved)
@@ -224,6 +226,30 @@ def start(device: str = "auto", precision: str = "fp32", timeout: int = 1800) ->
         return Runtime(resolved, 0, 1, precision)
     control = dist.new_group(backend="gloo", timeout=limit)
     return Runtime(resolved, dist.get_rank(), world_size, precision, control)
+
+
+def _variable(name: str, default: int) -> int:
+    """A whole number from the environment; unset and empty are the same."""
+    text = os.environ.get(name) or str(default)
+    if not text.isdecimal():
+        raise UserError(
+            f"the environment variable {name} is {text!r}, must be a whole number; unset it, or start with torchrun"
+        )
+    return int(text)
+
+
+def _check_variables(world_size: int) -> None:
+    """Raise UserError if a variable that `torchrun` sets for several ranks is missing or impossible."""
+    needed = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if not os.environ.get(name)]
+    if missing:
+        raise UserError(
+            f"the environment variable WORLD_SIZE is {world_size}, but {' and '.join(missing)} not set; unset WORLD_SIZE, or start "
+            "several ranks with torchrun"
+        )
+    if _variable("RANK", 0) >= world_size or _variable("MASTER_PORT", 0) >= 1 << 16:
+        values = ", ".join(f"{name} {os.environ[name]}" for name in needed)
+        raise UserError(f"the environment variables {values} do not fit WORLD_SIZE {world_size}; start with torchrun")
 
 
 def _device(name: str, local_rank: int) -> torch.device:
@@ -291,7 +317,7 @@ class StopSignals:
 
 def restarted() -> bool:
     """Whether torchrun has restarted this process (`--max-restarts`) after a failure."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    return _variable("TORCHELASTIC_RESTART_COUNT", 0) > 0
 
 
 def set_seed(seed: int) -> None:

@@ -75,6 +75,36 @@ def test_answer_reads_prompt_file(small_model, tmp_path, run):
             run(*words, "--prompt_file", missing)
 
 
+def test_answer_splits_a_prompt_file_at_line_breaks_only(small_model, tmp_path, run):
+    path = tmp_path / "prompts.txt"
+    lines = ["--- Judul  ", "a\x0cb\x0bc", "d\x85e\u2028f\x1cg", "h"]
+    path.write_bytes(b"\xef\xbb\xbf" + "\n".join(lines[:2]).encode() + b"\r\n\n" + "\n".join(lines[2:]).encode())
+    out, _ = run("--model", small_model, "--max_new_tokens", 2, "--json", "--prompt_file", path)
+    assert [completion["prompt"] for completion in json.loads(out)] == lines
+
+
+def test_answer_advises_to_crop_a_long_prompt(small_model, run):
+    with pytest.raises(UserError, match="context is 64; shorten the prompt, or drop its beginning with --crop_prompt"):
+        run("--model", small_model, "--prompt", "halo semua " * 90)
+
+
+def test_script_json_escapes_what_the_terminal_cannot_show(small_model):
+    words = ("--model", small_model, "--prompt", "Héé ★", "--json", "--max_new_tokens", "1")
+    result = run_script("generate.py", *words, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert result.stdout.isascii() and json.loads(result.stdout)[0]["prompt"] == "Héé ★"
+
+
+def test_prompt_line_refuses_bytes_that_are_no_text_and_goes_on(small_model):
+    script = str(ROOT / "scripts" / "generate.py")
+    command = [sys.executable, script, "--interactive", "--model", str(small_model), "--max_new_tokens", "3"]
+    lines = b"caf\xe9\n/stop_strings \\n 'a b'\nHalo\n"
+    env = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(command, input=lines, capture_output=True, env=env)
+    shown = done.stdout.decode()
+    assert done.returncode == 0 and "error: the line is not utf-8 text" in shown
+    assert "stop_strings ['\\n', 'a b']" in shown and "> Halo" in shown
+
+
 def test_answer_shows_the_settings_of_the_model(small_model, tmp_path, run):
     shutil.copytree(small_model, tmp_path / "brain")
     path = tmp_path / "brain" / "generation_config.json"

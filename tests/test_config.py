@@ -1,3 +1,5 @@
+import ast
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, fields, replace
@@ -138,3 +140,62 @@ def test_flag_checks_its_declared_range(rules, allowed, refused, phrase):
 
     assert Example().mistakes() == [] and Example(allowed).mistakes() == []
     assert Example(refused).mistakes() == [f"value is {refused}, {phrase}"]
+
+
+@pytest.mark.parametrize(
+    "text", ["--- Title", "---", "--", "-5 degrees", "--my-flag like text", "- item", "\ufeffa\x0cb\u2028"]
+)
+def test_parse_leaves_a_text_that_begins_with_a_dash_as_it_is(text):
+    for words in (["--prompt", text], [f"--prompt={text}"], ["--prompt", "a", text]):
+        assert parse(GenerateConfig, "", [*words, "--top-k", "3"]).prompt[-1] == text
+    assert parse(GenerateConfig, "", ["--prompt=--top-k", "--frequency-penalty", "-1.5"]).frequency_penalty == -1.5
+
+
+def test_parse_shows_a_wrong_value_as_it_was_typed():
+    with pytest.raises(UserError, match="invalid int value: '- 3'$"):
+        parse(GenerateConfig, "", ["--top_k", "- 3"])
+    with pytest.raises(UserError, match="^unknown flag --foo_bar"):
+        parse(GenerateConfig, "", ["--foo-bar"])
+
+
+@pytest.mark.parametrize("name", ["stop_strings", "dry_sequence_breakers"])
+def test_parse_reads_escapes_in_texts_that_are_looked_for(name):
+    words = [r"\n", r"a\tb", r"\\n", r"\d", "\n"]
+    assert getattr(parse(GenerateConfig, "", [f"--{name}", *words]), name) == ["\n", "a\tb", r"\n", r"\d", "\n"]
+    assert parse(GenerateConfig, "", ["--prompt", r"a\nb"]).prompt == [r"a\nb"]  # a prompt is never altered
+
+
+@pytest.mark.parametrize(
+    "redirection, code", [(">&-", 0), ("2>&-", 2), ("<&-", 0), (">&- 2>&- <&-", 0), (">/dev/full", 1)]
+)
+def test_run_script_ends_in_a_line_whatever_the_streams_are(redirection, code, tmp_path):
+    """A file that the script opens must not get the descriptor of a closed stream, where prints would go into it."""
+    program = (
+        "import sys; from mori.cli import UserError, run_script\n"
+        "def main():\n"
+        f"    file = open({str(tmp_path / 'file')!r}, 'w'); assert file.fileno() > 2\n"
+        "    file.write('kept'); file.close(); print('text'); print('a note', file=sys.stderr)\n"
+        f"    if {code == 2}: raise UserError('wrong')\n"
+        "run_script('x.py', main)\n"
+    )
+    shell = f'exec "$0" -c "$1" {redirection}'
+    done = subprocess.run(["sh", "-c", shell, sys.executable, program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code and "Traceback" not in done.stderr
+    assert (tmp_path / "file").read_text() == "kept"
+    if code == 1:
+        assert done.stderr.splitlines()[-1].startswith("x.py: failed: standard output") and "No space" in done.stderr
+
+
+@pytest.mark.parametrize("classes, package", [(TrainConfig, "train"), (GenerateConfig, "generate")])
+def test_advice_names_only_flags_that_the_command_has(classes, package):
+    """Of the modules that a command reaches, but not of those whose messages only the other command shows."""
+    others = {"train": {"generation/chat.py"}, "generate": set()}[package]
+    packages = {"train": ("*.py", "*/*.py"), "generate": ("generation/*.py",)}[package]
+    known = {f.name for f in fields(classes)} | {"help", "logdir", "no"}
+    for path in (path for pattern in packages for path in (ROOT / "mori").glob(pattern)):
+        if path.relative_to(ROOT / "mori").parts[0] == "bench" or str(path.relative_to(ROOT / "mori")) in others:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Raise):
+                for flag_name in re.findall(r"--([a-z]\w+)", ast.unparse(node)):
+                    assert flag_name in known, f"{path}: --{flag_name}"

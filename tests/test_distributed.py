@@ -9,6 +9,8 @@ import torch.distributed as dist
 from conftest import ROOT, flags, weights
 
 from mori import distributed
+from mori.cli import UserError
+from mori.distributed import restarted, start
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "scripts/train.py"]
 
@@ -35,8 +37,9 @@ def test_two_ranks_train_a_model_with_unused_parameters_as_one_rank_does(
 def test_start_binds_a_rank_to_its_gpu(device, backend, monkeypatch):
     """A bound NCCL connects in `start`: its errors show before anything is loaded."""
     joined = []
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    ranks = {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(dist.HashStore(), 3, 4)]))
@@ -47,3 +50,29 @@ def test_start_binds_a_rank_to_its_gpu(device, backend, monkeypatch):
     [(joined_backend, options)] = joined
     assert joined_backend == backend and options["device_id"] == (runtime.device if device == "cuda" else None)
     assert runtime.device == torch.device("cuda:1" if device == "cuda" else "cpu") and runtime.rank == 3
+
+
+@pytest.mark.parametrize(
+    "variables, phrase",
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK and MASTER_ADDR and MASTER_PORT"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR and MASTER_PORT not set"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', must be a whole number"),
+        ({"WORLD_SIZE": "-1"}, "WORLD_SIZE is '-1'"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK is 'x'"),
+        ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}, "RANK 2.* do not fit"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "99999"}, "MASTER_PORT 99999"),
+    ],
+)
+def test_start_names_the_variable_that_is_wrong(variables, phrase, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=phrase) as mistake:
+        start("cpu")
+    assert "\n" not in str(mistake.value)
+
+
+def test_start_takes_an_empty_variable_as_unset(monkeypatch):
+    for name in ("WORLD_SIZE", "LOCAL_RANK", "RANK", "TORCHELASTIC_RESTART_COUNT"):
+        monkeypatch.setenv(name, "")
+    assert start("cpu").world_size == 1 and not restarted()

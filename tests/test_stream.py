@@ -4,7 +4,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from mori.generation.stream import StopFinder, TextStream, decode_text
+from mori.generation.stream import StopFinder, TextStream, before_answer, decode_text
 from mori.model.loading import train_tokenizer
 
 TEXTS = [
@@ -79,3 +79,16 @@ def test_stop_finder_looks_back_into_the_prompt_but_stops_behind_it():
     assert finder.add("ill") == "ill" and not finder.found
     finder = StopFinder(["stop"], prompt="a stop, a st")
     assert (finder.add("o"), finder.add("ps"), finder.found) == ("", "", True)
+
+
+@pytest.mark.parametrize("answer", ["😀", "é!", "a"])
+def test_answer_after_an_emoji_is_decoded_by_itself(answer):
+    """Byte tokens that meet are one run for the tokenizer; the prompt's character must not depend on the answer."""
+    tokenizer = byte_fallback_tokenizer()
+    prompt, new = tokenizer("halo 😀")["input_ids"], tokenizer(answer)["input_ids"][1:]  # without the blank in front
+    for bad, text in (([], answer), ([3 + 0xF0], "\ufffd"), ([3 + 0xF0, 3 + 0x9F], "\ufffd\ufffd")):
+        ids = bad or new
+        before = before_answer(tokenizer, prompt, ids)
+        assert decode_text(tokenizer, before + ids)[len(decode_text(tokenizer, before)) :] == text
+        stream = TextStream(tokenizer, prompt)
+        assert "".join(map(stream.add, ids)) + stream.finish() == text

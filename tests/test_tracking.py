@@ -1,6 +1,7 @@
 """Loggers, throughput, the overview of a run."""
 
 import json
+import shlex
 import time
 
 import pytest
@@ -207,11 +208,12 @@ def test_introduction_says_what_is_read_trained_and_written(tmp_path):
 def test_results_say_loss_and_skipped_steps():
     evaluations = {"before": None, "best": {"step": 6, "loss": 1.5}, "after": {"step": 12, "loss": 2.0}}
     summary = {
-        "steps": 12, "eval": evaluations, "wall_seconds": 3.0, "tokens_per_second": 640.0, "skipped_steps": 0, "output_dir": "brain",
+        "steps": 12, "eval": evaluations, "wall_seconds": 3.0, "tokens_per_second": 640.0, "skipped_steps": 0, "output_dir": "my brain",
     }  # fmt: skip
-    cost, command = overview.results(summary, 'Halo "semua"').splitlines()
+    cost, command = overview.results(summary, '-- Halo "semua" $5 it\'s').splitlines()
     assert cost == "12 steps in 3 s, 640 tokens/s; held-out loss 2.0000 (best 1.5000 at step 6)"
-    assert command.endswith('python scripts/generate.py --model brain --prompt "Halo \\"semua\\""')
+    words = shlex.split(command.partition("python scripts/generate.py ")[2])
+    assert words == ["--model", "my brain", '--prompt=-- Halo "semua" $5 it\'s']
     evaluations["before"] = {"step": 0, "loss": 5.0}
     warning, cost, _ = overview.results(summary | {"skipped_steps": 2}, "Halo").splitlines()
     assert warning.startswith("WARNING: 2 of 12 steps were skipped") and "held-out loss 5.0000 -> 2.0000" in cost

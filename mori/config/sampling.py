@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields
 
-from mori.cli import Config, flag, json_list, same_flag
+from mori.cli import Config, escaped_text, flag, json_list, same_flag
 
 
 @dataclass
@@ -35,7 +35,9 @@ class SamplingConfig(Config):
     dry_base: float = flag(1.75, "DRY: the penalty grows by this factor with each repeated token", above=0)
     dry_allowed_length: int = flag(2, "DRY: tokens that may be repeated before the penalty begins", min=1)
     dry_sequence_breakers: list[str] = flag(
-        ["\n", ":", '"', "*"], "DRY: no repetition crosses a token that contains one of these texts"
+        ["\n", ":", '"', "*"],
+        r"DRY: no repetition crosses a token that contains one of these texts; \n is a line break, \t a tab, \\ a backslash",
+        kind=escaped_text,
     )
     sequence_bias: list = flag(
         [], "added to the logit that completes a sequence of ids, as JSON: [[[5, 7], -2.0], ...]", kind=json_list
@@ -53,7 +55,11 @@ class SamplingConfig(Config):
     )
     max_new_tokens: int = flag(100, "tokens to draw after the prompt", min=1)
     max_time: float = flag(0.0, "stop generating after this many seconds; 0 is off", min=0)
-    stop_strings: list[str] = flag([], "texts that end the answer, and are not part of it")
+    stop_strings: list[str] = flag(
+        [],
+        r"texts that end the answer, and are not part of it; \n is a line break, \t a tab, \\ a backslash",
+        kind=escaped_text,
+    )
     num_return_sequences: int = flag(1, "texts to draw for each prompt", min=1)
 
     def sampling(self) -> dict:

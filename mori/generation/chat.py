@@ -1,5 +1,6 @@
 """What `scripts/generate.py` does: it answers the given prompts, or opens a prompt line."""
 
+import codecs
 import importlib.util
 import json
 import random
@@ -14,7 +15,7 @@ from torch import nn
 
 from mori.cli import UserError, parse
 from mori.config import PRESETS, GenerateConfig, SamplingConfig
-from mori.generation.generate import check_prompts, generate, model_settings, resolve_settings
+from mori.generation.generate import PromptTooLong, check_prompts, generate, model_settings, resolve_settings
 from mori.model.loading import load_config, load_model, load_tokenizer
 from mori.model.probes import check_causal
 from mori.model.variants import fuse_activations
@@ -55,16 +56,19 @@ def answer(config: GenerateConfig, device: torch.device) -> None:
     if config.interactive:
         return PromptLine(model, tokenizer, controls, options).run()
     streamed = len(prompts) * resolve_settings(model, controls).num_return_sequences == 1 and not config.json
-    if streamed:
-        check_prompts(prompts, tokenizer, model_config, config.crop_prompt)  # an error comes before any output
-        _print_piece(0, prompts[0])
-        options["on_text"] = _print_piece
     try:
+        if streamed:
+            check_prompts(prompts, tokenizer, model_config, config.crop_prompt)  # an error comes before any output
+            _print_piece(0, prompts[0])
+            options["on_text"] = _print_piece
         completions = generate(model, tokenizer, prompts, **options, **controls)
+    except PromptTooLong as error:
+        raise UserError(f"{error}, or drop its beginning with --crop_prompt") from None
     except FloatingPointError as error:
         raise UserError(str(error)) from None
     if config.json:
-        json.dump([asdict(completion) for completion in completions], sys.stdout, ensure_ascii=False)
+        ascii_only = codecs.lookup(sys.stdout.encoding).name != "utf-8"
+        json.dump([asdict(completion) for completion in completions], sys.stdout, ensure_ascii=ascii_only)
     elif not streamed:
         print(f"\n{'-' * 40}\n".join(completion.prompt + completion.text for completion in completions), end="")
     print()
@@ -74,7 +78,7 @@ def _read_prompts(config: GenerateConfig) -> list[str]:
     if not config.prompt_file:
         return config.prompt
     try:
-        lines = Path(config.prompt_file).read_text(encoding="utf-8").splitlines()
+        lines = Path(config.prompt_file).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read prompt_file {config.prompt_file}: {error}") from None
     prompts = [line for line in lines if line.strip()]
@@ -99,12 +103,16 @@ class PromptLine:
         """Read lines until the end of input or /quit."""
         if importlib.util.find_spec("readline"):
             import readline  # noqa: F401 (gives input() a history)
+        # Bytes that are no text arrive as surrogates, and the line is refused.
+        sys.stdin.reconfigure(errors="surrogateescape")
         # A shell script's `&` makes its children ignore Ctrl-C.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         print("/help lists the commands; Ctrl-D leaves")
         while True:
             try:
                 line = input("> ")
+                if any("\udc80" <= letter <= "\udcff" for letter in line):
+                    raise UserError(f"the line is not {sys.stdin.encoding} text")
                 if line == "/quit":
                     return
                 self._answer_line(line)
@@ -134,7 +142,7 @@ class PromptLine:
     def _run_command(self, line: str) -> str:
         """Run a line that begins with /; returns the reply. Raises UserError for an unknown command or an invalid value."""
         try:
-            command, *words = shlex.split(line[1:]) or [""]
+            command, *words = _words(line[1:]) or [""]
         except ValueError as error:
             raise UserError(f"{line}: {error}") from None
         if command == "help":
@@ -161,6 +169,13 @@ class PromptLine:
             if value != getattr(defaults, field.name) or field.name in self.controls:
                 lines.append(f"{field.name} {value}")
         return "\n".join(lines)
+
+
+def _words(line: str) -> list[str]:
+    r"""The words of a command; quotes keep a word together, and a backslash stays for `cli.escaped_text`."""
+    splitter = shlex.shlex(line, posix=True, punctuation_chars=False)
+    splitter.whitespace_split, splitter.escape, splitter.commenters = True, "", ""
+    return list(splitter)
 
 
 def _random_seed() -> int:

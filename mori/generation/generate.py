@@ -14,10 +14,14 @@ from mori.generation.decode import decode
 from mori.generation.reader import reads_padded_alike
 from mori.generation.sampler import Sampler
 from mori.generation.sampling import check_token_ids
-from mori.generation.stream import TextStream, decode_text
+from mori.generation.stream import TextStream, before_answer, decode_text
 from mori.model.context import context_length, usable_context
 from mori.model.loading import check_fits
 from mori.model.special_tokens import encode_prompt, eos_ids
+
+
+class PromptTooLong(UserError):
+    """A prompt that is longer than the model's context."""
 
 
 @dataclass
@@ -178,8 +182,8 @@ class _Text:
 
     def completion(self, prompt: str) -> Completion:
         """The result. The text is decoded together with its prompt: alone, it could lose its first space."""
-        text = decode_text(self.tokenizer, self.prompt_ids + self.ids)
-        text = text[len(decode_text(self.tokenizer, self.prompt_ids)) :]
+        before = before_answer(self.tokenizer, self.prompt_ids, self.ids)
+        text = decode_text(self.tokenizer, before + self.ids)[len(decode_text(self.tokenizer, before)) :]
         if self.stream and self.stream.stopped:
             text = "".join(self.pieces)
         return Completion(prompt, text, self.ids, self.finish_reason)
@@ -226,9 +230,8 @@ def _encode(prompt: str, tokenizer, model_config, crop: bool) -> list[int]:
         ids = [tokenizer.bos_token_id]
     if context and len(ids) > context:
         if not crop:
-            raise UserError(
-                f"the prompt has {len(ids)} tokens, the model's context is {context}; shorten the prompt, or drop its beginning "
-                "with --crop_prompt"
+            raise PromptTooLong(
+                f"the prompt has {len(ids)} tokens, the model's context is {context}; shorten the prompt"
             )
         ids = ids[-context:]
     check_fits(model_config, block_size=len(ids), max_id=max(ids))

@@ -1,6 +1,8 @@
 """Token ids -> text, as soon as each piece is certain; stop strings."""
 
+import codecs
 import itertools
+import re
 
 from mori.data.tokenize import special_ids
 
@@ -20,7 +22,7 @@ class TextStream:
 
     def __init__(self, tokenizer, prompt_ids: list[int], stop_strings: list[str] = ()):
         self.tokenizer = tokenizer
-        self.ids = list(prompt_ids)
+        self.ids, self._prompt_length = list(prompt_ids), len(prompt_ids)
         self._byte_ids = _byte_token_ids(tokenizer)
         self._special_ids = special_ids(tokenizer) if stop_strings else set()
         self._stop = StopFinder(stop_strings, decode_text(tokenizer, self.ids, special=True) if stop_strings else "")
@@ -33,6 +35,10 @@ class TextStream:
 
     def add(self, token: int) -> str:
         """Append a token; returns the text that is certain now."""
+        if len(self.ids) == self._prompt_length:
+            self.ids = before_answer(self.tokenizer, self.ids, [token])
+            self._restart()
+            self._prompt_length = -1
         self.ids.append(token)
         if token in self._byte_ids:
             return ""
@@ -118,6 +124,29 @@ class StopFinder:
 def decode_text(tokenizer, ids: list[int], special: bool = False) -> str:
     """The text of `ids`, with or without special tokens."""
     return tokenizer.decode(ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
+
+
+def before_answer(tokenizer, prompt_ids: list[int], answer_ids: list[int]) -> list[int]:
+    """The ids of the prompt that the answer's ids are decoded after: without the byte tokens in which both meet.
+
+    A run of byte tokens is decoded as a whole: one byte of the answer that completes nothing would spoil the prompt's
+    characters. The run stays if it ends within a character, which the answer may complete.
+    """
+    end = len(prompt_ids)
+    if not answer_ids or _byte(tokenizer, answer_ids[0]) is None:
+        return prompt_ids
+    while end and _byte(tokenizer, prompt_ids[end - 1]) is not None:
+        end -= 1
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    decoder.decode(bytes(_byte(tokenizer, token) for token in prompt_ids[end:]))
+    incomplete, _ = decoder.getstate()
+    return prompt_ids if incomplete else prompt_ids[:end]
+
+
+def _byte(tokenizer, token: int) -> int | None:
+    """The byte that a byte token stands for."""
+    match = re.fullmatch("<0x([0-9A-F]{2})>", tokenizer.convert_ids_to_tokens(token) or "")
+    return int(match[1], 16) if match else None
 
 
 def _byte_token_ids(tokenizer) -> set[int]:

@@ -1,7 +1,7 @@
 """A run in a few printed lines, before its first step and after its last, and `environment.json`."""
 
-import json
 import platform
+import shlex
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -70,7 +70,7 @@ def introduction(
         f"trains  {total_steps} steps ({steps_per_epoch} an epoch) of {layout} x {config.block_size} tokens",
         f"checks  {evaluations}",
         f"faster  {faster}",
-        f"writes  {run_dir}/ (tensorboard --logdir {config.logging_dir}), the brain to {config.output_dir}/",
+        f"writes  {run_dir}/ (tensorboard --logdir {shlex.quote(config.logging_dir)}), the brain to {config.output_dir}/",
     ]
     return "\n".join(lines + ([f"resumes {resumed}"] if resumed else []) + list(notes))
 
@@ -88,9 +88,14 @@ def results(summary: dict, prompt: str) -> str:
     lines = [
         f"{steps} steps in {summary['wall_seconds']:.0f} s, {summary['tokens_per_second']:.0f} tokens/s{losses}",
         f"the brain is in {summary['output_dir']}/; talk to it: python scripts/generate.py "
-        f"--model {summary['output_dir']} --prompt {json.dumps(prompt, ensure_ascii=False)}",
+        f"{_flag('model', summary['output_dir'])} {_flag('prompt', prompt)}",
     ]
     if summary["skipped_steps"]:
         warning = f"WARNING: {summary['skipped_steps']} of {steps} steps were skipped, their gradient was not finite"
         lines.insert(0, warning)
     return "\n".join(lines)
+
+
+def _flag(name: str, value: str) -> str:
+    """A flag as a shell reads it; a value that looks like a flag follows an equals sign."""
+    return f"--{name}{'=' if value.startswith('-') else ' '}{shlex.quote(value)}"
