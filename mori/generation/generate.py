@@ -118,9 +118,7 @@ def model_settings(model: nn.Module) -> dict:
         if isinstance(default, list) and value is not None:
             items = [value] if isinstance(value, (str, int)) else value
             value = [list(item) if isinstance(item, tuple) else item for item in items]
-            if field.name.endswith(
-                "suppress_tokens"
-            ):  # a smaller vocabulary than the file's has nothing to suppress there
+            if field.name.endswith("suppress_tokens"):  # ids behind the vocabulary need not be suppressed
                 value = [token for token in value if token < vocabulary]
         if value is not None and value != default:
             settings[field.name] = type(default)(value)

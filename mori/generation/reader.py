@@ -36,9 +36,7 @@ class Reader:
             self.parameters -= {"position_ids"}  # it counts them itself
         cache = _new_cache(model, self.parameters)
         self.use_cache, self.carried = cache is not None, cache or {}
-        self.splits = (
-            False  # a mode around every step costs more than it gains, but for steps that are replayed without it
-        )
+        self.splits = False  # a mode around each step would cost more than it gains, unless the step is recorded
         self.length = 0  # tokens read so far
         self._allocate(0)
 
