@@ -27,12 +27,13 @@ TRAINING_STEP = re.compile(
 
 SCRIPTS = {
     path: runpy.run_path(str(ROOT / path))
-    for path in map("scripts/{}.py".format, ("train", "generate", "compare", "bench"))
+    for path in map("scripts/{}.py".format, ("train", "generate", "evaluate", "compare", "bench"))
 }
 BENCHMARKS = SCRIPTS["scripts/bench.py"]["COMMANDS"]
 CONFIGS = {
     "scripts/train.py": SCRIPTS["scripts/train.py"]["TrainConfig"],
     "scripts/generate.py": SCRIPTS["scripts/generate.py"]["GenerateConfig"],
+    "scripts/evaluate.py": SCRIPTS["scripts/evaluate.py"]["EvaluateConfig"],
     "scripts/compare.py": SCRIPTS["scripts/compare.py"]["CompareConfig"],
 }
 OTHER_PROGRAMS_FLAGS = {"help", "logdir", "nproc_per_node", "max_restarts", "full", "jobs"}
