@@ -193,14 +193,16 @@ def test_introduction_says_what_is_read_trained_and_written(tmp_path):
     values = {
         "environment": environment, "device": torch.device("cpu"), "text": "the text", "blank_files": 1, "parameters": 2_500_000,
         "total_steps": 12, "steps_per_epoch": 5, "faster": "nothing", "run_dir": tmp_path,
+        "evaluations": "all held-out windows",
     }  # fmt: skip
     lines = overview.introduction(config, **values, resumed=None).splitlines()
     assert "cpu, bf16" in lines[0] and lines[1] == "reads   the text (1 blank file(s) left out)"
-    assert lines[2:4] == [
+    assert lines[2:5] == [
         "model   m, 2.5 M parameters",
         "trains  12 steps (5 an epoch) of 4 windows x 3 x 2 rank(s) x 16 tokens",
+        "checks  all held-out windows",
     ]
-    assert len(lines) == 6 and str(tmp_path) in lines[5]
+    assert len(lines) == 7 and str(tmp_path) in lines[6]
     assert overview.introduction(config, **values, resumed=None, notes=["a", "b"]).endswith("\na\nb")
     assert overview.introduction(config, **values, resumed=tmp_path / "c").endswith(f"\nresumes {tmp_path / 'c'}")
 
