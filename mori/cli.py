@@ -17,7 +17,7 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
@@ -276,8 +276,11 @@ def guarded(what: str, action: Callable):
         raise UserError(f"{what}: {reason}") from None
 
 
-def interruptible(action: Callable):
-    """Return `action()`, native code that may take minutes, from a thread: Ctrl-C ends the wait for it at once."""
+def interruptible(action: Callable, seconds: float | None = None):
+    """Return `action()`, native code that may take minutes, from a thread: Ctrl-C ends the wait for it at once.
+
+    Raises TimeoutError if it takes longer than `seconds`.
+    """
     result = Future()
 
     def call() -> None:
@@ -287,6 +290,8 @@ def interruptible(action: Callable):
             result.set_exception(error)
 
     threading.Thread(target=call, daemon=True).start()
+    if not wait([result], seconds).done:
+        raise TimeoutError(f"no answer in {seconds:g} seconds")
     return result.result()
 
 

@@ -1,15 +1,20 @@
 """A sound model folder loads; a malformed or hostile one is refused before it is read."""
 
+import contextlib
+import importlib.util
 import json
 import os
 import shutil
+import socket
 import struct
+import threading
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import STORIES, needs_stories
+from conftest import STORIES, needs_stories, run_script
 from families import FAMILIES, small_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mori.cli import UserError
@@ -209,3 +214,72 @@ def test_check_reads_the_weights_that_the_config_names(folder):
     change_config(folder, transformers_weights="own.safetensors")
     (folder / "model.safetensors").write_bytes(b"x")
     assert check_folder(folder).tensors > 0
+
+
+def hub_cache(folder: Path, model: Path) -> Path:
+    """A cache of the hub that holds `model` under the name someone/tiny."""
+    root = folder / "hub" / "models--someone--tiny"
+    shutil.copytree(model, root / "snapshots" / ("a" * 40))
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text("a" * 40)
+    return folder
+
+
+def test_cached_model_asks_an_unavailable_hub_once_and_takes_local_files(small_model, tmp_path):
+    questions = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def refuse():
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = server.accept()
+                    questions.append(1)
+                    connection.close()
+
+        threading.Thread(target=refuse, daemon=True).start()
+        endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
+        env = {**os.environ, "HF_HOME": str(hub_cache(tmp_path, small_model)), "HF_ENDPOINT": endpoint}
+        env |= {"HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+        words = ("--model", "someone/tiny", "--prompt", "Halo", "--max_new_tokens", "2")
+        result = run_script("generate.py", *words, env=env)
+    assert result.returncode == 0 and result.stdout.startswith("Halo"), result.stderr
+    assert result.stderr.count("note: the hub is not available") == 1 and "local cache" in result.stderr
+    assert len(questions) <= 2  # the client may repeat a connection that was closed
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_pointer_of_git_lfs_is_named_with_the_mend(small_model, tmp_path, name):
+    folder = tmp_path / "model"
+    shutil.copytree(small_model, folder)
+    (folder / name).write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{7:064}\nsize 1044992\n")
+    with pytest.raises(UserError, match=f"{name} is a pointer of Git LFS .* git lfs pull"):
+        models.check_reachable(str(folder))
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
+def test_prefixes_of_wrapped_models_are_taken_off(small_model, tmp_path, capsys, prefix):
+    folder = tmp_path / "model"
+    shutil.copytree(small_model, folder)
+    tensors = load_file(small_model / "model.safetensors")
+    wrapped = {prefix + name: tensor for name, tensor in tensors.items()}
+    save_file(wrapped, folder / "model.safetensors", metadata={"format": "pt"})
+    config = models.load_config(str(folder), None)
+    model = models.load_model(str(folder), config)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in tensors.items())
+    assert "which is taken off" in capsys.readouterr().err
+    wrapped.popitem()
+    save_file(wrapped, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="does not hold all its weights"):
+        models.load_model(str(folder), config)
+
+
+def test_tokenizer_model_alone_names_sentencepiece(small_model, tmp_path):
+    if importlib.util.find_spec("sentencepiece"):
+        pytest.skip("sentencepiece is at hand")
+    folder = tmp_path / "model"
+    shutil.copytree(small_model, folder)
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    with pytest.raises(UserError, match="takes sentencepiece: pip install sentencepiece"):
+        models.load_tokenizer(str(folder), ())

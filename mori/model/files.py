@@ -37,6 +37,8 @@ _LARGEST_NUM_LABELS = 1 << 20  # transformers builds two dicts of that length, w
 _ITEM_BITS = {"BOOL": 8, "F4": 4, "F6": 6, "F8": 8, "I8": 8, "U8": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16}
 _ITEM_BITS |= {"I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64}
 
+_LFS = b"version https://git-lfs.github.com/spec/"
+
 
 @dataclass
 class Stored:
@@ -116,6 +118,10 @@ def _check_file_type(path: Path, folder: Path) -> None:
         raise UserError(f"{path} is a link that leads out of the model's folder; replace it by the file, or remove it")
     if not path.is_file() and not path.is_dir():
         raise UserError(f"{path} is neither a plain file nor a folder (a pipe, a device or a broken link?); remove it")
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(len(_LFS)) == _LFS:
+                raise UserError(f"{path} is a pointer of Git LFS instead of the file; run git lfs pull in {folder}")
 
 
 def _read_json(path: Path):

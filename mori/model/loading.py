@@ -1,6 +1,8 @@
 """Load a model and its tokenizer from the hub, from a folder or from scratch; save them."""
 
 import contextlib
+import functools
+import importlib.util
 import inspect
 import mmap
 import os
@@ -29,7 +31,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from mori.cli import UserError, guarded, interruptible, one_line, optional
+from mori.cli import UserError, guarded, interruptible, one_line, optional, print_error
 from mori.config import PRESETS
 from mori.model import files
 from mori.model.context import context_length
@@ -39,6 +41,8 @@ _HUB_ERRORS = (OSError, *huggingface_hub.errors.HfHubHTTPError.__bases__)
 END_OF_TEXT = "<|endoftext|>"
 MINI_VOCABULARY = 8192
 _LONGEST_WORD = 4096  # bytes
+_HUB_SECONDS = 10
+_WRAPPED = re.compile(r"^(?:_orig_mod\.|module\.)+")  # what torch.compile and DDP put in front of the names of tensors
 _BUFFER_BYTES = 1 << 29  # buffers are in no file; the largest in use are attention masks of some ten million bytes
 
 
@@ -72,7 +76,32 @@ def load_tokenizer(name: str, texts: Iterable[str], trust_remote_code: bool = Fa
     """The tokenizer of the model `name`; for a preset, one learned from `texts`. Raises UserError if it cannot be loaded."""
     if name in PRESETS:
         return train_tokenizer(texts)
-    return _load(name, lambda: AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code))
+
+    def load():
+        try:
+            return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        except Exception:
+            if _needs_sentencepiece(name):
+                raise UserError(
+                    f"model {name} has its tokenizer in tokenizer.model alone, which takes sentencepiece: pip install sentencepiece"
+                ) from None
+            raise
+
+    return _load(name, load)
+
+
+def _needs_sentencepiece(name: str) -> bool:
+    """Whether the tokenizer is a file of SentencePiece only, and its library is not there."""
+    paths = [
+        Path(name) / file if Path(name).is_dir() else Path(huggingface_hub.try_to_load_from_cache(name, file) or "")
+        for file in ("tokenizer.json", "tokenizer.model")
+    ]
+    if importlib.util.find_spec("sentencepiece") or paths[0].is_file() or not paths[1].is_file():
+        return False
+    with paths[1].open("rb") as file:
+        return (
+            file.read(1) == b"\n"
+        )  # the first field of SentencePiece's protocol buffer; tiktoken's files are plain text
 
 
 def load_config(name: str, tokenizer, *, dropout: float | None = None, trust_remote_code: bool = False):
@@ -99,7 +128,7 @@ def load_model(name: str, config, trust_remote_code: bool = False) -> nn.Module:
     if name in PRESETS:
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
 
-    def load():
+    def load(**options):
         with _no_larger_than(stored) if stored else contextlib.nullcontext():
             return AutoModelForCausalLM.from_pretrained(
                 name,
@@ -109,10 +138,15 @@ def load_model(name: str, config, trust_remote_code: bool = False) -> nn.Module:
                 ignore_mismatched_sizes=True,  # reported below, together with missing tensors
                 output_loading_info=True,
                 **({} if _can_map(name) else {"disable_mmap": True}),
+                **options,
             )
 
     stored = _stored(name)
     model, info = _load(name, load)
+    if any(map(_WRAPPED.match, info["unexpected_keys"])):
+        model, info = _load(name, lambda: load(key_mapping={_WRAPPED.pattern: ""}))
+        if not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]:
+            print_error(f"note: model {name}: its tensors' names begin with _orig_mod. or module., which is taken off")
     absent = sorted(info["missing_keys"]) + [str(key) for key, *_ in sorted(info["mismatched_keys"])]
     if absent:
         raise UserError(
@@ -222,14 +256,28 @@ def check_reachable(name: str) -> None:
     if name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         tilde = "; the shell did not expand ~: write the path out" if name.startswith("~") else ""
         raise UserError(f"model folder {name} does not exist{tilde}")
-    if isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
+    _ask_hub(name)
+
+
+@functools.cache
+def _ask_hub(name: str) -> None:
+    """Ask the hub for a model once; without an answer, its files in the cache are used, and no more is asked.
+
+    Raises UserError if the hub does not have it, or does not answer, and it is not in the cache.
+    """
+    is_cached = isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str)
+    if is_cached and huggingface_hub.constants.HF_HUB_OFFLINE:
         return
     try:
-        huggingface_hub.HfApi().model_info(name, timeout=10)
+        interruptible(lambda: huggingface_hub.HfApi().model_info(name, timeout=_HUB_SECONDS), _HUB_SECONDS)
     except _HUB_ERRORS as error:
-        raise UserError(
-            f"model {name} is no preset ({', '.join(PRESETS)}), no folder here, and not available on the hub: {one_line(error)}"
-        ) from None
+        if not is_cached:
+            raise UserError(
+                f"model {name} is no preset ({', '.join(PRESETS)}), no folder here, and not available on the hub: "
+                f"{one_line(error)}"
+            ) from None
+        huggingface_hub.constants.HF_HUB_OFFLINE = True  # as the environment variable does
+        print_error(f"note: the hub is not available ({one_line(error)}); model {name} is taken from the local cache")
 
 
 def _can_map(name: str) -> bool:
