@@ -147,7 +147,8 @@ def _one_setting(task: Task, config: DecodeBenchConfig, arms: list[str]) -> None
                 rates[arm] = round(config.batch_size * config.new_tokens / result["seconds"])
                 figures = {"tokens_per_second": rates[arm]}
             if arm == "generate-compiled":
-                figures["compiled_graphs"] = counters["stats"].get("unique_graphs", 0)
+                graphs = counters["stats"].get("unique_graphs", 0)
+                figures |= {"ok": graphs > 0 or not task.cuda, "compiled_graphs": graphs}
             results[arm] = [result]
             return figures
 
