@@ -305,6 +305,7 @@ def run_script(name: str, main: Callable[[], int | None]) -> None:
     _open_closed_streams()
     sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode still shows the rest
     try:
+        _check_current_folder()
         code = main() or EXIT_OK
         sys.stdout.flush()
     except UserError as mistake:
@@ -354,6 +355,14 @@ def optional(call: str, lost: str) -> Iterator[None]:
         if call not in _refused and os.environ.get("RANK") in (None, "", "0"):
             print_error(f"note: this file system refuses {call} ({error.strerror}): {lost}")
         _refused.add(call)
+
+
+def _check_current_folder() -> None:
+    """Raise UserError if the folder that relative paths start from was deleted: libraries abort the process then."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UserError("the current folder no longer exists; change into another one (cd) and run again") from None
 
 
 def _open_closed_streams() -> None:

@@ -228,6 +228,10 @@ def check(config: TrainConfig, locks: contextlib.ExitStack) -> Run:
     if distributed.restarted():  # `none`, or a named checkpoint, was meant for the first start
         config = replace(config, resume_from_checkpoint="auto")
     run_dir, output_dir = Path(config.logging_dir).resolve() / config.run_name, Path(config.output_dir).resolve()
+    if any("\udc80" <= letter <= "\udcff" for letter in str(output_dir)):
+        raise UserError(
+            f"the path {str(output_dir)!a} is not UTF-8, so no tokenizer can be saved there; use another --output_dir"
+        )
     run_folder.check_writable(run_dir, output_dir)
     runtime = distributed.start(config.device, config.precision, config.ddp_timeout)
     if config.dtype == "bfloat16" and runtime.precision != "bf16":

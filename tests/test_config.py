@@ -1,4 +1,5 @@
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -199,3 +200,17 @@ def test_advice_names_only_flags_that_the_command_has(classes, package):
             if isinstance(node, ast.Raise):
                 for flag_name in re.findall(r"--([a-z]\w+)", ast.unparse(node)):
                     assert flag_name in known, f"{path}: --{flag_name}"
+
+
+def test_run_script_in_a_deleted_folder_is_one_line(tmp_path):
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    program = "import os; os.rmdir(os.getcwd()); from mori.cli import run_script; run_script('x.py', print)"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and done.stderr.startswith("x.py: error: the current folder no longer exists")

@@ -379,3 +379,9 @@ def test_move_copies_weights_out_of_the_file(small_model, tmp_path):
     assert not is_mapped()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight  # tied as they were
+
+
+def test_folder_whose_name_is_not_utf8_is_refused_before_the_run(run_train, tmp_path):
+    with pytest.raises(UserError, match="is not UTF-8"):
+        run_train(output_dir=str(tmp_path / "caf\udce9"))
+    assert not (tmp_path / "runs").exists()
