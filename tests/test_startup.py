@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 
-from conftest import ROOT
+from conftest import ROOT, flags, run_script
 
 
 def test_imports_context_freezes_objects_and_restores_the_collector():
@@ -35,3 +35,12 @@ def test_train_imports_nothing_before_the_first_step_that_it_needs_later(setting
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert "\n1 []\n" in done.stdout, done.stderr
     assert "\n2 ['tensorboard']\n" in done.stdout
+
+
+def test_train_prints_nothing_of_transformers(text_file, tmp_path):
+    """Neither its warnings nor its progress bars stand between our lines."""
+    words = {"corpus": [str(text_file)], "block_size": 16, "max_steps": 2, "max_new_tokens": 2, "save_steps": 1}
+    words |= {"logging_dir": str(tmp_path / "runs"), "output_dir": str(tmp_path / "brain")}
+    done = run_script("train.py", *flags(words))
+    assert done.returncode == 0, done.stderr
+    assert "transformers]" not in done.stderr and "shards" not in done.stderr

@@ -106,6 +106,7 @@ def _needs_sentencepiece(name: str) -> bool:
 
 def load_config(name: str, tokenizer, *, dropout: float | None = None, trust_remote_code: bool = False):
     """The configuration of the model `name`; `dropout`, if given, replaces every dropout probability in it."""
+    _quiet_transformers()
     if name in PRESETS:
         config = mini_config(len(tokenizer))
     else:
@@ -347,6 +348,11 @@ def _check_config(name: str, config, trust_remote_code: bool) -> None:
 def _load(name: str, load):
     """Return `load()`; transformers' long error messages become one line."""
     check_reachable(name)
+    _quiet_transformers()
+    return guarded(f"cannot load model {name}", load)
+
+
+def _quiet_transformers() -> None:
+    """transformers prints errors only, and no progress bar of its own."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    return guarded(f"cannot load model {name}", load)
