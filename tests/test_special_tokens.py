@@ -148,6 +148,14 @@ def test_encode_prompt_is_not_ended_by_the_tokenizer(template):
     assert answers[0] == answers[1]
 
 
+def test_encode_prompt_refuses_a_prompt_of_which_nothing_is_left():
+    tokenizer = make_tokenizer("<s> $A", kind="characters")
+    tokenizer.backend_tokenizer.pre_tokenizer = None  # which would put a ▁ in front
+    with pytest.raises(UserError, match="cannot express the prompt '日本'"):
+        special_tokens.encode_prompt(tokenizer, "日本")
+    assert special_tokens.encode_prompt(tokenizer, "日a本") == [0, tokenizer.convert_tokens_to_ids("a")]
+
+
 # -------------------------------------------------------------------------------------------------- beginning of text
 
 

@@ -69,12 +69,15 @@ def decide(tokenizer, *, document_bos: bool = True, parse: bool | None = None) -
 def encode_prompt(tokenizer, prompt: str) -> list[int]:
     """The ids of a prompt, as the tokenizer gives them, but without those that it puts behind a text: they would end it.
 
-    Raises UserError if the tokenizer fails, and if special tokens are to stay text and it makes one nevertheless.
+    Raises UserError if the tokenizer fails or knows nothing of the prompt, and if special tokens are to stay text and it makes
+    one nevertheless.
     """
     ids = _ids(tokenizer, prompt, "the prompt")
     prefix, suffix = _affixes(tokenizer)
     if suffix and tuple(ids[-len(suffix) :]) == suffix:
         ids = ids[: -len(suffix)]
+    if prompt.strip() and tuple(ids) == prefix:
+        raise UserError(f"the tokenizer cannot express the prompt {prompt[:100]!r}; take a model of its language")
     if tokenizer.split_special_tokens:
         made = special_ids(tokenizer).intersection(ids[len(prefix) :]) - {tokenizer.unk_token_id}
         if made:
