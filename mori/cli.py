@@ -66,7 +66,8 @@ def flag(default, help: str, *, kind=None, **rules):
             from one JSON text.
         rules: the range, checked by `Config.mistakes`: `min`, `max` (inclusive), `above`, `below` (exclusive), `choices`,
             `share` (a whole number, or a share below 1). `pretrained` and `scratch` are the values that None stands for.
-            `may_change` and `extends` say whether a resumed run, or an extended one, may change the field.
+            `may_change` and `extends` say whether a resumed run, or an extended one, may change the field; `inexact`, that
+            a resumed run may, but then no longer equals a run that never stopped to the bit.
     """
     is_list = isinstance(default, list)
     kind = kind or (str if is_list else float if default is None else type(default))
@@ -90,7 +91,8 @@ class Config:
 
     given: ClassVar[frozenset] = frozenset()  # the flags that were given on the command line
     group: ClassVar[str] = ""  # the heading of the class's fields in --help
-    may_change: ClassVar[bool] = False  # whether a resumed run may change the class's fields
+    may_change: ClassVar[bool] = False  # the rules of the class's fields, see `flag`
+    inexact: ClassVar[bool] = False
 
     def mistakes(self) -> list[str]:
         """Everything that is wrong with the values, one phrase each."""
@@ -106,6 +108,11 @@ class Config:
     def declaring_class(cls, name: str) -> type["Config"]:
         """The class that first declares the field `name`: it gives the field's group."""
         return next(base for base in reversed(cls.__mro__) if name in inspect.get_annotations(base))
+
+    @classmethod
+    def rule(cls, f: dataclasses.Field, name: str) -> bool:
+        """Whether `may_change` or `inexact` holds for the field, by its declaration or that of its class."""
+        return f.metadata.get(name, getattr(cls.declaring_class(f.name), name))
 
     @classmethod
     def groups(cls) -> dict[str, list[dataclasses.Field]]:

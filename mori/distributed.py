@@ -40,6 +40,11 @@ class Runtime:
     control: dist.ProcessGroup | None = None  # gloo: messages between hosts that do not wait for the device
 
     @property
+    def device_name(self) -> str:
+        """The model of the GPU, or the type of another device."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+
+    @property
     def is_main(self) -> bool:
         """Whether this is the rank that prints and writes."""
         return self.rank == 0

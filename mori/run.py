@@ -5,6 +5,7 @@ loads a checkpoint.
 """
 
 import contextlib
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -92,13 +93,20 @@ class Run:
         """The number of steps between checkpoints."""
         return steps_of(self.config.save_steps, self.total_steps)
 
+    @functools.cached_property
+    def model_sha256(self) -> str:
+        """The hash of the model's configuration as it was loaded."""
+        return loading.config_hash(self.data.model_config)
+
     def identity(self) -> dict:
-        """The settings and data that a resumed run must share with its checkpoint."""
+        """The settings, data and hardware that a checkpoint records, to be compared with those of a resumed run."""
         runtime = self.runtime
         return {
             "config": asdict(self.config),
             "precision": runtime.precision,
             "world_size": runtime.world_size,
+            "device": runtime.device_name,
+            "model_sha256": self.model_sha256,
             "document_bos": bool(self.data.special_tokens.begin),
             "parse_special_tokens": self.data.special_tokens.parsed,
             **self.data.hashes,

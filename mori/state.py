@@ -18,6 +18,7 @@ _PROGRESS = {
     "tokens": int, "train_seconds": (int, float), "wall_seconds": (int, float), "train_batch_size": int,
     "eval_batch_size": int,
 }  # fmt: skip
+_BATCH_SETTINGS = ("per_device_train_batch_size", "gradient_accumulation_steps", "auto_find_batch_size")
 
 
 class State:
@@ -57,6 +58,7 @@ class State:
         self.micro_batch = BatchSize(config.per_device_train_batch_size * accumulated)
         self.eval_batch = BatchSize(config.per_device_eval_batch_size)
         self.saved_step: int | None = None
+        self._batch_settings = {name: getattr(config, name) for name in _BATCH_SETTINGS}
         self.compiled: bool | None = None if config.torch_compile is None else False
         self._wall_seconds, self._started = 0.0, started
 
@@ -105,8 +107,11 @@ class State:
 
     def load_state_dict(self, saved: dict) -> None:
         """Restore the result of `state_dict`, and the random generators. Raises an error if the value is malformed."""
-        rank = saved["ranks"][self.runtime.rank]
-        progress = {**saved["progress"], "unlogged_losses": rank["unlogged_losses"]}
+        ranks, own = saved["ranks"], self.runtime.rank
+        losses = [rank["unlogged_losses"] for rank in ranks]
+        if len(ranks) != self.runtime.world_size:  # what is logged is the mean over the ranks
+            losses = [[sum(step) / len(ranks) for step in zip(*losses, strict=True)]] * self.runtime.world_size
+        progress = {**saved["progress"], "unlogged_losses": losses[own]}
         if progress.keys() != _PROGRESS.keys():
             raise ValueError(f"progress has the fields {', '.join(progress)}")
         for name, types in _PROGRESS.items():
@@ -122,12 +127,12 @@ class State:
         self.skipped = torch.tensor([float(progress[n]) for n in ("skipped_steps", "skipped_in_a_row")], device=device)
         self.throughput = Throughput(progress["tokens"], progress["train_seconds"])
         self._wall_seconds, self.saved_step = progress["wall_seconds"], self.step
-        for batch, size in (
-            (self.micro_batch, progress["train_batch_size"]),
-            (self.eval_batch, progress["eval_batch_size"]),
-        ):
-            batch.size = min(batch.size, size or batch.size)
-        self.scaler.load_state_dict(saved["scaler"])
+        if all(saved["config"].get(name, value) == value for name, value in self._batch_settings.items()):
+            self.micro_batch.size = min(self.micro_batch.size, progress["train_batch_size"] or self.micro_batch.size)
+        self.eval_batch.size = min(self.eval_batch.size, progress["eval_batch_size"] or self.eval_batch.size)
+        if saved["scaler"]:  # empty without fp16
+            self.scaler.load_state_dict(saved["scaler"])
         self.schedule.load_state_dict(saved.get("schedule", {}))
         self.compiled = saved.get("compiled")
-        distributed.set_rng_state(rank["rng"])
+        if own < len(ranks):
+            distributed.set_rng_state(ranks[own]["rng"])

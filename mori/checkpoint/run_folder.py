@@ -15,7 +15,11 @@ from mori.cli import UserError, optional, print_error
 from mori.config import TrainConfig
 
 # What checkpoints of versions that did not record it stand for.
-_IN_EARLIER_VERSIONS = {"document_bos": False, "parse_special_tokens": True}
+_UNKNOWN = "unknown"
+_IN_EARLIER_VERSIONS = {
+    "document_bos": False, "parse_special_tokens": True, "device": _UNKNOWN, "model_sha256": _UNKNOWN,
+}  # fmt: skip
+_INEXACT = ("precision", "world_size", "device")  # a run goes on with others, but rounds otherwise
 
 
 def check_writable(run_dir: Path, output_dir: Path) -> None:
@@ -105,9 +109,9 @@ def find_checkpoint(config: TrainConfig, run_dir: Path, identity: dict, total_st
             raise UserError(f"extend: {run_dir} has no checkpoint to resume from; leave --extend out to start a run")
         return None
     saved = checkpoints.load_state(folder)
-    differing = _differences(saved, config, identity, folder)
+    differing, inexact = _differences(saved, config, identity, folder)
     if differing:
-        only_length = not _differences(saved, replace(config, extend=True), identity, folder)
+        only_length = not _differences(saved, replace(config, extend=True), identity, folder)[0]
         longer = "--extend (to resume up to the new length), " if only_length else ""
         raise UserError(
             f"{folder} belongs to a run with other settings (there, now): "
@@ -116,6 +120,12 @@ def find_checkpoint(config: TrainConfig, run_dir: Path, identity: dict, total_st
         )
     if saved["step"] > total_steps:
         raise UserError(f"{folder} has done {saved['step']} steps already, more than the {total_steps} of this run")
+    if inexact:
+        print_error(
+            "note: resumes with other settings (there, now): "
+            f"{'; '.join(f'{name} {values}' for name, values in inexact.items())}. The run continues, but its weights will "
+            "not be equal to the bit to those of a run that never stopped"
+        )
     return folder
 
 
@@ -137,17 +147,32 @@ def _named_checkpoint(config: TrainConfig, run_dir: Path, root: Path) -> Path:
     return folder
 
 
-def _differences(saved: dict, config: TrainConfig, identity: dict, folder: Path) -> dict[str, str]:
-    """What the checkpoint and this run do not share, each with `(there, now)`."""
+def _differences(saved: dict, config: TrainConfig, identity: dict, folder: Path) -> tuple[dict, dict]:
+    """What the checkpoint and this run do not share, each with `(there, now)`: what makes another run, and what only rounds otherwise."""
     known = {f.name for f in fields(TrainConfig)}
     try:
         there = TrainConfig(**{name: value for name, value in saved["config"].items() if name in known})
         saved = {**_IN_EARLIER_VERSIONS, **saved}
         values = {name: (saved[name], identity[name]) for name in identity if name != "config"}
-    except (KeyError, AttributeError):
+        windows = [_windows_per_step(*run) for run in ((there, saved["world_size"]), (config, identity["world_size"]))]
+    except (KeyError, AttributeError, TypeError):
         raise UserError(f"{folder / 'state.json'} is not a state of mori; take another checkpoint") from None
-    changed = {name: f"({old!r}, {new!r})" for name, (old, new) in values.items() if old != new}
-    return there.differences(config, extending=config.extend) | changed
+    same_model = values.pop("model_sha256")
+    changed = {name: f"({old!r}, {new!r})" for name, (old, new) in values.items() if old not in (new, _UNKNOWN)}
+    inexact = {name: changed.pop(name) for name in _INEXACT if name in changed} | there.inexact_differences(config)
+    differing = there.differences(config, extending=config.extend) | changed
+    if "model" in differing and same_model[0] == same_model[1]:
+        print_error(f"note: the model was {there.model} and is {config.model} now; its configuration is the same")
+        del differing["model"]
+    if windows[0] != windows[1]:
+        layout = ("per_device_train_batch_size", "gradient_accumulation_steps", "world_size")
+        differing |= {name: inexact[name] for name in layout if name in inexact}
+        differing["windows in a step"] = f"({windows[0]}, {windows[1]})"
+    return differing, inexact
+
+
+def _windows_per_step(config: TrainConfig, world_size: int) -> int:
+    return config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size
 
 
 def finished_summary(run_dir: Path, output_dir: Path, resumed: Path | None, total_steps: int) -> dict | None:

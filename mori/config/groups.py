@@ -13,7 +13,7 @@ class ModelConfig(Config):
     group = "model"
 
     model: str = flag("mini", "'mini' (a small GPT-2 made from scratch), a folder, or a name on the hub")
-    trust_remote_code: bool = flag(False, "allow Python code from the model's repository")
+    trust_remote_code: bool = flag(False, "allow Python code from the model's repository", may_change=True)
 
 
 @dataclass
@@ -67,11 +67,12 @@ class TrainingConfig(Config):
 
     group = "training"
 
-    per_device_train_batch_size: int = flag(4, "windows in one micro-batch on each device", above=0)
-    gradient_accumulation_steps: int = flag(1, "micro-batches in one optimizer step", above=0)
+    per_device_train_batch_size: int = flag(4, "windows in one micro-batch on each device", above=0, inexact=True)
+    gradient_accumulation_steps: int = flag(1, "micro-batches in one optimizer step", above=0, inexact=True)
     auto_find_batch_size: bool = flag(
         False,
         "make the micro-batches as large as memory allows: start with all windows of a step, halve until they fit",
+        inexact=True,
     )
     num_train_epochs: float | None = flag(
         None, "passes over the training windows", pretrained=5.0, scratch=10.0, above=0, max=1_000_000, extends=True
@@ -127,7 +128,7 @@ class TrainingConfig(Config):
 class SpeedConfig(Config):
     """What makes a step faster or smaller."""
 
-    group = "speed and memory"
+    group, inexact = "speed and memory", True
 
     chunked_loss: bool = flag(
         True, "compute the logits, and their gradients, for a few hundred tokens at a time, if the model allows it"
@@ -141,6 +142,7 @@ class SpeedConfig(Config):
         "library for large fp32 matmuls on a CPU; auto takes oneDNN if it is at least 1.5 times as fast here, and a resumed "
         "run keeps its choice",
         choices=("auto", "onednn", "torch"),
+        inexact=False,  # a resumed run keeps its choice
     )
     tf32: bool = flag(True, "on a GPU in fp32, TF32 matmuls: a mantissa of 10 bits instead of 23, faster")
     gradient_checkpointing: bool = flag(
@@ -155,6 +157,7 @@ class SpeedConfig(Config):
         None,
         "compile the model: takes minutes at the start, then speeds up steps; unset compiles, on one GPU, as soon as the measured speed says that it pays",
         kind=bool,
+        inexact=False,  # a resumed run keeps its choice
     )
 
 
@@ -181,6 +184,7 @@ class TrainDeviceConfig(DeviceConfig):
         "auto",
         "precision of the forward pass; auto is bf16 or fp16 on a GPU and fp32 on a CPU",
         choices=("auto", "fp32", "bf16", "fp16"),
+        may_change=True,  # the checkpoint records what auto was
     )
     ddp_timeout: int = flag(1800, "seconds before an unresponsive rank is treated as lost", above=0, may_change=True)
 

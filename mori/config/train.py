@@ -95,17 +95,21 @@ class TrainConfig(
         return [message for ok, message in checks if not ok] + super().contradictions()
 
     def differences(self, other: "TrainConfig", extending: bool = False) -> dict[str, str]:
-        """The fields that differ and would change the weights of a resumed run, each with `(this, other)`.
+        """The fields that differ and would make a resumed run another run, each with `(this, other)`.
 
         With `extending`, the length of the run may differ too.
         """
-        fixed = [
-            f.name
-            for f in fields(self)
-            if not f.metadata.get("may_change", self.declaring_class(f.name).may_change)
-            and not (extending and f.metadata.get("extends"))
-        ]
-        values = {name: (getattr(self, name), getattr(other, name)) for name in fixed}
+        return self._differing(
+            other, lambda f: not self.rule(f, "inexact") and not (extending and f.metadata.get("extends"))
+        )
+
+    def inexact_differences(self, other: "TrainConfig") -> dict[str, str]:
+        """The fields that differ and change only the rounding of a resumed run, each with `(this, other)`."""
+        return self._differing(other, lambda f: self.rule(f, "inexact"))
+
+    def _differing(self, other: "TrainConfig", compared) -> dict[str, str]:
+        names = [f.name for f in fields(self) if not self.rule(f, "may_change") and compared(f)]
+        values = {name: (getattr(self, name), getattr(other, name)) for name in names}
         return {name: f"({mine!r}, {theirs!r})" for name, (mine, theirs) in values.items() if mine != theirs}
 
 

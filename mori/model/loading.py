@@ -2,8 +2,10 @@
 
 import contextlib
 import functools
+import hashlib
 import importlib.util
 import inspect
+import json
 import mmap
 import os
 import re
@@ -122,6 +124,13 @@ def load_config(name: str, tokenizer, *, dropout: float | None = None, trust_rem
             if field.endswith(("dropout", "pdrop")) and isinstance(value, float):
                 setattr(config, field, dropout)
     return config
+
+
+def config_hash(config) -> str:
+    """SHA-256 over everything in a model's configuration but its origin."""
+    origin = ("_name_or_path", "transformers_version", "architectures", "dtype")
+    settings = {key: value for key, value in config.to_diff_dict().items() if key not in origin}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def load_model(name: str, config, trust_remote_code: bool = False) -> nn.Module:
