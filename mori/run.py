@@ -212,9 +212,8 @@ class Run:
             not state.optimizer.state and self.config.optim == "adamw_torch_fused"
         ):  # two moments come with the first step
             size += 2 * sum(parameter.nbytes for parameter in self.parameters)
-        if state.saved_step == self.total_steps:
-            size = 0
         weights = sum(parameter.nbytes for parameter in self.parameters)
+        size *= state.saved_step != self.total_steps
         check_room({root: size, staging_folder(self.output_dir).parent: weights})
 
     @contextlib.contextmanager
