@@ -79,17 +79,14 @@ def load_tokenizer(name: str, texts: Iterable[str], trust_remote_code: bool = Fa
     if name in PRESETS:
         return train_tokenizer(texts)
 
-    def load():
-        try:
-            return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-        except Exception:
-            if _needs_sentencepiece(name):
-                raise UserError(
-                    f"model {name} has its tokenizer in tokenizer.model alone, which takes sentencepiece: pip install sentencepiece"
-                ) from None
-            raise
-
-    return _load(name, load)
+    try:
+        return _load(name, lambda: AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code))
+    except UserError:
+        if _needs_sentencepiece(name):
+            raise UserError(
+                f"model {name} has its tokenizer in tokenizer.model alone, which takes sentencepiece: pip install sentencepiece"
+            ) from None
+        raise
 
 
 def _needs_sentencepiece(name: str) -> bool:
