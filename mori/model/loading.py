@@ -91,16 +91,22 @@ def load_tokenizer(name: str, texts: Iterable[str], trust_remote_code: bool = Fa
 
 def _needs_sentencepiece(name: str) -> bool:
     """Whether the tokenizer is a file of SentencePiece only, and its library is not there."""
-    paths = [
-        Path(name) / file if Path(name).is_dir() else Path(huggingface_hub.try_to_load_from_cache(name, file) or "")
-        for file in ("tokenizer.json", "tokenizer.model")
-    ]
-    if importlib.util.find_spec("sentencepiece") or paths[0].is_file() or not paths[1].is_file():
+    if importlib.util.find_spec("sentencepiece"):
         return False
-    with paths[1].open("rb") as file:
-        return (
-            file.read(1) == b"\n"
-        )  # the first field of SentencePiece's protocol buffer; tiktoken's files are plain text
+
+    def path(file: str) -> Path:
+        if Path(name).is_dir():
+            return Path(name) / file
+        cached = huggingface_hub.try_to_load_from_cache(name, file)
+        return Path(cached if isinstance(cached, str) else "")
+
+    try:
+        if path("tokenizer.json").is_file() or not path("tokenizer.model").is_file():
+            return False
+    except huggingface_hub.errors.HFValidationError:  # neither a folder nor a name on the hub
+        return False
+    with path("tokenizer.model").open("rb") as file:
+        return file.read(1) == b"\n"  # SentencePiece's first field; tiktoken's files are plain text
 
 
 def load_config(name: str, tokenizer, *, dropout: float | None = None, trust_remote_code: bool = False):
