@@ -249,7 +249,7 @@ def _check_variables(world_size: int) -> None:
     missing = [name for name in needed if not os.environ.get(name)]
     if missing:
         raise UserError(
-            f"the environment variable WORLD_SIZE is {world_size}, but {' and '.join(missing)} not set; unset WORLD_SIZE, or start "
+            f"the environment variable WORLD_SIZE is {world_size}, but without {', '.join(missing)}; unset WORLD_SIZE, or start "
             "several ranks with torchrun"
         )
     if _variable("RANK", 0) >= world_size or _variable("MASTER_PORT", 0) >= 1 << 16:

@@ -55,8 +55,8 @@ def test_start_binds_a_rank_to_its_gpu(device, backend, monkeypatch):
 @pytest.mark.parametrize(
     "variables, phrase",
     [
-        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK and MASTER_ADDR and MASTER_PORT"),
-        ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR and MASTER_PORT not set"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but without RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "without MASTER_ADDR, MASTER_PORT"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', must be a whole number"),
         ({"WORLD_SIZE": "-1"}, "WORLD_SIZE is '-1'"),
         ({"LOCAL_RANK": "x"}, "LOCAL_RANK is 'x'"),
