@@ -63,6 +63,7 @@ def test_refused_call_costs_no_work_and_is_said_once(run_train, tmp_path, monkey
     else:
         refuse(monkeypatch, owner, name, number, when)
     capsys.readouterr()
+    shutil.rmtree(tmp_path / "runs" / ".cache")  # the token file is written under the refusal too
     stop_after(8, run_train)
     run_train()
     monkeypatch.undo()

@@ -85,11 +85,7 @@ class TokenFile:
             raise ValueError(f"{path} is cut short")
         if header.pop("sha256", None) != header_hash(header, _blocks(path, start)):
             raise ValueError(f"{path} is damaged")
-        self.ids = None
-        with optional("mmap", "files are read whole into memory"):
-            self.ids = numpy.memmap(path, dtype=dtype, mode="r", offset=start, shape=(count,))
-        if self.ids is None:
-            self.ids = numpy.fromfile(path, dtype=dtype, count=count, offset=start)
+        self.ids = _mapped(path, dtype, start, count)
         self.header = header
 
     def __len__(self) -> int:
@@ -142,6 +138,13 @@ def header_hash(header: dict, blocks: Iterable) -> str:
     return digest.hexdigest()
 
 
+def _mapped(path: Path, dtype: str, start: int, count: int) -> numpy.ndarray:
+    """`count` ids from the offset `start` of a file, `(N,)`: mapped, or read if the file system refuses that."""
+    with optional("mmap", "files are read whole into memory"):
+        return numpy.memmap(path, dtype=dtype, mode="r", offset=start, shape=(count,))
+    return numpy.fromfile(path, dtype=dtype, count=count, offset=start)
+
+
 def _blocks(path: Path, start: int) -> Iterator[bytes]:
     with path.open("rb") as file:
         file.seek(start)
@@ -171,7 +174,7 @@ def _create(path: Path, documents: list[Document], tokenizer, identity: dict) ->
                 raise UserError("the corpus has changed while it was read; run again")
             file.flush()
             header = {"version": _VERSION, **writer.header(), **identity}
-            ids = numpy.memmap(temporary, dtype=header["dtype"], mode="r", offset=start, shape=(writer.count,))
+            ids = _mapped(temporary, header["dtype"], start, writer.count)
             header["text"] = _account(ids, header, documents, tokenizer)
             header["sha256"] = header_hash(header, _blocks(temporary, start))
             file.seek(0)
