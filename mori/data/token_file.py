@@ -85,6 +85,9 @@ class TokenFile:
             raise ValueError(f"{path} is cut short")
         if header.pop("sha256", None) != header_hash(header, _blocks(path, start)):
             raise ValueError(f"{path} is damaged")
+        text = header.get("text")
+        if not isinstance(text, dict) or not {"special_tokens", "unknown_tokens", "lost_bytes"} <= text.keys():
+            raise ValueError(f"{path} is damaged")
         self.ids = _mapped(path, dtype, start, count)
         self.header = header
 
@@ -182,6 +185,8 @@ def _create(path: Path, documents: list[Document], tokenizer, identity: dict) ->
         temporary.replace(path)
     except OSError as error:
         raise UserError(f"cannot write the token file {path}: {error.strerror}") from None
+    except OverflowError:
+        raise UserError("the tokenizer gives token ids of more than 32 bits; take the tokenizer of the model") from None
     finally:
         temporary.unlink(missing_ok=True)
 
