@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import tracemalloc
 
 import numpy
 import pytest
@@ -37,6 +38,9 @@ class SlowTokenizer:
 
     def __call__(self, text, **_):
         return {"input_ids": self.word_ids * len(text.split())}
+
+    def convert_ids_to_tokens(self, token):
+        return str(token)
 
     def decode(self, ids, **_):
         return " ".join(map(str, ids))
@@ -81,8 +85,9 @@ def test_token_file_is_reused_only_for_the_same_corpus_and_tokenizer(tmp_path, t
     assert len(list((tmp_path / "cache").iterdir())) == 3
 
 
-def rewrite(path, *, seal=True, length=None, text=None, **changed):
-    """Change a token file's header; with `seal`, give it a hash that fits."""
+def rewrite(path, *, seal=True, length=None, text=None, text_account=None, **changed):
+    """Change a token file's header, `text_account` its field `text`; with `seal`, give it a hash that fits."""
+    changed |= {} if text_account is None else {"text": text_account}
     raw = path.read_bytes()
     old_length = int.from_bytes(raw[8:16], "little")
     header = {**json.loads(raw[16 : 16 + old_length]), **changed}
@@ -113,6 +118,8 @@ DAMAGES = {
     "no type": lambda path: rewrite(path, dtype=None),
     "a list of types": lambda path: rewrite(path, dtype=["uint16"]),
     "another corpus": lambda path: rewrite(path, corpus_sha256="0" * 64),
+    "no account of the text": lambda path: rewrite(path, text_account={}),
+    "another account of the text": lambda path: rewrite(path, text_account=dict.fromkeys(token_file._ACCOUNT, 0)),
     "another version": lambda path: rewrite(path, version="1"),
     "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
 }
@@ -145,6 +152,26 @@ def test_token_file_refuses_an_id_outside_the_vocabulary(tmp_path, documents):
     with pytest.raises(UserError, match="token id 70000, which is not in its own vocabulary"):
         TokenFile.make(documents, tokenizer, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize("token", [1 << 31, (1 << 32) - 1, 1 << 32])
+def test_token_file_counts_special_tokens_of_any_size(tmp_path, documents, monkeypatch, token):
+    """Whether the text has the largest possible id or not; no table of that size is made."""
+    monkeypatch.setattr(token_file, "special_ids", lambda tokenizer: {token})
+    tracemalloc.start()
+    tokens = TokenFile.make(documents, SlowTokenizer(min(token, (1 << 32) - 1)), tmp_path / "cache")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert sum(tokens.header["text"]["special_tokens"].values()) == (len(tokens) if token < 1 << 32 else 0)
+    assert peak < 1 << 26
+
+
+def test_token_file_refuses_an_end_of_text_outside_the_vocabulary(tmp_path, documents):
+    tokenizer = SlowTokenizer(1)
+    tokenizer.get_vocab = lambda: {"1": 1}
+    tokenizer.eos_token_id = 1 << 32
+    with pytest.raises(UserError, match="token id 4294967296, which is not in its own vocabulary"):
+        TokenFile.make(documents, tokenizer, tmp_path / "cache")
 
 
 def test_token_file_reports_a_corpus_that_changes_while_it_is_read(tmp_path, tokenizer, documents, monkeypatch):

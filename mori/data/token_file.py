@@ -32,6 +32,7 @@ _MAX_HEADER_BYTES = 64 << 20  # enough for four million documents
 _DATA_ALIGNMENT = 64
 _BLOCK_BYTES = 1 << 20
 _HEADER_BYTES = 1 << 14  # of a header without its lists
+_ACCOUNT = {"special_tokens": dict, "unknown_tokens": int, "lost_bytes": int, "lost_characters": dict}  # in the header
 _NAMES, _NAME_CHARACTERS = 20, 40  # of special tokens, in a header
 _MARK_CHARACTERS = 1 << 18  # at least this far apart are the marks of a token file; there are a million at most
 
@@ -86,7 +87,7 @@ class TokenFile:
         if header.pop("sha256", None) != header_hash(header, _blocks(path, start)):
             raise ValueError(f"{path} is damaged")
         text = header.get("text")
-        if not isinstance(text, dict) or not {"special_tokens", "unknown_tokens", "lost_bytes"} <= text.keys():
+        if not isinstance(text, dict) or {name: type(value) for name, value in text.items()} != _ACCOUNT:
             raise ValueError(f"{path} is damaged")
         self.ids = _mapped(path, dtype, start, count)
         self.header = header
@@ -185,8 +186,6 @@ def _create(path: Path, documents: list[Document], tokenizer, identity: dict) ->
         temporary.replace(path)
     except OSError as error:
         raise UserError(f"cannot write the token file {path}: {error.strerror}") from None
-    except OverflowError:
-        raise UserError("the tokenizer gives token ids of more than 32 bits; take the tokenizer of the model") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -197,7 +196,7 @@ def _account(ids: numpy.ndarray, header: dict, documents: list[Document], tokeni
     def chunks() -> Iterator[str]:
         return itertools.chain.from_iterable(document.chunks() for document in documents)
 
-    special = _count(ids, special_ids(tokenizer))
+    special = _count(ids, {token for token in special_ids(tokenizer) if token <= header["max_id"]})
     for token in header["begin"] + header["end"]:
         special[token] -= len(documents)
     special.subtract(header["final"])
@@ -224,11 +223,10 @@ def _account(ids: numpy.ndarray, header: dict, documents: list[Document], tokeni
 
 def _count(ids: numpy.ndarray, wanted: set[int]) -> Counter[int]:
     """How often each of the wanted ids is in `ids`."""
-    is_wanted, counts = numpy.zeros(max(wanted, default=0) + 2, dtype=bool), Counter()
-    is_wanted[list(wanted)] = True
+    counts = Counter()
     for start in range(0, len(ids), _BLOCK_BYTES):
-        block = numpy.minimum(ids[start : start + _BLOCK_BYTES], len(is_wanted) - 1)
-        counts.update(block[is_wanted[block]].tolist())
+        block = ids[start : start + _BLOCK_BYTES]
+        counts.update(block[numpy.isin(block, numpy.array(sorted(wanted), dtype=ids.dtype))].tolist())
     return counts
 
 
@@ -294,7 +292,7 @@ class _Writer:
 def _write_documents(writer: _Writer, documents: list[Document], tokenizer, layout: dict) -> str:
     """Write the ids of all documents; returns the hash of the corpus as it was read."""
     encoder, digest = TextEncoder(tokenizer), hashlib.sha256()
-    begin, end, final = (numpy.array(layout[name], dtype="uint32") for name in ("begin", "end", "final"))
+    begin, end, final = (numpy.array(layout[name], dtype="int64") for name in ("begin", "end", "final"))
     with _progress_bar(documents) as bar:
         for group in _grouped(documents):
             if len(group) == 1:
