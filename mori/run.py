@@ -65,9 +65,7 @@ class Run:
     monitor: Monitor | None = None
     step_graph: StepGraph | None = None
     parameters: list[nn.Parameter] = field(default_factory=list)
-    model_files: dict[str, bytes] = field(
-        default_factory=dict
-    )  # set by `rehearse`: what a model folder holds beside weights
+    model_files: dict[str, bytes] = field(default_factory=dict)  # a model folder without its weights, set by `rehearse`
     flops_per_token: float = 0.0
     peak_flops: float | None = None
 
@@ -192,7 +190,7 @@ class Run:
     def rehearse(self, state: State) -> None:
         """Save and publish a part of the model in the true places, and undo it; sets `model_files`.
 
-        Whatever would spoil a save raises UserError here, before the first step.
+        Raises UserError if a later save would fail.
         """
         root, tokenizer = self.run_dir / "checkpoints", self.data.tokenizer
         try:
@@ -208,9 +206,8 @@ class Run:
             if distributed.out_of_memory(error):
                 raise
             raise UserError(f"this model cannot be saved: {one_line(error)}") from None
-        if (
-            not state.optimizer.state and self.config.optim == "adamw_torch_fused"
-        ):  # two moments come with the first step
+        # The first step of AdamW adds two moments.
+        if not state.optimizer.state and self.config.optim == "adamw_torch_fused":
             size += 2 * sum(parameter.nbytes for parameter in self.parameters)
         weights = sum(parameter.nbytes for parameter in self.parameters)
         size *= state.saved_step != self.total_steps

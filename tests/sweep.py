@@ -127,7 +127,7 @@ def _train(config: TrainConfig, folder: Path) -> dict:
     lines = log.read().splitlines()
     row["trained"], row["refused"] = row["exit"] == 0, row["exit"] == 2
     printed.seek(0)
-    row["other_loss"] = [line for line in printed.read().splitlines() if "has a loss of its own" in line]
+    row["other_loss"] = [line for line in printed.read().splitlines() if "has another training loss" in line]
     if not row["trained"] and lines:
         row.setdefault("line", lines[-1].replace(f"{folder}/", ""))
     summary = folder / "runs" / "run" / "summary.json"

@@ -1,4 +1,4 @@
-"""What may change between start and resume: whatever leaves the windows of each step and the model the same."""
+"""What may change between start and resume: all that leaves the windows of each step and the model the same."""
 
 import json
 import shutil

@@ -69,16 +69,16 @@ def test_stream_withholds_the_beginning_of_a_stop_string():
 
 def test_stop_finder_takes_the_first_in_the_text():
     finder = StopFinder(["three", "two"])
-    assert finder.add("one two three") == "one " and finder.found and finder.finish() == ""
+    assert finder.add("one two three") == "one " and finder.stopped and finder.finish() == ""
     finder = StopFinder(["two"])
-    assert finder.add("one t") + finder.finish() == "one t" and not finder.found
+    assert finder.add("one t") + finder.finish() == "one t" and not finder.stopped
 
 
 def test_stop_finder_looks_back_into_the_prompt_but_stops_behind_it():
     finder = StopFinder(["stop", "o"], prompt="a stop, a st")
-    assert finder.add("ill") == "ill" and not finder.found
+    assert finder.add("ill") == "ill" and not finder.stopped
     finder = StopFinder(["stop"], prompt="a stop, a st")
-    assert (finder.add("o"), finder.add("ps"), finder.found) == ("", "", True)
+    assert (finder.add("o"), finder.add("ps"), finder.stopped) == ("", "", True)
 
 
 @pytest.mark.parametrize("answer", ["😀", "é!", "a"])

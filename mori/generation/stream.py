@@ -17,7 +17,7 @@ class TextStream:
     SentencePiece's tokenizers) is withheld to its end, because it is decoded as a whole.
 
     A stop string may be, or hold, the name of a special token, which is no part of the text; and it may begin in the prompt,
-    as in transformers. `stopped` is true once a stop string was found.
+    as in transformers.
     """
 
     def __init__(self, tokenizer, prompt_ids: list[int], stop_strings: list[str] = ()):
@@ -30,8 +30,8 @@ class TextStream:
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string was found."""
-        return self._stop.found
+        """Whether the text has ended with a stop string."""
+        return self._stop.stopped
 
     def add(self, token: int) -> str:
         """Append a token; returns the text that is certain now."""
@@ -76,11 +76,11 @@ class TextStream:
 class StopFinder:
     """Passes on a text that comes in pieces, up to the first of `stop_strings`; withholds what may begin one.
 
-    A stop string that begins in `prompt`, the text before the first piece, is found too.
+    A stop string may begin in `prompt`, the text before the first piece.
     """
 
     def __init__(self, stop_strings: list[str], prompt: str = ""):
-        self.stop_strings, self.found = list(stop_strings), False
+        self.stop_strings, self.stopped = list(stop_strings), False
         self._text, self._shown = "", []  # what is withheld, and whether each of its characters is passed on
         self._n_prompt = 0  # the first of its characters that belong to the prompt
         longest = max(map(len, self.stop_strings), default=1)
@@ -88,15 +88,15 @@ class StopFinder:
         self._n_prompt = len(self._text)
 
     def add(self, piece: str, shown: bool = True) -> str:
-        """Append a piece, of which a stop string may be made; it is passed on if `shown`. Returns what is certain."""
-        if self.found or not piece:
+        """Append a piece, which may complete a stop string; it is passed on if `shown`. Returns what is certain."""
+        if self.stopped or not piece:
             return ""
         self._withhold(piece, shown)
         # A stop string ends behind the prompt.
         ends = [self._text.find(stop, max(0, self._n_prompt - len(stop) + 1)) for stop in self.stop_strings]
         positions = [position for position in ends if position >= 0]
         if positions:
-            self.found = True
+            self.stopped = True
             return self._pass_on(min(positions))
         n_certain = len(self._text)
         for stop in self.stop_strings:
@@ -107,8 +107,8 @@ class StopFinder:
         return self._pass_on(n_certain)
 
     def finish(self) -> str:
-        """What was withheld, unless a stop string was found."""
-        return "" if self.found else self._pass_on(len(self._text))
+        """What was withheld, unless the text has ended with a stop string."""
+        return "" if self.stopped else self._pass_on(len(self._text))
 
     def _withhold(self, piece: str, shown: bool) -> None:
         self._text += piece

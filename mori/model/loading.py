@@ -365,6 +365,6 @@ def _load(name: str, load):
 
 
 def _quiet_transformers() -> None:
-    """transformers prints errors only, and no progress bar of its own."""
+    """Let transformers print errors only, and no progress bars."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -80,6 +80,6 @@ def _difference(model: nn.Module, output, input_ids: torch.Tensor) -> str:
     if not min(abs(loss - expected), abs(loss - unshifted)) > tolerance * expected:  # or NaN
         return ""
     return (
-        f"{type(model).__name__} has a loss of its own ({loss:.3f} on a few tokens, where the cross-entropy of the next token is "
+        f"{type(model).__name__} has another training loss ({loss:.3f} on a few tokens, where the cross-entropy of the next token is "
         f"{expected:.3f}): it is not used, mori trains with the cross-entropy"
     )

@@ -79,9 +79,9 @@ def encode_prompt(tokenizer, prompt: str) -> list[int]:
     if prompt.strip() and tuple(ids) == prefix:
         raise UserError(f"the tokenizer cannot express the prompt {prompt[:100]!r}; take a model of its language")
     if tokenizer.split_special_tokens:
-        made = special_ids(tokenizer).intersection(ids[len(prefix) :]) - {tokenizer.unk_token_id}
-        if made:
-            raise _cannot_split(f"the prompt {prompt[:100]!r}", _names(sorted(made), tokenizer))
+        parsed = special_ids(tokenizer).intersection(ids[len(prefix) :]) - {tokenizer.unk_token_id}
+        if parsed:
+            raise _cannot_split(f"the prompt {prompt[:100]!r}", _names(sorted(parsed), tokenizer))
     return ids
 
 
