@@ -410,7 +410,7 @@ def test_train_tokenizer_cuts_an_endless_word():
     """The time to learn grows with the square of a word's length; in parts, no token is learned across their borders."""
     endless = ("c" + "a" * 4094 + "b") * 5
     learned = train_tokenizer([endless], 300)
-    assert "aaaa" in learned.get_vocab() and "bc" not in learned.get_vocab()
+    assert "aaaa" in learned.get_vocab() and not any("bc" in token for token in learned.get_vocab())
     assert learned.decode(learned(endless)["input_ids"]) == endless
 
 
