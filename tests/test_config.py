@@ -214,3 +214,12 @@ def test_run_script_in_a_deleted_folder_is_one_line(tmp_path):
         text=True,
     )
     assert done.returncode == 2 and done.stderr.startswith("x.py: error: the current folder no longer exists")
+
+
+def test_resolve_gives_no_warm_up_to_a_schedule_without_one():
+    """The preset warms up by default; a schedule of Trainer without a warm-up is not refused for that."""
+    assert TrainConfig().resolve().warmup_steps == 0.05
+    for name in ("constant", "reduce_lr_on_plateau", "greedy"):
+        assert checked(TrainConfig(lr_scheduler_type=name).resolve()).warmup_steps == 0
+        with pytest.raises(UserError, match="has no warm-up"):
+            checked(TrainConfig(lr_scheduler_type=name, warmup_steps=3))

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mori.cli import UserError
 from mori.config import TrainConfig
 from mori.data.windows import ShiftedDataset, count_targets
-from mori.distributed import BatchSize
+from mori.distributed import BatchSize, Runtime
 from mori.evaluate import evaluate, windows_to_score
 from mori.model.lm import CausalLMLoss
 
@@ -46,6 +46,22 @@ def test_evaluate_scores_the_windows_as_pytorch_does(windows):
     assert evaluation.loss == pytest.approx(nats / targets.item(), rel=1e-6)
     assert dataset.targets == 50 - 1 - 2 == sum(count_targets(dataset.batch([i])[1]) for i in range(7))
     assert evaluation.bits_per_byte == pytest.approx(nats / math.log(2) / (120 * targets.item() / 47), rel=1e-6)
+
+
+def test_evaluate_shares_the_windows_between_ranks():
+    """Each window is scored by one rank; `all_sum` of this test keeps the part of one rank."""
+
+    class OneRank(Runtime):
+        def all_sum(self, tensor):
+            return tensor
+
+    dataset = ShiftedDataset(torch.arange(50).numpy(), 8, keep_tail=True)
+    module, rows = CausalLMLoss(small_model("gpt2", 97)), []
+    module.register_forward_pre_hook(lambda module, inputs: rows.extend(inputs[0][:, 0].tolist()))
+    for rank in range(2):
+        runtime = OneRank(torch.device("cpu"), rank, 2, "fp32")
+        evaluate(module, dataset, 120, batch_size=BatchSize(2), runtime=runtime)
+    assert sorted(rows) == [0, 8, 16, 24, 32, 40, 48] and rows[:4] == [0, 16, 32, 48]
 
 
 def test_train_evaluates_as_many_windows_as_it_says(run_train, tmp_path, capsys):

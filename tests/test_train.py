@@ -23,7 +23,7 @@ from mori import optim
 from mori.cli import UserError
 from mori.config import TrainConfig
 from mori.distributed import Runtime
-from mori.model import loading
+from mori.model import lm, loading
 from mori.tracking.loggers import read_metrics
 from mori.train import train
 
@@ -163,6 +163,22 @@ def test_train_in_fp16_moves_the_loss_scale_alike_with_chunked_and_whole_loss(ru
     assert skipped_steps[0] == skipped_steps[1] and 0 < skipped_steps[0][-1] < 20
     assert scalers[0].state_dict() == scalers[1].state_dict()
     torch.testing.assert_close(*losses, rtol=1e-3, atol=0)
+
+
+def test_train_in_fp16_computes_the_gradients_at_the_size_of_the_scaled_loss(run_train, monkeypatch):
+    """The scale divided by the labels of the step: 2 micro-batches of 4 windows of 16 tokens."""
+    scales, chunked = [], lm.chunked_cross_entropy_sum
+
+    def record(hidden, head, labels, grad_scale=None):
+        scales.append(grad_scale)
+        return chunked(hidden, head, labels, grad_scale)
+
+    monkeypatch.setattr(lm, "chunked_cross_entropy_sum", record)
+    run_train(precision="fp16", max_steps=1, gradient_accumulation_steps=2, eval_on_start=False)
+    assert [scale.item() for scale in scales if scale is not None] == [65536 / (2 * 4 * 16)] * 2
+    scales.clear()
+    run_train(precision="bf16", max_steps=1, run_name="bf16")
+    assert scales and scales == [None] * len(scales)
 
 
 def test_train_skips_fp16_overflow_and_restores_the_scale(run_train, settings, tmp_path, monkeypatch):
