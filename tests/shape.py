@@ -80,9 +80,14 @@ def violations() -> list[str]:
         limit = LIMITS["train.py"] if path == ROOT / "mori/train.py" else LIMITS["module"] + 1
         found += [f"{lines} lines: {path.relative_to(ROOT)}"] if lines >= limit else []
     for folder in {path.parent for path in modules().values()}:
-        count = len(list(folder.glob("*.py")))
+        count = _files_in(folder)
         found += [f"{count} files in {folder.relative_to(ROOT)}"] if count > LIMITS["files in a folder"] else []
     return found
+
+
+def _files_in(folder: Path) -> int:
+    """The modules of a folder, but for `__init__.py` and `__main__.py`."""
+    return sum(not path.name.startswith("__") for path in folder.glob("*.py"))
 
 
 def main() -> int:
@@ -96,7 +101,7 @@ def main() -> int:
     )
     print("longest functions:", *(f"{lines} {name}" for lines, name in functions()[:5]), sep="\n  ")
     for folder in sorted({path.parent for path in modules().values()}):
-        print(f"{len(list(folder.glob('*.py')))} files in {folder.relative_to(ROOT)}")
+        print(f"{_files_in(folder)} files in {folder.relative_to(ROOT)}")
     broken = violations()
     print(*(f"BROKEN: {violation}" for violation in broken), sep="\n")
     return bool(broken)

@@ -13,15 +13,14 @@ import numpy
 import pytest
 from conftest import assert_equal_weights, stop_after, weights
 
-from mori import cli
 from mori.checkpoint import checkpoints, files
-from mori.cli import RunFailed, UserError
+from mori.cli import RunFailed, UserError, errors
 from mori.run import Run
 
 
 @pytest.fixture(autouse=True)
 def nothing_said_yet(monkeypatch):
-    monkeypatch.setattr(cli, "_refused", set())
+    monkeypatch.setattr(errors, "_refused", set())
 
 
 def refuse(monkeypatch, owner, name: str, number: int, when=lambda *_, **__: True) -> None:

@@ -1,0 +1,58 @@
+"""Flags, errors and exit codes: how a config is declared, checked, and read from the command line.
+
+Only the standard library is imported here, so that `--help` and flag errors appear immediately.
+"""
+
+from mori.cli.errors import (
+    EXIT_FAILURE,
+    EXIT_INTERRUPTED,
+    EXIT_MISTAKE,
+    EXIT_OK,
+    UNSUPPORTED,
+    Interrupted,
+    RunFailed,
+    UserError,
+    guarded,
+    interruptible,
+    one_line,
+    optional,
+    print_error,
+    run_script,
+)
+from mori.cli.flags import (
+    Config,
+    checked,
+    escaped_text,
+    flag,
+    json_list,
+    json_object,
+    parse,
+    same_flag,
+    take_command,
+)
+
+__all__ = [
+    "EXIT_FAILURE",
+    "EXIT_INTERRUPTED",
+    "EXIT_MISTAKE",
+    "EXIT_OK",
+    "UNSUPPORTED",
+    "Config",
+    "Interrupted",
+    "RunFailed",
+    "UserError",
+    "checked",
+    "escaped_text",
+    "flag",
+    "guarded",
+    "interruptible",
+    "json_list",
+    "json_object",
+    "one_line",
+    "optional",
+    "parse",
+    "print_error",
+    "run_script",
+    "same_flag",
+    "take_command",
+]
