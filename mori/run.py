@@ -18,14 +18,9 @@ from mori import distributed, optim
 from mori.checkpoint import checkpoints, run_folder
 from mori.checkpoint.files import (
     advice,
-    check_room,
-    publish,
-    rehearse_publication,
     set_aside,
-    staging_folder,
     write_json,
 )
-from mori.checkpoint.tensors import check_finite
 from mori.cli import RunFailed, UserError, checked, one_line
 from mori.config import TrainConfig, steps_of
 from mori.data.windows import Batches, load_step
@@ -41,7 +36,6 @@ from mori.speed.peak import flops_per_token, peak_flops
 from mori.speed.startup import keep_freed_memory
 from mori.speed.step_graph import StepGraph
 from mori.state import State
-from mori.tracking.memory import peak_memory_bytes
 from mori.tracking.monitor import Monitor, say
 from mori.tracking.overview import environment, introduction
 
@@ -147,72 +141,6 @@ class Run:
             batch = self.data.train.batch(range(min(len(self.data.train), rows)))
             self.monitor.say(f"step {state.step}: {compile_module(self.module, rows, batch, self.runtime)}")
 
-    def finished_summary(self) -> dict | None:
-        """Close a run that has nothing left to do, say so, and return its summary; None for any other run."""
-        summary = run_folder.finished_summary(self.run_dir, self.output_dir, self.resumed, self.total_steps)
-        if summary and self.runtime.is_main:
-            say(
-                f"{self.run_dir} is finished ({self.total_steps} steps), its brain is in {self.config.output_dir}/. To train again, "
-                "use another --run_name, or --resume_from_checkpoint none (the old run is set aside)"
-            )
-        if summary:
-            self.runtime.close()
-        return summary
-
-    def summary(self, state: State) -> dict:
-        """What the run did; its summary.json."""
-        return {
-            "run_name": self.config.run_name,
-            "model": self.config.model,
-            "ledger": asdict(self.data.ledger),
-            "eval": {"before": state.before, "best": state.best, "after": state.after},
-            "samples": {"before": state.samples_before, "after": state.samples_after},
-            "steps": self.total_steps,
-            "skipped_steps": int(state.skipped[0]),
-            "wall_seconds": state.wall_seconds,
-            "tokens_per_second": state.throughput.average,
-            "peak_memory_bytes": peak_memory_bytes(self.runtime.device),
-            "output_dir": self.config.output_dir,
-        }
-
-    def publish(self) -> None:
-        """Write the trained model to `output_dir`; an existing model is renamed to `<name>.previous`."""
-        with self.module.as_loaded() as model:
-            try:
-                check_finite(model.state_dict(), dict(model.named_buffers()))
-                publish(self.output_dir, lambda folder: loading.save(model, self.data.tokenizer, folder))
-            except FloatingPointError as error:
-                raise RunFailed(f"the model is not written: {error}") from None
-            except (OSError, UserError) as error:
-                reason = f"{advice(error)}: it resumes from the newest checkpoint"
-                raise RunFailed(f"cannot write the trained model to {self.output_dir}: {reason}") from None
-
-    def rehearse(self, state: State) -> None:
-        """Save and publish a part of the model in the true places, and undo it; sets `model_files`.
-
-        Raises UserError if a later save would fail.
-        """
-        root, tokenizer = self.run_dir / "checkpoints", self.data.tokenizer
-        try:
-            with self.module.as_loaded() as model:
-                files = rehearse_publication(
-                    self.output_dir, lambda folder: loading.save(model, tokenizer, folder, rehearsal=True)
-                )
-            self.model_files = {name: files[name] for name in files if not name.endswith(".safetensors")}
-            size = checkpoints.rehearse(root, model=state.model, optimizer=state.optimizer, beside=self.model_files)
-        except OSError as error:
-            raise UserError(f"cannot save in {self.run_dir} and {self.output_dir}: {advice(error)}") from None
-        except checkpoints.SAVE_ERRORS as error:
-            if distributed.out_of_memory(error):
-                raise
-            raise UserError(f"this model cannot be saved: {one_line(error)}") from None
-        # The first step of AdamW adds two moments.
-        if not state.optimizer.state and self.config.optim == "adamw_torch_fused":
-            size += 2 * sum(parameter.nbytes for parameter in self.parameters)
-        weights = sum(parameter.nbytes for parameter in self.parameters)
-        size *= state.saved_step != self.total_steps
-        check_room({root: size, staging_folder(self.output_dir).parent: weights})
-
     @contextlib.contextmanager
     def writes(self) -> Iterator[None]:
         """Convert OSError to a RunFailed of one line."""
@@ -317,7 +245,6 @@ def build(run: Run, locks: contextlib.ExitStack) -> State:
         resumed=run.resumed is not None,
     )
     run.module.on_compile_failure = lambda error: run.monitor.say(f"WARNING: no longer compiled: {one_line(error)}")
-    runtime.on_main(lambda: run.rehearse(state))
     run.step_graph = StepGraph(
         config.cuda_graphs and runtime.device.type == "cuda" and runtime.world_size == 1,
         on_failure=lambda error: run.monitor.say(f"no CUDA graph: {one_line(error)}"),

@@ -12,8 +12,8 @@ from functools import partial
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from mori import distributed, optim
-from mori.checkpoint import checkpoints, files, run_folder
+from mori import distributed, optim, output
+from mori.checkpoint import run_folder
 from mori.cli import Interrupted, RunFailed, UserError, guarded, one_line
 from mori.config import TrainConfig
 from mori.data.windows import load_step
@@ -22,8 +22,6 @@ from mori.generation.generate import Completion, generate
 from mori.run import Run, build, check
 from mori.state import State
 from mori.tracking.memory import peak_memory_bytes
-from mori.tracking.monitor import say
-from mori.tracking.overview import results
 
 
 def train(config: TrainConfig, on_step: Callable[[int, float], None] = lambda step, seconds: None) -> dict:
@@ -37,20 +35,21 @@ def train(config: TrainConfig, on_step: Callable[[int, float], None] = lambda st
     """
     with distributed.StopSignals() as signals, contextlib.ExitStack() as locks, _readable_failures():
         run = check(config, locks)
-        if summary := run.finished_summary():
+        if summary := output.finished_summary(run):
             return summary
         state = build(run, locks)
+        run.runtime.on_main(lambda: output.rehearse(run, state))
         signals.defer()
         while True:
             if run.evaluation_is_due(state):
                 with run.runtime.unchanged_random_state():  # some models draw random numbers in evaluation mode
                     evaluate_and_sample(run, state, signals)
             if run.save_is_due(state):
-                save(run, state)
+                output.save(run, state)
             if run.runtime.any(signals.received):
                 stop(run, state, signals.received)
             if state.step == run.total_steps:
-                return finish(run, state)
+                return output.finish(run, state)
             state.throughput.start()
             grad_norm, lr = train_step(run, state)
             if run.log_is_due(state):
@@ -214,35 +213,10 @@ def give_up(run: Run, state: State, loss: float, skipped_in_a_row: int) -> None:
     )
 
 
-def save(run: Run, state: State) -> None:
-    """Save a checkpoint; a run resumed from it continues as if it had never stopped. A failure is a warning."""
-    runtime, root, failed = run.runtime, run.run_dir / "checkpoints", False
-    saved = {**run.identity(), "cpu_matmul": run.module.cpu_matmul, **state.state_dict()}
-    if runtime.is_main:
-        run.monitor.sync()
-        try:
-            checkpoints.save(
-                root, state.step, model=state.model, optimizer=state.optimizer, state=saved, beside=run.model_files
-            )
-        except checkpoints.SAVE_ERRORS as error:
-            if isinstance(error, (RuntimeError, MemoryError)) and not distributed.out_of_memory(error):
-                raise
-            run.monitor.say(f"WARNING: no checkpoint at step {state.step}: {error}; training continues")
-            failed = True
-    if runtime.any(failed):  # the ranks wait here, so that none exits during the save
-        return
-    state.saved_step = state.step
-    if runtime.is_main:
-        try:
-            checkpoints.prune(root, run.config.save_total_limit, state.best and state.best["step"])
-        except OSError as error:
-            run.monitor.say(f"WARNING: could not delete an old checkpoint: {error}")
-
-
 def stop(run: Run, state: State, received: str) -> None:
     """After a signal: save, and raise Interrupted; raises RunFailed if the step could not be saved."""
     if state.saved_step != state.step:
-        save(run, state)
+        output.save(run, state)
     run.monitor.close()
     reason = f"stopped by {received or 'another rank'}"
     if state.saved_step != state.step:
@@ -250,27 +224,6 @@ def stop(run: Run, state: State, received: str) -> None:
             f"{reason}, NOT saved at step {state.step}; the same command resumes from the checkpoint before"
         )
     raise Interrupted(f"{reason}, saved at step {state.step}; the same command resumes there")
-
-
-def finish(run: Run, state: State) -> dict:
-    """Publish the trained model, write the summary and return it. Raises RunFailed if the last checkpoint was not saved."""
-    config, runtime = run.config, run.runtime
-    run.monitor.say("\n".join(["after:", *state.samples_after]))
-    run.monitor.close()
-    summary = run.summary(state)
-    if runtime.is_main:
-        run.publish()
-        with run.writes():
-            summary["output_sha256"] = files.hashes(run.output_dir)
-            files.write_json(run.run_dir / "summary.json", summary)
-        say(results(summary, prompt=config.prompt[0]))
-    runtime.barrier()
-    runtime.close()
-    if state.saved_step != run.total_steps:
-        raise RunFailed(
-            f"the last checkpoint could not be saved (see the warnings above); the brain in {config.output_dir}/ is complete"
-        )
-    return summary
 
 
 @contextlib.contextmanager

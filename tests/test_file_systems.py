@@ -13,9 +13,9 @@ import numpy
 import pytest
 from conftest import assert_equal_weights, stop_after, weights
 
+from mori import output
 from mori.checkpoint import checkpoints, files
 from mori.cli import RunFailed, UserError, errors
-from mori.run import Run
 
 
 @pytest.fixture(autouse=True)
@@ -98,13 +98,13 @@ def test_folders_that_cannot_be_renamed_are_moved_file_by_file(run_train, tmp_pa
     "number, advice", [(errno.ENOSPC, "make room"), (errno.EDQUOT, "make room"), (errno.EIO, "mend that")]
 )
 def test_only_a_full_disk_is_told_to_make_room(run_train, tmp_path, monkeypatch, number, advice):
-    real = Run.publish
+    real = output.publish_model
 
-    def publish(self):
+    def publish(run):
         refuse(monkeypatch, files, "replace_folder", number)
-        real(self)
+        real(run)
 
-    monkeypatch.setattr(Run, "publish", publish)
+    monkeypatch.setattr(output, "publish_model", publish)
     with pytest.raises(RunFailed, match=f"{os.strerror(number)}; {advice} and run the same command again"):
         run_train(max_steps=1)
 

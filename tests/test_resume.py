@@ -22,8 +22,8 @@ from conftest import (
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mori import output
 from mori.cli import RunFailed, UserError
-from mori.run import Run
 from mori.speed import matmul
 from mori.tracking.loggers import read_metrics
 
@@ -116,7 +116,7 @@ def test_run_killed_before_publishing_publishes(run_train, tmp_path, monkeypatch
         raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "publish", cut)
+        patch.setattr(output, "publish_model", cut)
         with pytest.raises(Stop):
             run_train()
     first = json.loads(json.dumps(run_train()))
@@ -169,7 +169,7 @@ def test_extended_run_follows_the_schedule_of_its_new_length(run_train, tmp_path
 def test_extended_run_that_stopped_is_not_finished(run_train, tmp_path, monkeypatch):
     run_train(max_steps=4)
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "publish", lambda self: (_ for _ in ()).throw(RunFailed("no room")))
+        patch.setattr(output, "publish_model", lambda self: (_ for _ in ()).throw(RunFailed("no room")))
         with pytest.raises(RunFailed):
             run_train(max_steps=8, extend=True)
     assert run_train(max_steps=8)["steps"] == 8

@@ -13,11 +13,10 @@ from conftest import ROOT, assert_equal_weights, flags, stop_after, weights
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from mori import optim
+from mori import optim, output
 from mori.checkpoint import checkpoints, files
 from mori.cli import RunFailed
 from mori.model.lm import CausalLMLoss
-from mori.run import Run
 from mori.tracking.loggers import MetricsFile, read_metrics
 
 
@@ -185,8 +184,8 @@ def test_full_disk_does_not_stop_the_training(run_train, tmp_path, monkeypatch, 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    real = Run.rehearse
-    monkeypatch.setattr(Run, "rehearse", lambda *a: (real(*a), monkeypatch.setattr(files.os, "write", full)))
+    real = output.rehearse
+    monkeypatch.setattr(output, "rehearse", lambda *a: (real(*a), monkeypatch.setattr(files.os, "write", full)))
     monkeypatch.setattr(files, "write_json", lambda *_: None)
     with pytest.raises(RunFailed, match="last checkpoint could not be saved"):
         run_train(max_steps=4, save_steps=2)

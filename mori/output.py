@@ -1,0 +1,134 @@
+"""What a run writes: checkpoints while it trains, the trained model and a summary at its end.
+
+`rehearse` tries both before the first step, so that no run fails after hours of training.
+"""
+
+from dataclasses import asdict
+
+from mori import distributed
+from mori.checkpoint import checkpoints, files, run_folder
+from mori.checkpoint.files import advice, check_room, publish, rehearse_publication, staging_folder
+from mori.checkpoint.tensors import check_finite
+from mori.cli import RunFailed, UserError, one_line
+from mori.model import loading
+from mori.run import Run
+from mori.state import State
+from mori.tracking.memory import peak_memory_bytes
+from mori.tracking.monitor import say
+from mori.tracking.overview import results
+
+
+def rehearse(run: Run, state: State) -> None:
+    """Save and publish a part of the model in the true places, and undo it; sets `model_files`.
+
+    Raises UserError if a later save would fail.
+    """
+    root, tokenizer = run.run_dir / "checkpoints", run.data.tokenizer
+    try:
+        with run.module.as_loaded() as model:
+            beside = rehearse_publication(
+                run.output_dir, lambda folder: loading.save(model, tokenizer, folder, rehearsal=True)
+            )
+        run.model_files = {name: data for name, data in beside.items() if not name.endswith(".safetensors")}
+        size = checkpoints.rehearse(root, model=state.model, optimizer=state.optimizer, beside=run.model_files)
+    except OSError as error:
+        raise UserError(f"cannot save in {run.run_dir} and {run.output_dir}: {advice(error)}") from None
+    except checkpoints.SAVE_ERRORS as error:
+        if distributed.out_of_memory(error):
+            raise
+        raise UserError(f"this model cannot be saved: {one_line(error)}") from None
+    # The first step of AdamW adds two moments.
+    if not state.optimizer.state and run.config.optim == "adamw_torch_fused":
+        size += 2 * sum(parameter.nbytes for parameter in run.parameters)
+    weights = sum(parameter.nbytes for parameter in run.parameters)
+    size *= state.saved_step != run.total_steps
+    check_room({root: size, staging_folder(run.output_dir).parent: weights})
+
+
+def save(run: Run, state: State) -> None:
+    """Save a checkpoint; a run resumed from it continues as if it had never stopped. A failure is a warning."""
+    runtime, root, failed = run.runtime, run.run_dir / "checkpoints", False
+    saved = {**run.identity(), "cpu_matmul": run.module.cpu_matmul, **state.state_dict()}
+    if runtime.is_main:
+        run.monitor.sync()
+        try:
+            checkpoints.save(
+                root, state.step, model=state.model, optimizer=state.optimizer, state=saved, beside=run.model_files
+            )
+        except checkpoints.SAVE_ERRORS as error:
+            if isinstance(error, (RuntimeError, MemoryError)) and not distributed.out_of_memory(error):
+                raise
+            run.monitor.say(f"WARNING: no checkpoint at step {state.step}: {error}; training continues")
+            failed = True
+    if runtime.any(failed):  # the ranks wait here, so that none exits during the save
+        return
+    state.saved_step = state.step
+    if runtime.is_main:
+        try:
+            checkpoints.prune(root, run.config.save_total_limit, state.best and state.best["step"])
+        except OSError as error:
+            run.monitor.say(f"WARNING: could not delete an old checkpoint: {error}")
+
+
+def finish(run: Run, state: State) -> dict:
+    """Publish the trained model, write the summary and return it. Raises RunFailed if the last checkpoint was not saved."""
+    config, runtime = run.config, run.runtime
+    run.monitor.say("\n".join(["after:", *state.samples_after]))
+    run.monitor.close()
+    run_summary = summary(run, state)
+    if runtime.is_main:
+        publish_model(run)
+        with run.writes():
+            run_summary["output_sha256"] = files.hashes(run.output_dir)
+            files.write_json(run.run_dir / "summary.json", run_summary)
+        say(results(run_summary, prompt=config.prompt[0]))
+    runtime.barrier()
+    runtime.close()
+    if state.saved_step != run.total_steps:
+        raise RunFailed(
+            f"the last checkpoint could not be saved (see the warnings above); the brain in {config.output_dir}/ is complete"
+        )
+    return run_summary
+
+
+def publish_model(run: Run) -> None:
+    """Write the trained model to `output_dir`; an existing model is renamed to `<name>.previous`."""
+    with run.module.as_loaded() as model:
+        try:
+            check_finite(model.state_dict(), dict(model.named_buffers()))
+            publish(run.output_dir, lambda folder: loading.save(model, run.data.tokenizer, folder))
+        except FloatingPointError as error:
+            raise RunFailed(f"the model is not written: {error}") from None
+        except (OSError, UserError) as error:
+            reason = f"{advice(error)}: it resumes from the newest checkpoint"
+            raise RunFailed(f"cannot write the trained model to {run.output_dir}: {reason}") from None
+
+
+def summary(run: Run, state: State) -> dict:
+    """What the run did; its summary.json."""
+    return {
+        "run_name": run.config.run_name,
+        "model": run.config.model,
+        "ledger": asdict(run.data.ledger),
+        "eval": {"before": state.before, "best": state.best, "after": state.after},
+        "samples": {"before": state.samples_before, "after": state.samples_after},
+        "steps": run.total_steps,
+        "skipped_steps": int(state.skipped[0]),
+        "wall_seconds": state.wall_seconds,
+        "tokens_per_second": state.throughput.average,
+        "peak_memory_bytes": peak_memory_bytes(run.runtime.device),
+        "output_dir": run.config.output_dir,
+    }
+
+
+def finished_summary(run: Run) -> dict | None:
+    """Close a run that has nothing left to do, say so, and return its summary; None for any other run."""
+    summary = run_folder.finished_summary(run.run_dir, run.output_dir, run.resumed, run.total_steps)
+    if summary and run.runtime.is_main:
+        say(
+            f"{run.run_dir} is finished ({run.total_steps} steps), its brain is in {run.config.output_dir}/. To train again, "
+            "use another --run_name, or --resume_from_checkpoint none (the old run is set aside)"
+        )
+    if summary:
+        run.runtime.close()
+    return summary
