@@ -86,7 +86,7 @@ def test_parse_extends_lists_and_negates_switches():
     "words, named",
     [
         (["--foo"], "--help lists"),
-        (["text.txt"], "belongs to no flag"),
+        (["--max_steps", "3", "4"], "'4' belongs to no flag"),
         (["--prompt", "\udcff"], "UTF-8"),
         (["--run_name", "a" * 300], "100 letters"),
         (["--num_train_epochs", "1e308"], "at most 1000000"),

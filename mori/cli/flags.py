@@ -2,17 +2,18 @@
 
 import argparse
 import dataclasses
-import difflib
 import functools
 import inspect
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
+from mori.cli.aliases import is_boolean, translated
 from mori.cli.errors import UserError
 
 
@@ -143,23 +144,19 @@ def checked(config):
 def parse(cls: type[Config], description: str, argv: list[str] | None = None):
     """Read a config of class `cls` from the command line (`sys.argv` by default).
 
-    Flags are the names of the fields; `-` and `_` are the same. All mistakes are reported together.
-    Raises UserError for an unknown flag (with the nearest existing one) and for invalid values.
+    Flags are the names of the fields, or what other programs call them (`mori.cli.aliases`); `-` and `_` are the same. A file
+    without a flag is part of the corpus. All invalid values are reported together.
+    Raises UserError for an unknown flag, with our way of doing it or the nearest existing flag, and for invalid values.
     """
     argv = sys.argv[1:] if argv is None else argv
     if any("\udc80" <= letter <= "\udcff" for word in argv for letter in word):
         raise UserError("the command line is not UTF-8")
-    switches = {f.name for f in fields(cls) if f.metadata["type"] is bool}
-    values, unknown = _parser(cls, description).parse_known_args([_argparse_word(word, switches) for word in argv])
-    unknown = [word.removeprefix(_VALUE) for word in unknown]
-    if unknown and not _FLAG.match(unknown[0]):
-        raise UserError(f"{unknown[0]!r} belongs to no flag; --help lists the flags")
-    if unknown:
-        nearest = difflib.get_close_matches(unknown[0].split("=")[0], [f"--{f.name}" for f in fields(cls)], 1, 0.6)
-        advice = f"did you mean {nearest[0]}?" if nearest else "--help lists the flags"
-        raise UserError(f"unknown flag {unknown[0]}; {advice}")
-    config = checked(cls(**vars(values)))
-    config.given = frozenset(vars(values))
+    words, loose = _own_words(cls, argv)
+    values = vars(_parser(cls, description).parse_args(words))
+    if loose:
+        values["corpus"] = [*values.get("corpus", []), *_texts(cls, loose)]
+    config = checked(cls(**values))
+    config.given = frozenset(values)
     return config
 
 
@@ -172,19 +169,55 @@ def take_command(commands) -> tuple[str, list[str]]:
 
 
 _FLAG = re.compile(r"--?[A-Za-z][\w-]*(?:=|$)")
+_OF_EVERY_COMMAND = ("-h", "help", "version", "config")  # flags that are no fields
 _VALUE = "\0"  # marks a value that begins with a dash; no command line holds this character
 
 
-def _argparse_word(word: str, switches: set[str]) -> str:
-    """A word of the command line as argparse expects it: a flag with the field's name, a value without a dash in front."""
-    match = _FLAG.match(word)
-    if not match:
-        return _VALUE + word if word.startswith("-") else word
-    if not word.startswith("--"):
-        return word
-    value = word[match.end() :]
-    word = "--" + match[0][2:].replace("-", "_") + (_VALUE + value if value.startswith("-") else value)
-    return f"--no-{word[5:]}" if word.startswith("--no_") and word[5:] in switches else word
+def _own_words(cls: type[Config], argv: list[str]) -> tuple[list[str], list[str]]:
+    """The command line as argparse reads it, in this command's own flags, and the words that belong to no flag."""
+    members = {f.name: f for f in fields(cls)}
+    switches = {name for name, member in members.items() if member.metadata["type"] is bool}
+    given, words, loose = [], [], []
+    for word in argv:
+        match = _FLAG.match(word)
+        if match:
+            name = match[0].rstrip("=")
+            name = name[2:].replace("-", "_") if name.startswith("--") else name
+            given.append((name, [word[match.end() :]] if "=" in match[0] else []))
+        else:
+            (given[-1][1] if given else loose).append(word)
+    for name, values in given:
+        if name in _OF_EVERY_COMMAND:
+            words += [f"--{name}".replace("---", "-"), *values]
+        elif name.removeprefix("no_") in switches:
+            end = 1 if name in switches and values and is_boolean(values[0]) else 0
+            loose += values[end:]
+            values[end:] = []
+    given = [(name, values) for name, values in given if name not in _OF_EVERY_COMMAND]
+    for name, value in translated(cls, ((name, _value(values)) for name, values in given)):
+        if isinstance(value, bool) and name in switches:
+            words.append(f"--{name}" if value else f"--no-{name}")
+            continue
+        values = value if isinstance(value, list) else [] if value is True else [value]
+        if not members[name].metadata["is_list"]:
+            loose += values[1:]
+            values = values[:1]
+        words += [f"--{name}", *(_VALUE + str(v) if str(v).startswith("-") else str(v) for v in values)]
+    return words, loose
+
+
+def _value(values: list[str]):
+    """The values of a flag as `translated` takes them."""
+    return True if not values else values[0] if len(values) == 1 else values
+
+
+def _texts(cls: type[Config], words: list[str]) -> list[str]:
+    """The words that belong to no flag, which are files to read if they look like that. Raises UserError for any other."""
+    for word in words:
+        names_a_file = os.path.exists(word) or re.search(r"[/\\*]|\.[A-Za-z]\w*$", word)
+        if not names_a_file or "corpus" not in {f.name for f in fields(cls)}:
+            raise UserError(f"{word!r} belongs to no flag; --help lists the flags")
+    return words
 
 
 class _Parser(argparse.ArgumentParser):
@@ -203,6 +236,7 @@ def _parser(cls: type[Config], description: str) -> _Parser:
         usage="%(prog)s [--flag VALUE ...]",
         allow_abbrev=False,
         formatter_class=argparse.RawTextHelpFormatter,
+        epilog="The names of TrainingArguments, run_clm.py, TRL, nanoGPT, generate() and llama.cpp for the same things are understood too.",
     )
     parser._optionals.title = "help"
     for title, members in cls.groups().items():
