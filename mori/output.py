@@ -10,7 +10,7 @@ from mori.checkpoint import checkpoints, files, run_folder
 from mori.checkpoint.files import advice, check_room, publish, rehearse_publication, staging_folder
 from mori.checkpoint.tensors import check_finite
 from mori.cli import RunFailed, UserError, one_line
-from mori.model import loading
+from mori.model import saving
 from mori.run import Run
 from mori.state import State
 from mori.tracking.memory import peak_memory_bytes
@@ -27,7 +27,7 @@ def rehearse(run: Run, state: State) -> None:
     try:
         with run.module.as_loaded() as model:
             beside = rehearse_publication(
-                run.output_dir, lambda folder: loading.save(model, tokenizer, folder, rehearsal=True)
+                run.output_dir, lambda folder: saving.save(model, tokenizer, folder, rehearsal=True)
             )
         run.model_files = {name: data for name, data in beside.items() if not name.endswith(".safetensors")}
         size = checkpoints.rehearse(root, model=state.model, optimizer=state.optimizer, beside=run.model_files)
@@ -96,7 +96,7 @@ def publish_model(run: Run) -> None:
     with run.module.as_loaded() as model:
         try:
             check_finite(model.state_dict(), dict(model.named_buffers()))
-            publish(run.output_dir, lambda folder: loading.save(model, run.data.tokenizer, folder))
+            publish(run.output_dir, lambda folder: saving.save(model, run.data.tokenizer, folder))
         except FloatingPointError as error:
             raise RunFailed(f"the model is not written: {error}") from None
         except (OSError, UserError) as error:

@@ -32,7 +32,7 @@ from mori.cli import one_line, run_script
 from mori.config import TrainConfig
 from mori.data.files import SHIPPED
 from mori.generation.generate import generate
-from mori.model import loading
+from mori.model import loading, saving
 from mori.train import train
 
 VARIANTS = {"": {}, "decoder": {"is_decoder": True}, "router": {"output_router_logits": True}}
@@ -83,7 +83,7 @@ def examine(case: str, folder: Path) -> dict:
     with _failures(row, "built"):
         model = model_of(case, len(tokenizer) + 20)
         row["parameters"] = sum(parameter.numel() for parameter in model.parameters())
-        loading.save(model, tokenizer, folder / "model")
+        saving.save(model, tokenizer, folder / "model")
         row["built"] = True
     if not row["built"]:
         return row

@@ -20,7 +20,7 @@ from mori.bench import arms, compare, harness
 from mori.bench.options import CompareConfig
 from mori.cli import RunFailed, UserError, checked
 from mori.config import TrainConfig
-from mori.model import loading
+from mori.model import loading, saving
 from mori.model import loss as losses
 
 # The reference is today's Trainer. The oldest supported release, 5.3.0, differs from it; the report shows how.
@@ -97,7 +97,7 @@ def test_mori_exact_equals_trainer_from_scratch(both, settings, tmp_path):
     config = TrainConfig(**{**settings, "model": "mini", "block_size": 32})
     tokenizer = loading.load_tokenizer("mini", [Path(path).read_text(encoding="utf-8") for path in config.corpus])
     torch.manual_seed(1)
-    loading.save(loading.load_model("mini", loading.load_config("mini", tokenizer)), tokenizer, tmp_path / "mini")
+    saving.save(loading.load_model("mini", loading.load_config("mini", tokenizer)), tokenizer, tmp_path / "mini")
     _, _, pair = both(model=str(tmp_path / "mini"), block_size=32, max_steps=12)
     assert_equal_to_the_bit(pair, 12)
 
@@ -113,7 +113,7 @@ def test_mori_exact_equals_trainer_with_8_bit_moments(both, settings, tmp_path):
     config = AutoConfig.from_pretrained(settings["model"])
     config.n_embd = 64  # bitsandbytes keeps small tensors in 32 bits
     torch.manual_seed(1)
-    loading.save(
+    saving.save(
         AutoModelForCausalLM.from_config(config), AutoTokenizer.from_pretrained(settings["model"]), tmp_path / "wide"
     )
     _, _, pair = both(model=str(tmp_path / "wide"), optim="adamw_bnb_8bit", max_steps=20)
@@ -154,7 +154,7 @@ def test_mori_exact_equals_trainer_for_the_family(both, tokenizer, tmp_path, fam
     """The one test that walks all families: losses, norms, learning rates and weights over ten steps."""
     if OLD_TRAINER and family in ("bloom", "mamba"):
         pytest.skip("in an older transformers this family ignores shift_labels")
-    loading.save(small_model(family, len(tokenizer)), tokenizer, tmp_path / family)
+    saving.save(small_model(family, len(tokenizer)), tokenizer, tmp_path / family)
     _, _, pair = both(model=str(tmp_path / family), max_steps=10)
     assert_equal_to_the_bit(pair, 10)
 

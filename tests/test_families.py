@@ -13,7 +13,7 @@ from mori.generation import reader as reader_module
 from mori.generation.generate import generate
 from mori.generation.reader import reads_padded_alike
 from mori.generation.replaying_reader import ReplayingReader
-from mori.model import loading
+from mori.model import loading, saving
 from mori.model.context import context_length, usable_context
 from mori.model.probes import check_causal, check_positions
 
@@ -140,7 +140,7 @@ def test_check_positions_counts_those_that_roberta_keeps_for_padding():
 
 @pytest.mark.parametrize("family", ["mpt", "whisper"])
 def test_training_names_a_block_longer_than_the_context(family, run_train, tokenizer, tmp_path):
-    loading.save(small_model(family, 320), tokenizer, tmp_path / "model")
+    saving.save(small_model(family, 320), tokenizer, tmp_path / "model")
     with pytest.raises(UserError, match="block_size 65 is longer than the model's context of 64"):
         run_train(model=str(tmp_path / "model"), block_size=65)
 
@@ -198,19 +198,19 @@ def test_check_causal_refuses_a_model_that_needs_more_than_text(monkeypatch):
 
 
 def test_load_config_accepts_xlm_with_causal(tmp_path, tokenizer):
-    loading.save(model_with("xlm", causal=True), tokenizer, tmp_path)
+    saving.save(model_with("xlm", causal=True), tokenizer, tmp_path)
     assert loading.load_config(str(tmp_path), tokenizer).causal
 
 
 def test_training_says_that_another_objective_is_not_used(run_train, tokenizer, tmp_path, capsys):
-    loading.save(model_with("bamba", z_loss_coefficient=0.1), tokenizer, tmp_path / "model")
+    saving.save(model_with("bamba", z_loss_coefficient=0.1), tokenizer, tmp_path / "model")
     run_train(model=str(tmp_path / "model"), max_steps=1)
     assert "WARNING: BambaForCausalLM has another training loss" in capsys.readouterr().out
 
 
 def test_training_of_a_model_without_layers_in_its_config(run_train, tokenizer, tmp_path):
     """BLT describes its layers in the configurations of its parts."""
-    loading.save(small_model("blt", 320), tokenizer, tmp_path / "model")
+    saving.save(small_model("blt", 320), tokenizer, tmp_path / "model")
     summary = run_train(model=str(tmp_path / "model"), max_steps=2)
     assert summary["steps"] == 2 and "no sample" not in summary["samples"]["after"][0]
 

@@ -17,7 +17,7 @@ from mori.checkpoint.files import rehearse_publication
 from mori.cli import UserError
 from mori.config import TrainConfig
 from mori.distributed import Runtime
-from mori.model import loading
+from mori.model import saving
 from mori.state import State
 from mori.tracking.loggers import read_metrics
 
@@ -146,7 +146,7 @@ def test_resume_refuses_other_windows_in_a_step(run_train, changed):
 def test_checkpoint_is_a_folder_that_transformers_loads(family, tokenizer, tmp_path):
     model = small_model(family, len(tokenizer))
     beside = rehearse_publication(
-        tmp_path / "brain", lambda folder: loading.save(model, tokenizer, folder, rehearsal=True)
+        tmp_path / "brain", lambda folder: saving.save(model, tokenizer, folder, rehearsal=True)
     )
     beside = {name: content for name, content in beside.items() if not name.endswith(".safetensors")}
     optimizer = torch.optim.AdamW(model.parameters())

@@ -23,7 +23,7 @@ from mori import optim
 from mori.cli import UserError
 from mori.config import TrainConfig
 from mori.distributed import Runtime
-from mori.model import lm, loading
+from mori.model import lm, loading, saving
 from mori.tracking.loggers import read_metrics
 from mori.train import train
 
@@ -61,9 +61,9 @@ def test_train_writes_summary_metrics_events_and_checkpoints(run_train, settings
 
 def test_train_publishes_a_model_that_loads_without_mori(settings, tmp_path, monkeypatch):
     trained = {}
-    save = loading.save
+    save = saving.save
     monkeypatch.setattr(
-        loading,
+        saving,
         "save",
         lambda model, *rest, **options: (trained.update(model=model), save(model, *rest, **options)),
     )

@@ -26,7 +26,7 @@ from mori.data.token_file import text_bytes_from
 from mori.data.windows import Batches, ShiftedDataset
 from mori.distributed import Runtime
 from mori.evaluate import evaluate, windows_to_score
-from mori.model import loading
+from mori.model import loading, saving
 from mori.model.lm import CausalLMLoss
 from mori.prepare import Prepared, prepare
 from mori.tracking.loggers import read_metrics
@@ -228,7 +228,7 @@ def _trainer_arm(arm: str, config: TrainConfig, folder: Path, clock: _Clock) -> 
     peak = peak_memory_bytes(runtime.device)
 
     trained = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-    loading.save(trained, prepared.tokenizer, folder / "model")
+    saving.save(trained, prepared.tokenizer, folder / "model")
     record.write(folder)
     # Trainer's own shift leaves the last input of a block without a target.
     targets = config.block_size - 1 if arm == "course" else config.block_size

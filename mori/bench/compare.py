@@ -22,7 +22,7 @@ from mori.bench.options import CompareConfig
 from mori.checkpoint.files import set_aside
 from mori.checkpoint.run_folder import check_writable
 from mori.cli import RunFailed, checked
-from mori.model import loading
+from mori.model import loading, saving
 from mori.prepare import Prepared, prepare
 from mori.tracking.loggers import read_metrics
 from mori.tracking.overview import environment
@@ -72,7 +72,7 @@ def compare(config: CompareConfig) -> dict:
 def _save_initial_model(config: CompareConfig, prepared: Prepared, folder: Path) -> int:
     """Save the weights that every arm starts from; return the number of parameters."""
     model = loading.load_model(config.model, prepared.model_config, config.trust_remote_code)
-    loading.save(model, prepared.tokenizer, folder)
+    saving.save(model, prepared.tokenizer, folder)
     return sum(parameter.numel() for parameter in model.parameters())
 
 

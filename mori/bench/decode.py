@@ -21,7 +21,7 @@ from mori.data.files import SHIPPED
 from mori.distributed import Runtime
 from mori.generation.decode import decode as decode_ids
 from mori.generation.sampler import Sampler
-from mori.model import loading
+from mori.model import loading, saving
 from mori.model.variants import fuse_activations
 from mori.speed.startup import keep_freed_memory
 
@@ -255,4 +255,4 @@ def _save_model(config: DecodeBenchConfig, folder: Path) -> None:
     tokenizer = loading.train_tokenizer([path.read_text(encoding="utf-8") for path in sorted(SHIPPED.glob("*.txt"))])
     tokenizer.eos_token = None
     vocab_size = max(len(tokenizer), SHAPES[config.shape]["vocab_size"])
-    loading.save(_model(config, vocab_size=vocab_size), tokenizer, folder)
+    saving.save(_model(config, vocab_size=vocab_size), tokenizer, folder)

@@ -19,7 +19,7 @@ from mori.data import corpus
 from mori.data.files import find_files
 from mori.data.tokenize import encode
 from mori.distributed import Runtime
-from mori.model import loading
+from mori.model import loading, saving
 from mori.speed.peak import flops_per_token, peak_flops
 
 # scripts/train.py, with the time of the first step.
@@ -241,7 +241,7 @@ def make_inputs(config: StartupBenchConfig, folder: Path, tokens: int) -> None:
     copies = math.ceil(tokens / len(encode(tokenizer, text)))
     (folder / "corpus.txt").write_text(text * copies, encoding="utf-8")
     distributed.set_seed(0)
-    loading.save(AutoModelForCausalLM.from_config(_model_config(config)), tokenizer, folder / "model")
+    saving.save(AutoModelForCausalLM.from_config(_model_config(config)), tokenizer, folder / "model")
 
 
 def _model_config(config: StartupBenchConfig):

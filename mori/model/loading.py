@@ -1,4 +1,4 @@
-"""Load a model and its tokenizer from the hub, from a folder or from scratch; save them."""
+"""Load a model and its tokenizer from the hub, from a folder or from scratch."""
 
 import contextlib
 import functools
@@ -7,7 +7,6 @@ import importlib.util
 import inspect
 import json
 import mmap
-import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,7 +14,6 @@ from pathlib import Path
 import huggingface_hub
 import torch
 import transformers
-from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from torch.nn.modules.module import (
@@ -26,7 +24,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationConfig,
     GPT2Config,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -64,14 +61,15 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int = MINI_VOCABULARY) -> 
     )
     interruptible(lambda: bpe.train_from_iterator(texts, trainer))
     bpe.pre_tokenizer = words
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+    )
 
 
 def mini_config(vocabulary: int) -> GPT2Config:
     """The shape of the preset `mini`: a GPT-2 that learns a small corpus on a CPU in minutes."""
-    return GPT2Config(
-        vocab_size=vocabulary, n_positions=512, n_embd=256, n_layer=4, n_head=8, bos_token_id=0, eos_token_id=0
-    )
+    shape = {"n_positions": 512, "n_ctx": 512, "n_embd": 256, "n_layer": 4, "n_head": 8}  # n_ctx is for other programs
+    return GPT2Config(vocab_size=vocabulary, **shape, bos_token_id=0, eos_token_id=0, pad_token_id=0)
 
 
 def load_tokenizer(name: str, texts: Iterable[str], trust_remote_code: bool = False):
@@ -201,57 +199,6 @@ def check_fits(config, *, block_size: int, max_id: int) -> None:
             f"the tokenizer gives token id {max_id}, but the model has embeddings for {vocabulary}; "
             "tokenizer and model do not belong together"
         )
-
-
-def save(model: nn.Module, tokenizer, folder: Path, *, rehearsal: bool = False) -> None:
-    """Write model and tokenizer so that `AutoModelForCausalLM` and `AutoTokenizer` load them from `folder`.
-
-    A `rehearsal` writes one element of each weight, and everything else in full.
-
-    Raises OSError if they cannot be written, and UserError for other errors of the libraries.
-    """
-    options = {"state_dict": _samples(model.state_dict()), "save_original_format": False} if rehearsal else {}
-    try:
-        with _published_generation_config(model, folder):
-            model.save_pretrained(folder, **options)
-    except SafetensorError as error:  # safetensors' error for a full disk
-        failure = OSError(str(error))
-        if number := re.search(r"os error (\d+)", str(error)):
-            failure = OSError(int(number[1]), os.strerror(int(number[1])))
-        raise failure from None
-    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
-        raise UserError(f"the model cannot be saved: {one_line(error)}") from None
-    guarded("the tokenizer cannot be saved", lambda: tokenizer.save_pretrained(folder))
-
-
-def _samples(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """One element of each tensor; tensors that share memory share it still."""
-    samples: dict[tuple, torch.Tensor] = {}
-    for tensor in tensors.values():
-        samples.setdefault(_memory(tensor), tensor[(slice(1),) * tensor.dim()].clone())
-    return {name: samples[_memory(tensor)] for name, tensor in tensors.items()}
-
-
-def _memory(tensor: torch.Tensor) -> tuple:
-    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
-
-
-@contextlib.contextmanager
-def _published_generation_config(model: nn.Module, folder: Path) -> Iterator[None]:
-    """The context of `save_pretrained`: the model's generation_config.json is written as it is.
-
-    transformers loads a contradiction such as a temperature without sampling with a warning, but refuses to save it.
-    """
-    own = getattr(model, "generation_config", None)
-    if own is None:
-        yield
-        return
-    model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = own
-    own.to_json_file(folder / "generation_config.json", use_diff=True)
 
 
 def check_reachable(name: str) -> None:

@@ -15,7 +15,7 @@ from mori.bench.options import SHAPES
 from mori.config import TrainConfig
 from mori.data import corpus
 from mori.data.files import find_files
-from mori.model import loading
+from mori.model import loading, saving
 from mori.model.lm import CausalLMLoss
 from mori.model.variants import fuse_activations
 from tests.gpu_day.common import Task, attempt, deterministic, read_json, run_script, say
@@ -35,7 +35,7 @@ def with_trainer(task: Task, precision: str) -> None:
     tokenizer = loading.load_tokenizer("mini", texts)
     torch.manual_seed(1)
     model = loading.load_model("mini", loading.load_config("mini", tokenizer))
-    loading.save(model, tokenizer, task.place / "initial")
+    saving.save(model, tokenizer, task.place / "initial")
     steps, block = (_DRY_STEPS, 32) if task.dry else (_STEPS, 128)
     config = TrainConfig(
         model=str(task.place / "initial"), block_size=block, max_steps=steps, logging_steps=1, eval_steps=1e9,

@@ -1,0 +1,98 @@
+"""Save a model and its tokenizer, so that other programs and older releases of transformers load them."""
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import GenerationConfig
+
+from mori.checkpoint.files import write_json
+from mori.cli import UserError, guarded, one_line
+
+
+def save(model: nn.Module, tokenizer, folder: Path, *, rehearsal: bool = False) -> None:
+    """Write model and tokenizer so that `AutoModelForCausalLM` and `AutoTokenizer` load them from `folder`.
+
+    A `rehearsal` writes one element of each weight, and everything else in full.
+
+    Raises OSError if they cannot be written, and UserError for other errors of the libraries.
+    """
+    options = {"state_dict": _samples(model.state_dict()), "save_original_format": False} if rehearsal else {}
+    try:
+        with _published_generation_config(model, folder):
+            model.save_pretrained(folder, **options)
+    except SafetensorError as error:  # safetensors' error for a full disk
+        failure = OSError(str(error))
+        if number := re.search(r"os error (\d+)", str(error)):
+            failure = OSError(int(number[1]), os.strerror(int(number[1])))
+        raise failure from None
+    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
+        raise UserError(f"the model cannot be saved: {one_line(error)}") from None
+    guarded("the tokenizer cannot be saved", lambda: tokenizer.save_pretrained(folder))
+    _add_names_of_transformers_4(folder)
+
+
+def _add_names_of_transformers_4(folder: Path) -> None:
+    """Name the tokenizer's class, its special tokens and the rotary positions as transformers 4 reads them.
+
+    Without them release 4 refuses the tokenizer, and computes rotary positions from its defaults. Release 5 reads both.
+    """
+    path = folder / "tokenizer_config.json"
+    if path.is_file():
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        if settings.get("tokenizer_class") == "TokenizersBackend":
+            settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        if isinstance(settings.get("extra_special_tokens"), list):
+            settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+        write_json(path, settings)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    rotary = config.get("rope_parameters") or {}
+    if "sliding_attention" in rotary:  # Gemma 3
+        config["rope_local_base_freq"] = rotary["sliding_attention"]["rope_theta"]
+        rotary = rotary["full_attention"]
+    is_neox = config["model_type"] == "gpt_neox"
+    names = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"} if is_neox else {}
+    scaling = dict(rotary)
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if name in rotary:
+            config[names.get(name, name)] = scaling.pop(name)
+    if scaling and scaling.get("rope_type") != "default":
+        config["rope_scaling"] = scaling
+    if rotary:
+        write_json(folder / "config.json", config)
+
+
+def _samples(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """One element of each tensor; tensors that share memory share it still."""
+    samples: dict[tuple, torch.Tensor] = {}
+    for tensor in tensors.values():
+        samples.setdefault(_memory(tensor), tensor[(slice(1),) * tensor.dim()].clone())
+    return {name: samples[_memory(tensor)] for name, tensor in tensors.items()}
+
+
+def _memory(tensor: torch.Tensor) -> tuple:
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+@contextlib.contextmanager
+def _published_generation_config(model: nn.Module, folder: Path) -> Iterator[None]:
+    """The context of `save_pretrained`: the model's generation_config.json is written as it is.
+
+    transformers loads a contradiction such as a temperature without sampling with a warning, but refuses to save it.
+    """
+    own = getattr(model, "generation_config", None)
+    if own is None:
+        yield
+        return
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+    own.to_json_file(folder / "generation_config.json", use_diff=True)
