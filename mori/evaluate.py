@@ -3,11 +3,11 @@
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import torch
 
-from mori.cli import checked
+from mori.cli import callable_module, checked
 from mori.config import EvaluateConfig, TrainConfig
 from mori.data.corpus import read_documents
 from mori.data.files import find_files
@@ -103,7 +103,7 @@ def windows_to_score(config: TrainConfig, held_out: int, steps_between: int, win
 
 
 def evaluate_text(config: EvaluateConfig) -> dict:
-    """Score a text by `config.model`, and print the result; returns it.
+    """The scores of a text by `config.model`: `loss`, `perplexity`, `bits_per_byte`, and how much was scored.
 
     Raises UserError for a model or a text that cannot be read, and windows that do not fit the model; RunFailed if not even one
     window fits in memory.
@@ -120,9 +120,14 @@ def evaluate_text(config: EvaluateConfig) -> dict:
     module, _ = build_module(model, TrainConfig(block_size=config.block_size), windows.batch([0]), runtime)
     size = BatchSize(config.per_device_eval_batch_size)
     evaluation = evaluate(module, windows, text_bytes, batch_size=size, runtime=runtime)
-    result = {"model": config.model, "tokens": windows.targets, "bytes": text_bytes, **asdict(evaluation)}
-    print(json.dumps(result) if config.json else f"{config.model}: {evaluation} on {windows.targets:,} tokens")
-    return result
+    return {"model": config.model, "tokens": windows.targets, "bytes": text_bytes, **asdict(evaluation)}
+
+
+def print_evaluation(config: EvaluateConfig) -> None:
+    """Print what `evaluate_text` returns."""
+    result = evaluate_text(config)
+    evaluation = Evaluation(**{f.name: result[f.name] for f in fields(Evaluation)})
+    print(json.dumps(result) if config.json else f"{config.model}: {evaluation} on {result['tokens']:,} tokens")
 
 
 def first_nonfinite_tensor(
@@ -171,3 +176,6 @@ def first_nonfinite_tensor(
 
 def _nonfinite(tensor: torch.Tensor) -> bool:
     return tensor.is_floating_point() and not bool(tensor.isfinite().all())
+
+
+callable_module(__name__, EvaluateConfig, evaluate_text)  # mori.evaluate("mori_brain_final", "text.txt")

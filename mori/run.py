@@ -290,7 +290,9 @@ def _open_folder(run: Run, locks: contextlib.ExitStack, about: dict) -> None:
         run.run_dir.mkdir(parents=True, exist_ok=True)
         locks.close()
         locks.enter_context(run_folder.lock(run.run_dir))  # set_aside renamed the locked folder
-        write_json(run.run_dir / "config.json", asdict(run.config))
+        # The settings of the run alone, for `--config`, and not how this call came to it.
+        settings = {k: v for k, v in asdict(run.config).items() if k not in ("resume_from_checkpoint", "extend")}
+        write_json(run.run_dir / "config.json", settings)
         write_json(run.run_dir / "environment.json", about)
         write_json(run.run_dir / "ledger.json", asdict(run.data.ledger))
 

@@ -14,7 +14,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from mori import distributed, optim, output
 from mori.checkpoint import run_folder
-from mori.cli import Interrupted, RunFailed, UserError, guarded, one_line
+from mori.cli import Interrupted, RunFailed, UserError, callable_module, guarded, one_line
 from mori.config import TrainConfig
 from mori.data.windows import load_step
 from mori.evaluate import evaluate, first_nonfinite_tensor
@@ -241,3 +241,6 @@ def _readable_failures() -> Iterator[None]:
         else:
             raise
         raise RunFailed(reason) from None
+
+
+callable_module(__name__, TrainConfig, train)  # mori.train(model="mini", max_steps=50)

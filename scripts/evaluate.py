@@ -1,21 +1,7 @@
 #!/usr/bin/env python
-"""How well a model predicts a text: loss, perplexity, bits per byte."""
+"""Score a text with a model by loss, perplexity and bits per byte: `mori evaluate`."""
 
-from mori.cli import parse, run_script
-from mori.config import EvaluateConfig
-from mori.speed.startup import imports
-
-
-def main():
-    config = parse(EvaluateConfig, __doc__)
-    from mori.data.files import find_files
-
-    find_files(config.corpus)  # reports a missing file before the import of torch, which takes seconds
-    with imports():
-        from mori.evaluate import evaluate_text
-
-    evaluate_text(config)
-
+from mori.__main__ import run_command
 
 if __name__ == "__main__":
-    run_script("evaluate.py", main)
+    run_command("evaluate", "evaluate.py")

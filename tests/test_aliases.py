@@ -9,6 +9,7 @@ import pytest
 from conftest import run_script
 from transformers import GenerationConfig, TrainingArguments
 
+from mori import __version__
 from mori.bench.options import COMMANDS, CompareConfig
 from mori.cli import UserError, parse
 from mori.cli.aliases import nearest, translated
@@ -28,6 +29,8 @@ def outcome(cls, words: str, capsys) -> str:
         config = parse(cls, "", shlex.split(words))
     except UserError as mistake:
         return f"error: {mistake}"
+    except SystemExit:
+        return f"prints {capsys.readouterr().out.strip().replace(__version__, 'VERSION')}"
     fields_set = ", ".join(f"{name}={getattr(config, name)!r}" for name in sorted(config.given))
     return "; ".join(filter(None, (fields_set or "taken", " ".join(capsys.readouterr().err.split()))))
 

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from conftest import ROOT, run_script
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mori import distributed
+from mori.__main__ import run_command
 from mori.bench import arms, harness
 from mori.bench import decode as bench_decode
 from mori.bench import tokenize as bench_tokenize
@@ -79,8 +79,9 @@ def small(cls, tmp_path, **changed):
 def test_bench_train_measures_every_arm(in_this_process, monkeypatch, tmp_path):
     words = "train --shape tiny --block_size 16 --max_steps 6 --logging_steps 3 --uncounted_steps 2 --repeats 1"
     words += f" --threads 1 --arms trainer,bare mori --device cpu --output_dir {tmp_path}"
-    monkeypatch.setattr(sys, "argv", ["bench.py", *words.split()])
-    runpy.run_path(str(ROOT / "scripts/bench.py"))["main"]()
+    with pytest.raises(SystemExit) as end:
+        run_command("bench", "bench.py", words.split())
+    assert end.value.code == 0
     report = json.loads((tmp_path / "train-tiny-batch4-block16-fp32-cpu.json").read_text())
     figures = ("seconds", "steps_per_second", "tokens_per_second", "training_peak_memory_bytes")
     assert_complete(report, {"mori", "trainer", "bare"}, 1, figures)
@@ -183,7 +184,7 @@ def test_decode_compares_arms_with_equal_ids(monkeypatch, tmp_path):
     other_ids = []
 
     def run(arm, command, threads):
-        result = bench_decode.measure_arm(parse(DecodeBenchConfig, "", command[2:]))
+        result = bench_decode.measure_arm(parse(DecodeBenchConfig, "", command[command.index("decode") + 1 :]))
         if arm in other_ids:
             result["ids"][0][0] += 1
         return json.dumps(result)
@@ -277,7 +278,7 @@ def test_tables_check_reports_a_stale_file(tmp_path):
 @pytest.mark.parametrize(
     "words, named",
     [
-        ("", "train, decode, tokenize, startup, memory"),
+        ("x", "train, decode, tokenize, startup, memory"),
         ("train --shape giant", "shape"),
         ("train --arms trainr mori --repeats 0 --block_size 2000", "arm 'trainr'.*|repeats is 0.*|block_size 2000"),
         ("train --arms trainer", "must include mori"),

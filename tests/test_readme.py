@@ -7,12 +7,14 @@ A measured figure is a link to the file in runs/bench/ that holds it; the link's
 import inspect
 import json
 import re
-import runpy
 import shlex
 import textwrap
 from pathlib import Path
 
 import pytest
+
+from mori.__main__ import COMMANDS
+from mori.cli import parse
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -25,26 +27,19 @@ TRAINING_STEP = re.compile(
     r"(<!-- training step: begin -->\n```python\n)(.*?)(\n```\n<!-- training step: end -->)", re.S
 )
 
-SCRIPTS = {
-    path: runpy.run_path(str(ROOT / path))
-    for path in map("scripts/{}.py".format, ("train", "generate", "evaluate", "compare", "bench"))
-}
-BENCHMARKS = SCRIPTS["scripts/bench.py"]["COMMANDS"]
-CONFIGS = {
-    "scripts/train.py": SCRIPTS["scripts/train.py"]["TrainConfig"],
-    "scripts/generate.py": SCRIPTS["scripts/generate.py"]["GenerateConfig"],
-    "scripts/evaluate.py": SCRIPTS["scripts/evaluate.py"]["EvaluateConfig"],
-    "scripts/compare.py": SCRIPTS["scripts/compare.py"]["CompareConfig"],
-}
-OTHER_PROGRAMS_FLAGS = {"help", "logdir", "nproc_per_node", "max_restarts", "full", "jobs"}
-LAUNCHERS = (["python"], ["torchrun", "--nproc-per-node=2"])
+BENCHMARKS = {name: command.config for name, command in COMMANDS.members["bench"].members.items()}
+CONFIGS = {name: command.config for name, command in COMMANDS.members.items() if name != "bench"}
+OTHER_PROGRAMS_FLAGS = {"help", "version", "config", "logdir", "nproc_per_node", "max_restarts", "full", "jobs"}
+LAUNCHERS = ([], ["python"], ["python", "-m"], ["torchrun", "--nproc-per-node=2"])
 
 
 def commands(page: str) -> list[str]:
     """The shell commands of a page: the lines of its bash blocks, and the code spans that run Python."""
     lines = [line for language, block in CODE_BLOCK.findall(page) if language == "bash" for line in block.splitlines()]
     spans = [
-        span for span in CODE_SPAN.findall(CODE_BLOCK.sub("", page)) if re.match(r"(python|torchrun) .*\.py ", span)
+        span
+        for span in CODE_SPAN.findall(CODE_BLOCK.sub("", page))
+        if re.match(r"(python|torchrun) .*\.py |mori \w+ -", span)
     ]
     return list(dict.fromkeys(part.strip() for line in lines + spans for part in line.split("&&")))
 
@@ -101,12 +96,14 @@ def test_command_parses(command):
     elif words[:3] == ["python", "-m", "tests.faults"]:
         assert set(words[3:]) <= {"--full", "--jobs", "4"}
     else:
-        script = next(word for word in words if word.startswith("scripts/"))
-        assert words[: words.index(script)] in LAUNCHERS
-        arguments = words[words.index(script) + 1 :]
-        config = BENCHMARKS[arguments.pop(0)] if script == "scripts/bench.py" else CONFIGS[script]
+        place = next(n for n, word in enumerate(words) if word == "mori" or word.startswith("scripts/"))
+        assert words[:place] in LAUNCHERS
+        name, *arguments = (
+            words[place + 1 :] if words[place] == "mori" else [Path(words[place]).stem, *words[place + 1 :]]
+        )
+        config = BENCHMARKS[arguments.pop(0)] if name == "bench" else CONFIGS[name]
         if arguments != ["--help"]:
-            SCRIPTS[script]["parse"](config, "", arguments)
+            parse(config, "", arguments)
 
 
 @pytest.mark.parametrize("span", sorted({span for span in CODE_SPAN.findall(PAGES) if "--" in span}))

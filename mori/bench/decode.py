@@ -126,10 +126,10 @@ def _run_process(arm: str, config: DecodeBenchConfig, folder: str) -> dict:
         command = ["-c", GENERATE_PROGRAM, folder, prompt, count, config.device]
     elif arm == "mori-process":
         flags = ["--model", folder, "--prompt", prompt, "--max_new_tokens", count, "--temperature", "0", "--json"]
-        command = [str(harness.ROOT / "scripts/generate.py"), *flags, "--device", config.device]
+        command = ["-m", "mori", "generate", *flags, "--device", config.device]
     else:
         flags = [f"--{name}={value}" for name, value in asdict(config).items() if name not in ("arm", "output_dir")]
-        command = [str(harness.ROOT / "scripts/bench.py"), "decode", f"--arm={arm}", *flags]
+        command = ["-m", "mori", "bench", "decode", f"--arm={arm}", *flags]
     started = time.perf_counter()
     printed = harness.run_process(arm, command, config.threads)
     seconds = time.perf_counter() - started

@@ -89,6 +89,7 @@ class BenchConfig(Config):
     known_arms: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self):
+        super().__post_init__()
         if self.known_arms:
             self.arms = split_names(self.arms)
 
@@ -188,6 +189,13 @@ class TokenizeBenchConfig(BenchConfig):
     known_arms: ClassVar[tuple[str, ...]] = TOKENIZE_ARMS
 
 
+DESCRIPTIONS = {
+    "train": "Seconds of the same training steps, by mori, Trainer and a minimal PyTorch loop.",
+    "decode": "Seconds to generate text, by mori and generate().",
+    "tokenize": "Seconds from a corpus file to all its token ids.",
+    "startup": "Seconds until the first optimizer step is complete.",
+    "memory": "Peak memory of a few training steps.",
+}
 COMMANDS = {
     "train": TrainBenchConfig,
     "decode": DecodeBenchConfig,

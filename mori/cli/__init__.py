@@ -3,6 +3,7 @@
 Only the standard library is imported here, so that `--help` and flag errors appear immediately.
 """
 
+from mori.cli.calls import callable_module, run_with
 from mori.cli.errors import (
     EXIT_FAILURE,
     EXIT_INTERRUPTED,
@@ -19,17 +20,8 @@ from mori.cli.errors import (
     print_error,
     run_script,
 )
-from mori.cli.flags import (
-    Config,
-    checked,
-    escaped_text,
-    flag,
-    json_list,
-    json_object,
-    parse,
-    same_flag,
-    take_command,
-)
+from mori.cli.flags import Config, checked, config_from, flag, parse, same_flag
+from mori.cli.values import escaped_text, json_list, json_object
 
 __all__ = [
     "EXIT_FAILURE",
@@ -41,7 +33,9 @@ __all__ = [
     "Interrupted",
     "RunFailed",
     "UserError",
+    "callable_module",
     "checked",
+    "config_from",
     "escaped_text",
     "flag",
     "guarded",
@@ -53,6 +47,6 @@ __all__ = [
     "parse",
     "print_error",
     "run_script",
+    "run_with",
     "same_flag",
-    "take_command",
 ]

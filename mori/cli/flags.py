@@ -4,8 +4,6 @@ import argparse
 import dataclasses
 import functools
 import inspect
-import json
-import math
 import os
 import re
 import sys
@@ -13,29 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
-from mori.cli.aliases import is_boolean, translated
+from mori import __version__
+from mori.cli.aliases import is_boolean, translated, unknown
 from mori.cli.errors import UserError
-
-
-def json_list(text: str) -> list:
-    """Parse a JSON list; raises ValueError for any other JSON value."""
-    value = json.loads(text)
-    if not isinstance(value, list):
-        raise ValueError("not a list")
-    return value
-
-
-def json_object(text: str) -> dict:
-    """Parse a JSON object; raises ValueError for any other JSON value."""
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise ValueError("not an object")
-    return value
-
-
-def escaped_text(text: str) -> str:
-    r"""The text with \n for a line break, \t for a tab and \\ for a backslash; any other backslash stays."""
-    return re.sub(r"\\([nt\\])", lambda match: {"n": "\n", "t": "\t"}.get(match[1], match[1]), text)
+from mori.cli.values import fits, fitted, json_list, read_settings, value_mistakes
 
 
 def flag(default, help: str, *, kind=None, **rules):
@@ -75,11 +54,23 @@ class Config:
     may_change: ClassVar[bool] = False  # the rules of the class's fields, see `flag`
     inexact: ClassVar[bool] = False
 
+    def __new__(cls, *values, **settings):
+        """Raises UserError for an unknown keyword, with the nearest one that there is."""
+        known = [f.name for f in fields(cls)]
+        for name in settings.keys() - set(known):
+            raise UserError(unknown(known, name))
+        return super().__new__(cls)
+
+    def __post_init__(self):
+        for f in fields(self):
+            setattr(self, f.name, fitted(f, getattr(self, f.name)))
+
     def mistakes(self) -> list[str]:
         """Everything that is wrong with the values, one phrase each."""
         declared = [f for members in self.groups().values() for f in members]
-        out_of_range = [problem for f in declared for problem in _range_mistakes(f, getattr(self, f.name))]
-        return out_of_range + self.contradictions()
+        wrong = [mistake for f in declared for mistake in value_mistakes(f, getattr(self, f.name))]
+        # Values of other types cannot be compared.
+        return wrong + (self.contradictions() if all(fits(f, getattr(self, f.name)) for f in declared) else [])
 
     def contradictions(self) -> list[str]:
         """What is wrong between fields whose own values are in range, one phrase each."""
@@ -105,34 +96,6 @@ class Config:
         return {group: members for group, members in by_group.items() if members}
 
 
-def _range_mistakes(f: dataclasses.Field, value) -> list[str]:
-    """What is wrong with the value of one field, by the rules of its declaration."""
-    rules = f.metadata
-    if value is None:
-        return []
-    if "choices" in rules:
-        return (
-            []
-            if value in rules["choices"]
-            else [f"{f.name} is {value!r}, must be one of {', '.join(rules['choices'])}"]
-        )
-    if isinstance(value, float) and not math.isfinite(value):
-        return [f"{f.name} is {value}, must be a finite number"]
-    lower = f"above {rules['above']}" if "above" in rules else f"{rules['min']} or more" if "min" in rules else ""
-    upper = f"below {rules['below']}" if "below" in rules else f"at most {rules['max']}" if "max" in rules else ""
-    in_range = (
-        ("above" not in rules or value > rules["above"])
-        and ("min" not in rules or value >= rules["min"])
-        and ("below" not in rules or value < rules["below"])
-        and ("max" not in rules or value <= rules["max"])
-    )
-    if not in_range:
-        return [f"{f.name} is {value}, must be {' and '.join(filter(None, (lower, upper)))}"]
-    if rules.get("share") and value > 1 and value % 1:
-        return [f"{f.name} is {value}, must be a whole number, or a share below 1"]
-    return []
-
-
 def checked(config):
     """Return `config` if its values are valid; raises UserError with every mistake in one line otherwise."""
     mistakes = config.mistakes()
@@ -141,31 +104,39 @@ def checked(config):
     return config
 
 
-def parse(cls: type[Config], description: str, argv: list[str] | None = None):
-    """Read a config of class `cls` from the command line (`sys.argv` by default).
+def parse(cls: type[Config], description: str, argv: list[str] | None = None, program: str | None = None):
+    """Read a config of class `cls` from the command line (`sys.argv` by default) and the files that `--config` names.
 
     Flags are the names of the fields, or what other programs call them (`mori.cli.aliases`); `-` and `_` are the same. A file
-    without a flag is part of the corpus. All invalid values are reported together.
+    without a flag is part of the corpus. All invalid values are reported together. A flag takes precedence over a file of
+    `--config`, a later file over an earlier one. `program` is the name that --help shows.
     Raises UserError for an unknown flag, with our way of doing it or the nearest existing flag, and for invalid values.
     """
     argv = sys.argv[1:] if argv is None else argv
     if any("\udc80" <= letter <= "\udcff" for word in argv for letter in word):
         raise UserError("the command line is not UTF-8")
     words, loose = _own_words(cls, argv)
-    values = vars(_parser(cls, description).parse_args(words))
+    flags, settings = vars(_parser(cls, description, program).parse_args(words)), {}
+    for path in flags.pop("config", []):
+        settings |= read_settings(path, cls)
+    settings |= flags
     if loose:
-        values["corpus"] = [*values.get("corpus", []), *_texts(cls, loose)]
-    config = checked(cls(**values))
-    config.given = frozenset(values)
+        settings["corpus"] = [*flags.get("corpus", []), *_texts(cls, loose)]
+    return _config(cls, settings)
+
+
+def config_from(cls: type[Config], settings: dict):
+    """The config of class `cls` with these settings, whose names may be those of other programs (`mori.cli.aliases`).
+
+    Raises UserError for unknown names and invalid values.
+    """
+    return _config(cls, dict(translated(cls, settings.items())))
+
+
+def _config(cls: type[Config], settings: dict):
+    config = checked(cls(**settings))
+    config.given = frozenset(settings)
     return config
-
-
-def take_command(commands) -> tuple[str, list[str]]:
-    """Split the command line into its first word, one of `commands`, and the rest. Raises UserError for any other word."""
-    command, *rest = sys.argv[1:] or [""]
-    if command not in commands:
-        raise UserError(f"{command!r} is no command; say one of {', '.join(commands)} first, then --help for its flags")
-    return command, rest
 
 
 _FLAG = re.compile(r"--?[A-Za-z][\w-]*(?:=|$)")
@@ -230,8 +201,13 @@ def _reader(kind: Callable) -> Callable:
     return functools.wraps(kind, updated=())(lambda text: kind(text.removeprefix(_VALUE)))
 
 
-def _parser(cls: type[Config], description: str) -> _Parser:
+_CONFIG_HELP = """TOML or JSON file of settings, as flags without their dashes: max_steps = 100; a run's config.json is one.
+Flags take precedence, and later files over earlier ones. Paths in it start from the current folder"""
+
+
+def _parser(cls: type[Config], description: str, program: str | None) -> _Parser:
     parser = _Parser(
+        prog=program,
         description=description,
         usage="%(prog)s [--flag VALUE ...]",
         allow_abbrev=False,
@@ -239,6 +215,10 @@ def _parser(cls: type[Config], description: str) -> _Parser:
         epilog="The names of TrainingArguments, run_clm.py, TRL, nanoGPT, generate() and llama.cpp for the same things are understood too.",
     )
     parser._optionals.title = "help"
+    parser.add_argument("--version", action="version", version=f"mori {__version__}")
+    parser.add_argument(
+        "--config", action="append", default=argparse.SUPPRESS, type=_reader(str), metavar="FILE", help=_CONFIG_HELP
+    )
     for title, members in cls.groups().items():
         group = parser.add_argument_group(title)
         for f in members:

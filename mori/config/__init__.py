@@ -5,7 +5,7 @@ imported here, so that `--help` and flag errors appear immediately.
 """
 
 from mori.config.evaluation import EvaluateConfig
-from mori.config.generation import GenerateConfig
+from mori.config.generation import ChatConfig, GenerateConfig
 from mori.config.groups import DeviceConfig
 from mori.config.sampling import SamplingConfig
 from mori.config.train import FOLLOW_EVALUATIONS, PRESETS, TrainConfig, steps_of
@@ -13,6 +13,7 @@ from mori.config.train import FOLLOW_EVALUATIONS, PRESETS, TrainConfig, steps_of
 __all__ = [
     "FOLLOW_EVALUATIONS",
     "PRESETS",
+    "ChatConfig",
     "DeviceConfig",
     "EvaluateConfig",
     "GenerateConfig",

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from mori.cli import flag
+from mori.cli import flag, same_flag
 from mori.config.groups import DeviceConfig, ModelConfig
 from mori.config.sampling import SamplingConfig
 
@@ -31,3 +31,10 @@ class GenerateConfig(ModelConfig, SamplingConfig, DeviceConfig):
         """A prompt line takes its prompts from the keyboard and prints text."""
         contradicts = self.interactive and (self.json or self.prompt_file)
         return ["interactive contradicts json and prompt_file"] * bool(contradicts) + super().contradictions()
+
+
+@dataclass
+class ChatConfig(GenerateConfig):
+    """A call of `mori chat`."""
+
+    interactive: bool = same_flag(GenerateConfig, "interactive", True)

@@ -1,12 +1,14 @@
-"""What `scripts/generate.py` does: it answers the given prompts, or opens a prompt line."""
+"""What `mori generate` and `mori chat` do: they answer the given prompts, or open a prompt line."""
 
 import codecs
+import contextlib
 import importlib.util
 import json
 import random
 import shlex
 import signal
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -35,11 +37,49 @@ def answer(config: GenerateConfig, device: torch.device) -> None:
 
     Raises UserError for a model or prompts that cannot be used, and for logits that are not finite.
     """
-    if config.model in PRESETS:
-        raise UserError(
-            f"{config.model} is a model to be trained first; give --model the output folder of scripts/train.py"
-        )
     prompts = _read_prompts(config)
+    model, tokenizer = _load(config, device)
+    controls, options = _controls(config)
+    defaults = [f"{name} {value}" for name, value in model_settings(model).items() if name not in controls]
+    if defaults:
+        settings = ", ".join(defaults)
+        print(f"from the model's generation_config.json: {settings} (flags take precedence)", file=sys.stderr)
+    if config.interactive:
+        return PromptLine(model, tokenizer, controls, options).run()
+    streamed = len(prompts) * resolve_settings(model, controls).num_return_sequences == 1 and not config.json
+    with _one_line_errors():
+        if streamed:
+            check_prompts(prompts, tokenizer, model.config, config.crop_prompt)  # an error comes before any output
+            _print_piece(0, prompts[0])
+            options["on_text"] = _print_piece
+        completions = generate(model, tokenizer, prompts, **options, **controls)
+    if config.json:
+        ascii_only = codecs.lookup(sys.stdout.encoding).name != "utf-8"
+        json.dump([asdict(completion) for completion in completions], sys.stdout, ensure_ascii=ascii_only)
+    elif not streamed:
+        print(f"\n{'-' * 40}\n".join(completion.prompt + completion.text for completion in completions), end="")
+    print()
+
+
+def texts(config: GenerateConfig, device: torch.device) -> list[str]:
+    """Load the model and continue each prompt; returns the texts with their prompts, in order.
+
+    Raises UserError for a model or prompts that cannot be used, and for logits that are not finite.
+    """
+    if config.interactive or config.json:
+        raise UserError("interactive and json are for the command line: mori chat, mori generate --json")
+    prompts = _read_prompts(config)
+    model, tokenizer = _load(config, device)
+    controls, options = _controls(config)
+    with _one_line_errors():
+        completions = generate(model, tokenizer, prompts, **options, **controls)
+    return [completion.prompt + completion.text for completion in completions]
+
+
+def _load(config: GenerateConfig, device: torch.device) -> tuple[nn.Module, object]:
+    """The model, ready to generate, and its tokenizer."""
+    if config.model in PRESETS:
+        raise UserError(f"{config.model} is a model to be trained first; give --model the output folder of mori train")
     if device.type == "cpu":
         keep_freed_memory()
     tokenizer = load_tokenizer(config.model, (), config.trust_remote_code)
@@ -47,31 +87,24 @@ def answer(config: GenerateConfig, device: torch.device) -> None:
     model = load_model(config.model, model_config, config.trust_remote_code).to(device).eval()
     check_causal(model, config.model, torch.arange(16, device=device)[None] % model_config.get_text_config().vocab_size)
     fuse_activations(model)
+    return model, tokenizer
+
+
+def _controls(config: GenerateConfig) -> tuple[dict, dict]:
+    """The sampling controls that the user gave, and the other arguments of `generate()`."""
     controls = {name: value for name, value in config.sampling().items() if name in config.given}
-    defaults = [f"{name} {value}" for name, value in model_settings(model).items() if name not in controls]
-    if defaults:
-        settings = ", ".join(defaults)
-        print(f"from the model's generation_config.json: {settings} (flags take precedence)", file=sys.stderr)
-    options = {name: getattr(config, name) for name in ("seed", "batch_size", "crop_prompt", "on_full_context")}
-    if config.interactive:
-        return PromptLine(model, tokenizer, controls, options).run()
-    streamed = len(prompts) * resolve_settings(model, controls).num_return_sequences == 1 and not config.json
+    return controls, {name: getattr(config, name) for name in ("seed", "batch_size", "crop_prompt", "on_full_context")}
+
+
+@contextlib.contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Convert what `generate()` raises to UserErrors."""
     try:
-        if streamed:
-            check_prompts(prompts, tokenizer, model_config, config.crop_prompt)  # an error comes before any output
-            _print_piece(0, prompts[0])
-            options["on_text"] = _print_piece
-        completions = generate(model, tokenizer, prompts, **options, **controls)
+        yield
     except PromptTooLong as error:
         raise UserError(f"{error}, or drop its beginning with --crop_prompt") from None
     except FloatingPointError as error:
         raise UserError(str(error)) from None
-    if config.json:
-        ascii_only = codecs.lookup(sys.stdout.encoding).name != "utf-8"
-        json.dump([asdict(completion) for completion in completions], sys.stdout, ensure_ascii=ascii_only)
-    elif not streamed:
-        print(f"\n{'-' * 40}\n".join(completion.prompt + completion.text for completion in completions), end="")
-    print()
 
 
 def _read_prompts(config: GenerateConfig) -> list[str]:
