@@ -11,6 +11,7 @@ from mori.cli import callable_module, checked
 from mori.config import EvaluateConfig, TrainConfig
 from mori.data.corpus import read_documents
 from mori.data.files import find_files
+from mori.data.formats import ReadOptions
 from mori.data.windows import ShiftedDataset, count_targets
 from mori.distributed import BatchSize, Runtime, start
 from mori.model import loading, special_tokens
@@ -110,7 +111,7 @@ def evaluate_text(config: EvaluateConfig) -> dict:
     """
     config = checked(config)
     runtime = start(config.device, config.precision)
-    documents = read_documents(find_files(config.corpus))
+    documents = read_documents(find_files(config.corpus), ReadOptions(config.text_column, config.encoding))
     tokenizer = loading.load_tokenizer(config.model, (), config.trust_remote_code)
     model_config = loading.load_config(config.model, tokenizer, trust_remote_code=config.trust_remote_code)
     special = special_tokens.decide(tokenizer, document_bos=config.document_bos, parse=config.parse_special_tokens)

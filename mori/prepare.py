@@ -8,6 +8,7 @@ from mori.cli import UserError
 from mori.config import EvaluateConfig, TrainConfig
 from mori.data import corpus
 from mori.data.files import find_files
+from mori.data.formats import ReadOptions
 from mori.data.token_file import TokenFile, text_bytes_from
 from mori.data.windows import ShiftedDataset, split
 from mori.distributed import Runtime
@@ -47,8 +48,10 @@ def prepare(config: TrainConfig, runtime: Runtime) -> Prepared:
     prompts, windows or token ids that do not fit it, and a corpus that is too short.
     """
     files = find_files(config.corpus)
-    documents = corpus.read_documents(files)
-    validation = corpus.read_documents(find_files(config.validation_file)) if config.validation_file else []
+    options = ReadOptions(config.text_column, config.encoding)
+    documents = corpus.read_documents(files, options)
+    validation_files = find_files(config.validation_file) if config.validation_file else []
+    validation = corpus.read_documents(validation_files, options) if validation_files else []
     distributed.set_seed(config.seed)
     tokenizer = loading.load_tokenizer(config.model, (d.text for d in documents), config.trust_remote_code)
     model_config = loading.load_config(

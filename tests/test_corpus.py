@@ -23,12 +23,12 @@ def write(path, content):
 
 
 def test_find_files_has_a_fixed_order_and_no_duplicates(tmp_path):
-    for name in ("b.txt", "a.txt", "sub/c.TXT", ".hidden/d.txt", ".e.txt", "e.md"):
+    for name in ("b.txt", "a.txt", "sub/c.TXT", ".hidden/d.txt", ".e.txt", "e.log"):
         write(tmp_path / name, "x")
     in_folder = [str(path.relative_to(tmp_path)) for path in find_files([str(tmp_path)])]
     assert in_folder == ["a.txt", "b.txt", "sub/c.TXT"]
-    mixed = find_files([str(tmp_path / "b.txt"), str(tmp_path / "*.txt"), str(tmp_path / "e.md")])
-    assert [path.name for path in mixed] == ["b.txt", "a.txt", "e.md"]
+    mixed = find_files([str(tmp_path / "b.txt"), str(tmp_path / "*.txt"), str(tmp_path / "e.log")])
+    assert [path.name for path in mixed] == ["b.txt", "a.txt", "e.log"]
     assert [path.name for path in find_files([str(tmp_path / "**/c.TXT")])] == ["c.TXT"]
 
 
@@ -79,72 +79,6 @@ def test_find_files_follows_a_link_out_of_a_folder_only_if_it_is_named(tmp_path)
     assert len(find_files([str(tmp_path / "link to texts")])) == 1
 
 
-# ------------------------------------------------------------------------------------------------------------- formats
-
-
-def test_formats_a_new_one_is_found_in_folders_globs_and_names(tmp_path, tokenizer, monkeypatch):
-    """A made-up format: text written backwards."""
-    monkeypatch.setitem(formats.FORMATS, ".back", lambda path: iter(path.read_text()[::-1]))
-    path = write(tmp_path / "texts" / "a.BACK", "oamex olah")
-    for name in (path, path.parent, path.parent / "*"):
-        documents = read_documents(find_files([str(name)]))
-        assert [document.text for document in documents] == ["halo xemao"]
-        tokens = TokenFile.make(documents, tokenizer, tmp_path / "cache")
-        assert tokenizer.decode(tokens.ids[:-1].tolist()) == "halo xemao"
-
-
-def test_formats_a_file_of_unknown_suffix_is_text(tmp_path):
-    assert [document.text for document in read_documents([write(tmp_path / "a.md", "# halo")])] == ["# halo"]
-
-
-def test_formats_an_unreadable_file_is_reported(tmp_path, monkeypatch):
-    def fail(path):
-        yield "halo"
-        raise OSError(5, "Input/output error")
-
-    monkeypatch.setitem(formats.FORMATS, ".bad", fail)
-    with pytest.raises(UserError, match="cannot read .*t.bad: Input/output error"):
-        read_documents([write(tmp_path / "t.bad", "x")])
-
-
-def test_read_text_removes_the_byte_order_mark_and_carriage_returns(tmp_path):
-    plain, decorated = write(tmp_path / "a", "satu\ndua"), write(tmp_path / "b", b"\xef\xbb\xbfsatu\r\ndua")
-    a, b = read_documents([plain, decorated])
-    assert a.text == b.text == "satu\ndua"
-    assert (a.bytes, b.bytes) == (8, 12)
-
-
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        (b"abc\0def", "offset 3"),
-        ("aé".encode() + b"\xff tail", "byte 0xff at offset 3"),
-        ("halo".encode("utf-16"), "UTF-16"),
-    ],
-)
-def test_read_text_refuses_what_is_not_text(tmp_path, content, message):
-    with pytest.raises(UserError, match=message) as error:
-        read_documents([write(tmp_path / "t.txt", content)])
-    assert "t.txt" in str(error.value) and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("block", [1, 2, 3, 5, 64])
-def test_read_text_does_not_depend_on_the_block_size(tmp_path, monkeypatch, block):
-    raw = "\ufeff".encode() + "halo dunia, apa kabar? héllo 🌧 hujan\r\nturun 今日は\r lagi \r\n".encode() * 30 + b"\r"
-    monkeypatch.setattr(formats, "_BLOCK_BYTES", block)
-    (document,) = read_documents([write(tmp_path / "a", raw)])
-    text = raw.decode("utf-8-sig").replace("\r\n", "\n")
-    assert document.text == text and (document.bytes, document.text_bytes) == (len(raw), len(text.encode()))
-    for at in (50, 100, 101, len(raw)):
-        damaged = raw[:at] + "é".encode()[:1] + raw[at:]
-        with pytest.raises(UnicodeDecodeError) as decoding:
-            damaged.decode()
-        with pytest.raises(UserError, match=f"offset {decoding.value.start};"):
-            read_documents([write(tmp_path / "b", damaged)])
-    with pytest.raises(UserError, match="NUL byte at offset 50;"):
-        read_documents([write(tmp_path / "b", raw[:50] + b"\0" + raw[50:])])
-
-
 # ----------------------------------------------------------------------------------------------------------- documents
 
 
@@ -155,7 +89,7 @@ def test_read_documents_refuses_a_blank_corpus(tmp_path, content):
 
 
 def test_read_documents_omits_blank_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "_BLOCK_BYTES", 7)
+    monkeypatch.setattr(formats.text, "BLOCK_BYTES", 7)
     blank, text = write(tmp_path / "blank", b" \r\n" * 40), write(tmp_path / "text", b" \r\n" * 40 + b"x")
     assert [document.path for document in read_documents([blank, text])] == [str(text)]
 

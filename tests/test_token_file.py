@@ -54,7 +54,7 @@ def documents(tmp_path):
 @pytest.fixture
 def small_parts(monkeypatch):
     """Texts are read, cut and marked in parts of a few characters."""
-    monkeypatch.setattr(formats, "_BLOCK_BYTES", 7)
+    monkeypatch.setattr(formats.text, "BLOCK_BYTES", 7)
     monkeypatch.setattr(token_file, "_MARK_CHARACTERS", 100)
     monkeypatch.setattr(tokenize, "PIECE_CHARACTERS", 40)
     monkeypatch.setattr(tokenize, "PIECES_PER_PART", 3)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from typing import ClassVar
 
 from mori.cli import Config, flag, same_flag
-from mori.config import FOLLOW_EVALUATIONS, DeviceConfig, TrainConfig
+from mori.config import FOLLOW_EVALUATIONS, DeviceConfig, TextConfig, TrainConfig
 
 ARMS = ("mori", "mori-exact", "trainer", "trainer-tuned", "course")
 NOT_IN_TRAINER = ("muon",)  # optimizers
@@ -67,6 +67,8 @@ class CompareConfig(TrainConfig):
             mistakes.append(
                 "the arms are compared on the end of the corpus: leave validation_file out, and hold some text out"
             )
+        if "-" in self.corpus:
+            mistakes.append("corpus - is standard input, which only one of the arms could read; name a file")
         if not self.eval_on_start:
             mistakes.append("eval_on_start must stay on: the report shows every arm's loss before training")
         return mistakes + super().contradictions()
@@ -176,13 +178,12 @@ class MemoryBenchConfig(TrainBenchConfig):
 
 
 @dataclass
-class TokenizeBenchConfig(BenchConfig):
+class TokenizeBenchConfig(BenchConfig, TextConfig):
     """A call of `scripts/bench.py tokenize`: a corpus from its file to token ids."""
 
     arms: list[str] = flag(
         list(TOKENIZE_ARMS), f"implementations to compare: {', '.join(TOKENIZE_ARMS)}; separated by spaces or commas"
     )
-    corpus: list[str] = same_flag(TrainConfig, "corpus", [])
     megabytes: float = flag(100.0, "repeat the corpus until it has this size", above=0)
     threads: int = flag(0, "cores of each process; 0 is all", min=0)
 

@@ -21,6 +21,7 @@ from mori.bench.options import TokenizeBenchConfig
 from mori.cli import RunFailed
 from mori.data import corpus
 from mori.data.files import find_files
+from mori.data.formats import ReadOptions
 from mori.data.token_file import TokenFile
 from mori.model.loading import train_tokenizer
 from mori.tracking.memory import peak_memory_bytes
@@ -41,7 +42,7 @@ def tokenize(config: TokenizeBenchConfig) -> None:
     harness.check_writable(config.output_dir)
     if "run_clm" in config.arms:
         harness.require("datasets", "run_clm")
-    documents = corpus.read_documents(find_files(config.corpus))
+    documents = corpus.read_documents(find_files(config.corpus), ReadOptions(config.text_column, config.encoding))
     text = "\n".join(document.text for document in documents)
     tokenizer = train_tokenizer([text])
     copies = math.ceil(config.megabytes * 1e6 / len(text.encode()))

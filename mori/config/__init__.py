@@ -6,7 +6,7 @@ imported here, so that `--help` and flag errors appear immediately.
 
 from mori.config.evaluation import EvaluateConfig
 from mori.config.generation import ChatConfig, GenerateConfig
-from mori.config.groups import DeviceConfig
+from mori.config.groups import DeviceConfig, TextConfig
 from mori.config.sampling import SamplingConfig
 from mori.config.train import FOLLOW_EVALUATIONS, PRESETS, TrainConfig, steps_of
 
@@ -18,6 +18,7 @@ __all__ = [
     "EvaluateConfig",
     "GenerateConfig",
     "SamplingConfig",
+    "TextConfig",
     "TrainConfig",
     "steps_of",
 ]

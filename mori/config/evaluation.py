@@ -3,17 +3,16 @@
 from dataclasses import dataclass
 
 from mori.cli import flag, same_flag
-from mori.config.groups import CorpusConfig, DeviceConfig, ModelConfig, TrainDeviceConfig
+from mori.config.groups import CorpusConfig, DeviceConfig, ModelConfig, TextConfig, TrainDeviceConfig
 
 
 @dataclass
-class EvaluateConfig(ModelConfig, DeviceConfig):
+class EvaluateConfig(ModelConfig, TextConfig, DeviceConfig):
     """A call of `scripts/evaluate.py`."""
 
     group = "evaluation"
 
     model: str = flag("mori_brain_final", "a folder with a model and its tokenizer, or a name on the hub")
-    corpus: list[str] = same_flag(CorpusConfig, "corpus", [])
     document_bos: bool = same_flag(CorpusConfig, "document_bos", True)
     parse_special_tokens: bool | None = same_flag(CorpusConfig, "parse_special_tokens", None)
     block_size: int = same_flag(CorpusConfig, "block_size", 128)

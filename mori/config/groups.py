@@ -1,5 +1,8 @@
 """The groups of fields that configs are made of: model, corpus, training, speed, device, logging, output."""
 
+import codecs
+import difflib
+import encodings.aliases
 import re
 from dataclasses import dataclass
 
@@ -30,14 +33,54 @@ class TrainedModelConfig(ModelConfig):
 
 
 @dataclass
-class CorpusConfig(Config):
-    """The text, and how it is cut."""
+class TextConfig(Config):
+    """The text, and how its files are read."""
 
     group = "corpus"
 
     corpus: list[str] = flag(
-        [], "text files, folders of *.txt, or globs; unset takes the transcripts that ship with mori", may_change=True
+        [],
+        "files, folders or globs of .txt .md .jsonl .json .csv .tsv .parquet .srt .vtt, plain or as .gz .bz2 .xz .zst .zip; - is "
+        "plain text on standard input; unset takes the transcripts that ship with mori",
+        may_change=True,
     )
+    text_column: str = flag(
+        "",
+        "column with the text, in tables and JSON; unset takes 'text', or else the only column of text",
+        may_change=True,
+    )
+    encoding: str = flag(
+        "",
+        "encoding of text files, such as latin-1; unset is UTF-8. A byte order mark decides before it",
+        may_change=True,
+    )
+
+    def contradictions(self) -> list[str]:
+        """An encoding that Python does not know."""
+        return _encoding_mistakes(self.encoding) + super().contradictions()
+
+
+def _encoding_mistakes(encoding: str) -> list[str]:
+    """What is wrong with the name of an encoding."""
+    if not encoding:
+        return []
+    try:
+        " ".encode(encoding)  # refuses codecs that are not from text to bytes, such as hex
+        codecs.getincrementaldecoder(encoding)
+    except (LookupError, ValueError):
+        names = {*encodings.aliases.aliases, *encodings.aliases.aliases.values()}
+        nearest = difflib.get_close_matches(encoding.lower().replace("-", "_"), sorted(names), 1)
+        advice = f"did you mean {nearest[0]}?" if nearest else "known are utf-8, utf-16, latin-1, cp1252, shift_jis ..."
+        return [f"encoding {encoding[:40]!r} is no text encoding of Python; {advice}"]
+    return []
+
+
+@dataclass
+class CorpusConfig(TextConfig):
+    """The text, and how it is cut."""
+
+    group = "corpus"
+
     document_bos: bool = flag(
         True, "begin each document as the tokenizer begins a prompt, if it does so (with <s>, say)", may_change=True
     )

@@ -46,7 +46,7 @@ class TrainConfig(
             if start in f.metadata and getattr(resolved, f.name) is None:
                 setattr(resolved, f.name, f.metadata[start])
         if not resolved.run_name:
-            corpus = "-".join(Path(name).stem.strip("*.") or "text" for name in resolved.corpus[:2]) or "transcripts"
+            corpus = "-".join(Path(name).stem.strip("*.-") or "text" for name in resolved.corpus[:2]) or "transcripts"
             resolved.run_name = re.sub(r"[^\w.-]+", "-", f"{Path(resolved.model).name}-{corpus}")
         return resolved
 

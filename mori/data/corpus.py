@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mori.cli import UserError
 from mori.data.files import memory_bytes
-from mori.data.formats import read_chunks
+from mori.data.formats import DEFAULT_OPTIONS, ReadOptions, read_chunks
 
 
 @dataclass
@@ -18,15 +18,17 @@ class Document:
         path: the file.
         bytes: size of the file.
         text_bytes: size of the text in UTF-8.
+        options: how the file is read.
     """
 
     path: str
     bytes: int
     text_bytes: int
+    options: ReadOptions = DEFAULT_OPTIONS
 
     def chunks(self) -> Iterator[str]:
         """The text in chunks. Raises UserError as `read_documents` does."""
-        return read_chunks(Path(self.path))
+        return read_chunks(Path(self.path), self.options)
 
     @property
     def text(self) -> str:
@@ -97,7 +99,7 @@ class Ledger:
         return lines
 
 
-def read_documents(files: Iterable[Path]) -> list[Document]:
+def read_documents(files: Iterable[Path], options: ReadOptions = DEFAULT_OPTIONS) -> list[Document]:
     """Read every file once, to check it and to measure its text. Blank files are left out.
 
     Raises UserError for a file that cannot be read or is not text (as its format says), for a corpus larger than this
@@ -117,11 +119,11 @@ def read_documents(files: Iterable[Path]) -> list[Document]:
                 "use a part of it"
             )
         text_bytes, has_text = 0, False
-        for chunk in read_chunks(path):
+        for chunk in read_chunks(path, options):
             text_bytes += len(chunk.encode())
             has_text = has_text or bool(chunk.strip())
         if has_text:
-            documents.append(Document(str(path), size, text_bytes))
+            documents.append(Document(str(path), size, text_bytes, options))
         else:
             blank.append(str(path))
     if not documents:

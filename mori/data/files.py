@@ -1,21 +1,30 @@
-"""`--corpus` -> the files to read: folders, globs, named files; and the links that are refused."""
+"""`--corpus` -> the files to read: folders, globs, named files, standard input; and the links that are refused."""
 
+import atexit
+import functools
 import glob
+import json
 import os
+import shutil
+import sys
+import tempfile
 from pathlib import Path
 
-from mori.cli import UserError
-from mori.data.formats import FORMATS, has_format
+from mori.cli import UserError, print_error
+from mori.data.formats import FORMATS, check, has_format
 
 SHIPPED = Path(__file__).parent.parent / "transcripts"
+STANDARD_INPUT = "-"
+_WANTED = "a text file, a folder, a glob, or - for standard input"
 
 
 def find_files(corpus: list[str]) -> list[Path]:
     """The files that the values of `--corpus` name, in a fixed order, each once; the shipped transcripts for an empty list.
 
     A folder gives every file in it and in its subfolders whose format is known (`formats`), except hidden ones; a glob
-    gives every file that it matches; both are sorted by path. Raises UserError for a value that gives no file, and for a
-    link in a folder that leads out of it: a file elsewhere is read only when it is named.
+    gives every file that it matches; both are sorted by path; `-` gives a temporary copy of standard input. Raises UserError
+    for a value that gives no file, for a file that no format reads, and for a link in a folder that leads out of it: a file
+    elsewhere is read only when it is named.
     """
     paths = []
     for name in corpus or [str(SHIPPED)]:
@@ -25,13 +34,16 @@ def find_files(corpus: list[str]) -> list[Path]:
             raise UserError(f"corpus {name[:200]} cannot be read: {getattr(error, 'strerror', error)}") from None
     unique: dict[Path, Path] = {}
     for path in paths:
+        check(path)
         unique.setdefault(path.resolve(), path)
     return list(unique.values())
 
 
 def _files_of(name: str) -> list[Path]:
     if not name:
-        raise UserError("corpus is an empty string; give a text file, a folder of *.txt, or a glob")
+        raise UserError(f"corpus is an empty string; give {_WANTED}")
+    if name == STANDARD_INPUT:
+        return [_copy_of_standard_input()]
     path = Path(os.path.expanduser(name))
     if path.is_dir():
         return _files_in(path)
@@ -40,7 +52,7 @@ def _files_of(name: str) -> list[Path]:
     if path.exists():
         raise UserError(f"corpus {name} is neither a file nor a folder")
     if not glob.has_magic(name):
-        raise UserError(f"corpus {name} does not exist; give a text file, a folder of *.txt, or a glob")
+        raise UserError(f"corpus {name} does not exist; give {_WANTED}")
     files = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
     if not files:
         raise UserError(f"corpus pattern {name} matches no file")
@@ -57,11 +69,51 @@ def _files_in(folder: Path) -> list[Path]:
                 f"{file} is a link that leads out of the corpus folder; to read it, name the file itself: {file.resolve()}"
             )
     if not files:
-        wildcards = " or ".join(f"*{suffix}" for suffix in FORMATS)
         raise UserError(
-            f"corpus folder {folder} holds no {wildcards} file; put the transcripts there as .txt, or name the files"
+            f"corpus folder {folder} holds no file of a known format ({' '.join(FORMATS)}, plain, compressed or in a .zip); a file of "
+            "plain text with another suffix has to be named"
         )
     return files
+
+
+@functools.cache
+def _copy_of_standard_input() -> Path:
+    """Standard input as a temporary file, because a corpus is read more than once; removed when the process ends."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError(
+            "corpus - is standard input, which only one process can read; name a file when there are several ranks"
+        )
+    stream = getattr(sys.stdin, "buffer", None)
+    if stream is None:
+        raise UserError("corpus - is standard input, which is not open here; name a file")
+    if stream.isatty():
+        print_error("reading the corpus from the terminal; Ctrl-D on an empty line ends it")
+    folder = Path(tempfile.mkdtemp(prefix="mori-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    path = folder / "standard-input.txt"
+    try:
+        with path.open("wb") as file:
+            shutil.copyfileobj(stream, file, 1 << 20)
+    except OSError as error:
+        raise UserError(
+            f"cannot copy standard input to {folder}: {error.strerror}; TMPDIR names another folder"
+        ) from None
+    _check_plain_text(path)
+    return path
+
+
+def _check_plain_text(path: Path) -> None:
+    """Raise UserError for JSON lines on standard input, which has no suffix that would tell its format."""
+    with path.open("rb") as file:
+        line = file.readline(1 << 20)
+    try:
+        is_row = isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return
+    if is_row:
+        raise UserError(
+            "standard input is read as plain text, and this is JSON; save it as a file with the suffix .jsonl, and name that"
+        )
 
 
 def _is_hidden(path: Path, folder: Path) -> bool:
