@@ -588,6 +588,14 @@ def test_zip_refuses_what_is_encrypted_nested_or_without_text(tmp_path):
     assert "a.zip: texts/a.jsonl line 1 is not JSON" in refusal(write(path, zipped(b"halo", "a.jsonl")))
 
 
+def test_zst_takes_the_largest_window(tmp_path):
+    packer = archives.zstd.ZstdCompressor(options={archives.zstd.CompressionParameter.window_log: 31})
+    raw = packer.compress(b"halo", packer.CONTINUE) + packer.flush()
+    with pytest.raises(archives.zstd.ZstdError, match="too much memory"):
+        archives.zstd.decompress(raw)
+    assert texts_of(write(tmp_path / "a.txt.zst", raw)) == ["halo"]
+
+
 @pytest.mark.parametrize("wrapping", [".gz", ".bz2", ".xz", ".zst", ".zip"])
 def test_compressed_files_that_are_cut_off_or_empty_are_told(tmp_path, wrapping):
     content = b"halo dunia apa kabar"

@@ -50,7 +50,7 @@ def _files_of(name: str) -> list[Path]:
     if path.is_file():
         return [path]
     if path.exists():
-        raise UserError(f"corpus {name} is neither a file nor a folder")
+        raise UserError(f"corpus {name} is neither a file nor a folder; text from a pipe is read with --corpus -")
     if not glob.has_magic(name):
         raise UserError(f"corpus {name} does not exist; give {_WANTED}")
     files = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())

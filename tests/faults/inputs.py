@@ -25,6 +25,8 @@ from pathlib import Path
 
 import numpy
 
+from tests.faults import packed
+
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_SECONDS = 30
 MEMORY_BYTES = 1536 << 20  # above what the libraries take themselves
@@ -301,9 +303,22 @@ def bad_cache(place: Place, rng: random.Random):
     return place.train()
 
 
+def bad_rows(place: Place, rng: random.Random):
+    """The text as rows or subtitles, compressed or not, damaged before or after that."""
+    suffix, raw = rng.choice(sorted(packed.as_rows(place.text.read_text(encoding="utf-8")).items()))
+    wrapping = rng.choice(sorted(packed.PACKERS))
+    pack = packed.PACKERS[wrapping]
+    before = rng.random() < 0.5
+    content = pack(mutated(raw, rng), f"a{suffix}") if before else mutated(pack(raw, f"a{suffix}"), rng)
+    path = place.folder / f"a{suffix}{wrapping}"
+    path.write_bytes(content)
+    return place.train(corpus=path, run_name="other")
+
+
 MALFORMED = {
     bad_text: 45, bad_corpus_name: 25, odd_corpus_folder: 15, bad_flags: 50, bad_model_file: 45, bad_model_setting: 60,
     bad_weights_header: 20, odd_tokenizer: 18, bad_checkpoint: 30, resealed_checkpoint: 40, bad_run_file: 15, bad_cache: 30,
+    bad_rows: 60,
 }  # fmt: skip
 
 
@@ -562,6 +577,8 @@ def _hostile_texts() -> Iterator[tuple[str, Callable[[Place], dict]]]:
         "link in the corpus folder to a device",
         lambda p: {"corpus": (f := _texts(p), _link(f / "b.txt", "/dev/zero"))[0]},
     )
+    for name, write in packed.hostile():
+        yield name, lambda p, write=write: {"corpus": write(p.folder)}
     yield "sparse file in the corpus folder", lambda p: {"corpus": (f := _texts(p), _sparse(f / "b.txt"))[0]}
 
 
@@ -755,7 +772,7 @@ def atime_moves(folder: Path) -> bool:
 SMALL = (
     "pickle in an archive as weights", "pickle as weights", "shard above the folder", "config.json is a link", "tokenizer.json is a pipe",
     "code for the model", "config says n_layer 1000000000", "header of a petabyte", "text is a pipe", "link in the corpus folder to elsewhere",
-    "sparse text", "bad_cache 0", "bad_model_setting 0", "bad_weights_header 0", "tokenizer version outside", "odd_tokenizer 0",
+    "sparse text", "bad_cache 0", "bad_model_setting 0", "bad_weights_header 0", "tokenizer version outside", "odd_tokenizer 0", "bad_rows 0", "JSON line of many lists",
 )  # fmt: skip
 
 

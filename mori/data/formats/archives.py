@@ -28,7 +28,8 @@ _ENCRYPTED = 1  # a bit of a zip member's flags
 
 
 def _open_zst(file: BinaryIO) -> BinaryIO:
-    return zstd.ZstdFile(file)
+    # Large data sets are packed with `zstd --long=31`, which the library refuses by default.
+    return zstd.ZstdFile(file, options={zstd.DecompressionParameter.window_log_max: 31})
 
 
 COMPRESSIONS: dict[str, Callable[[BinaryIO], BinaryIO]] = {

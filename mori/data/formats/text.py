@@ -9,7 +9,7 @@ from mori.cli import UserError
 
 BLOCK_BYTES = 1 << 20
 CHUNK_CHARACTERS = 1 << 20
-MAX_LINE_CHARACTERS = 1 << 27  # a longer line, row or field is damage; it would fill the memory
+MAX_LINE_CHARACTERS = 1 << 25  # a longer line, row or field is damage, or filled to take all memory
 _MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32-le"),  # before UTF-16, whose mark it begins with
     (codecs.BOM_UTF32_BE, "utf-32-be"),
