@@ -372,7 +372,11 @@ def test_json_lines_refuse_a_row_without_text_column(tmp_path, content, column, 
 @pytest.mark.parametrize("indent", [None, 2])
 def test_json_values_equal_those_of_the_json_module(tmp_path, monkeypatch, block, indent):
     monkeypatch.setattr(formats.text, "BLOCK_BYTES", block)
-    values = [{"text": 'a"\\\né🌧', "n": -1.5e-3}, {"text": "", "deep": [{}, [], [1, {"x": None}]]}, {"text": None}]
+    values = [
+        {"text": 'a"\\\né🌧', "n": -1.5e-3},
+        {"text": "", "deep": [{}, [], [1, {"x": None}]]},
+        {"text": 9 * "panjang "},
+    ]
     path = write(tmp_path / "a.json", json.dumps(values, indent=indent))
     with path.open("rb") as file:
         chunks = formats.text.decoded(file, "a.json", ReadOptions())
@@ -533,6 +537,11 @@ def test_subtitles_read_rolling_lines_once(tmp_path, repeats):
         srt += f"{number}\n{times.replace('.', ',')}\n{above.strip()}\n{below.strip()}\n\n"
     expected = " ".join(spoken)
     assert texts_of(write(tmp_path / "a.vtt", vtt)) == texts_of(write(tmp_path / "a.srt", srt)) == [expected]
+
+
+def test_subtitles_keep_a_line_that_is_said_again_after_a_pause(tmp_path):
+    content = "00:01.000 --> 00:02.000\nya\n\n00:05.000 --> 00:06.000\nya\ntentu\n"
+    assert texts_of(write(tmp_path / "a.srt", content)) == ["ya ya tentu"]
 
 
 def test_subtitles_roll_up_over_three_lines(tmp_path):
