@@ -332,6 +332,7 @@ def rows(*values) -> str:
         (rows({"id": "1"}), "", ["1"]),
         (rows("a", "b\r\nc"), "", ["a", "b\nc"]),
         (rows("a", {"text": "b"}), "", ["a", "b"]),
+        (rows(*30 * ["a"], {"body": "b"}), "", [*30 * ["a"], "b"]),
         ("\n\n" + rows({"text": "a"}) + "\n\n", "", ["a"]),
         ("", "", []),
     ],
@@ -351,6 +352,7 @@ CHAT = [{"role": "user", "content": "halo"}]
         (rows({"title": "x", "body": "x"}), "", "several of text: choose with --text_column among 'title', 'body'"),
         (rows({"n": 1}), "", "none of text: 'n'"),
         (rows({"text": "a"}, {"text": 3}), "", "a.jsonl line 2: 'text' is a number, must be text"),
+        (rows({"text": "4"}, {"text": 3}), "", "a.jsonl line 2: 'text' is a number, must be text"),
         (rows({"text": ["a"], "b": "x"}), "", "a.jsonl line 1: 'text' is a list, must be text"),
         (rows({"text": {"a": 1}}), "", "'text' is an object"),
         (rows({"id": "x", "messages": CHAT}), "", "holds chats ('messages')"),
@@ -395,6 +397,7 @@ def test_json_values_equal_those_of_the_json_module(tmp_path, monkeypatch, block
             "one object with 'version', 'data', not a list of rows; save 'data' alone",
         ),
         ("", "is empty"),
+        (json.dumps({"messages": CHAT}), "line 1 holds chats ('messages')"),
         ('[{"text": "a"},\n{"text": "b"}', "line 2 is not JSON: the list does not end; the file is cut off"),
         ('[{"text": "a"}\n{"text": "b"}]', "line 2 is not JSON: '{' after an item"),
         ('[{"text": "a"}]\n[]', "line 2 is not JSON: text after the end of the list"),
@@ -595,6 +598,14 @@ def test_zip_refuses_what_is_encrypted_nested_or_without_text(tmp_path):
     assert "archive in an archive" in refusal(write(path, zipped(raw, "b.zip")))
     assert "holds no file of a known format" in refusal(write(path, zipped(b"x", "a.png")))
     assert "a.zip: texts/a.jsonl line 1 is not JSON" in refusal(write(path, zipped(b"halo", "a.jsonl")))
+
+
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+def test_compressed_files_may_hold_an_empty_text(tmp_path, wrapping):
+    for outer in ("", ".gz", ".zip"):
+        if wrapping and not wrapping.startswith(".zip"):
+            raw = WRAPPINGS[outer](WRAPPINGS[wrapping](b"", "a.txt"), f"a.txt{wrapping}")
+            assert texts_of(write(tmp_path / f"a.txt{wrapping}{outer}", raw)) == [""]
 
 
 def test_zst_takes_the_largest_window(tmp_path):

@@ -67,15 +67,14 @@ def _stream(stream: BinaryIO, name: str) -> BinaryIO:
     return io.BufferedReader(_Checked(stream, name), _BUFFER_BYTES)
 
 
-def decompressed(file: BinaryIO, suffix: str, name: str) -> BinaryIO:
+def decompressed(file: io.BufferedReader, suffix: str, name: str) -> BinaryIO:
     """The content of a compressed file as a stream; several compressed parts in a row are one.
 
-    Raises UserError here or while it is read if the file is empty, damaged or cut off.
+    Raises UserError, at once or while it is read, if the file is empty, damaged or cut off.
     """
-    stream = _stream(COMPRESSIONS[suffix](file), name)
-    if not stream.peek(1) and not file.tell():  # gzip takes an empty file for an empty content
+    if not file.peek(1):  # gzip takes an empty file for an empty content
         raise UserError(f"{name} is empty: no {suffix} file")
-    return stream
+    return _stream(COMPRESSIONS[suffix](file), name)
 
 
 def seekable(file: BinaryIO) -> BinaryIO:

@@ -49,7 +49,7 @@ def read_json(file: BinaryIO, name: str, options: ReadOptions) -> Iterator[Itera
 def _check_single_object(row: dict, name: str, options: ReadOptions) -> None:
     """Raise UserError if the only object of a file is no row but holds the rows: its only text is a version, say."""
     holders = [column for column, value in row.items() if isinstance(value, (list, dict))]
-    if holders and (options.text_column or "text") not in row:
+    if holders and (options.text_column or "text") not in row and not set(holders) & set(_CHAT_COLUMNS):
         raise UserError(
             f"{name} is one object with {_listed(row)}, not a list of rows; save {holders[0]!r} alone, as .json or .jsonl"
         )
@@ -96,14 +96,13 @@ def documents_of(rows: Iterable[Row], name: str, options: ReadOptions) -> Iterat
     """The texts of rows: strings, or the text column of dictionaries. Raises UserError for a row without that column."""
     rows = iter(rows)
     beginning = list(itertools.islice(rows, _PEEKED_ROWS))
-    column = None
     tables = [row for _, row in beginning if isinstance(row, dict)]
-    if tables:
-        kinds = {key: _kind_of([row.get(key) for row in tables]) for key in dict.fromkeys(itertools.chain(*tables))}
-        column = text_column(kinds, f"{name} line {next(n for n, row in beginning if isinstance(row, dict))}", options)
+    column = None
     for line, row in itertools.chain(beginning, rows):
         value = row
         if isinstance(row, dict):
+            if column is None:
+                column = text_column(_kinds(tables or [row]), f"{name} line {line}", options)
             if column not in row:
                 raise UserError(f"{name} line {line} has no column {column!r}, it has {_listed(row)}")
             value = row[column]
@@ -128,14 +127,18 @@ def _checked(text: str, name: str, line: int) -> str:
     return text
 
 
-def _kind_of(values: list) -> str:
-    """What a column holds: `text` if one of its values is, unless all are numbers, as the ids in a .csv."""
-    kinds = {
-        _KINDS.get(type(value)) or ("digits" if _is_number(value) else "text")
-        for value in values
-        if value not in ("", None)
-    }
-    return "text" if "text" in kinds else next(iter(kinds), "empty")
+def _kinds(tables: list[dict]) -> dict[str, str]:
+    """What each column of some rows holds: `text` if one of its values is, unless all are numbers, as the ids in a .csv."""
+    kinds = {}
+    for column in dict.fromkeys(itertools.chain(*tables)):
+        values = [row.get(column) for row in tables]
+        of_values = [
+            _KINDS.get(type(value)) or ("digits" if _is_number(value) else "text")
+            for value in values
+            if value not in ("", None)
+        ]
+        kinds[column] = next((kind for kind in ("text", "digits", *of_values) if kind in of_values), "empty")
+    return kinds
 
 
 def _is_number(text: str) -> bool:
