@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mori.cli import RunFailed, UserError
+from mori.cli import RunFailed, UserError, plural
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # PyTorch has no error types for a host without memory, nor for cuBLAS, whose handles are memory too.
@@ -265,7 +265,9 @@ def _device(name: str, local_rank: int) -> torch.device:
         name = f"cuda:{local_rank}"
     device = torch.device(name)
     if device.type == "cuda" and device.index >= count:
-        raise UserError(f"device {name} does not exist: this machine has {count} GPU(s); use --device cpu or auto")
+        raise UserError(
+            f"device {name} does not exist: this machine has {plural(count, 'GPU')}; use --device cpu or auto"
+        )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("device mps does not exist on this machine; use --device cpu or auto")
     return device

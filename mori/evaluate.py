@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 
 import torch
 
-from mori.cli import callable_module, checked
+from mori.cli import callable_module, checked, plural
 from mori.config import EvaluateConfig, TrainConfig
 from mori.data.corpus import read_documents
 from mori.data.files import find_files
@@ -128,7 +128,7 @@ def print_evaluation(config: EvaluateConfig) -> None:
     """Print what `evaluate_text` returns."""
     result = evaluate_text(config)
     evaluation = Evaluation(**{f.name: result[f.name] for f in fields(Evaluation)})
-    print(json.dumps(result) if config.json else f"{config.model}: {evaluation} on {result['tokens']:,} tokens")
+    print(json.dumps(result) if config.json else f"{config.model}: {evaluation} on {plural(result['tokens'], 'token')}")
 
 
 def first_nonfinite_tensor(

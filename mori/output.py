@@ -9,7 +9,7 @@ from mori import distributed
 from mori.checkpoint import checkpoints, files, run_folder
 from mori.checkpoint.files import advice, check_room, publish, rehearse_publication, staging_folder
 from mori.checkpoint.tensors import check_finite
-from mori.cli import RunFailed, UserError, one_line
+from mori.cli import RunFailed, UserError, one_line, plural
 from mori.model import saving
 from mori.run import Run
 from mori.state import State
@@ -126,7 +126,7 @@ def finished_summary(run: Run) -> dict | None:
     summary = run_folder.finished_summary(run.run_dir, run.output_dir, run.resumed, run.total_steps)
     if summary and run.runtime.is_main:
         say(
-            f"{run.run_dir} is finished ({run.total_steps} steps), its brain is in {run.config.output_dir}/. To train again, "
+            f"{run.run_dir} is finished ({plural(run.total_steps, 'step')}), its brain is in {run.config.output_dir}/. To train again, "
             "use another --run_name, or --resume_from_checkpoint none (the old run is set aside)"
         )
     if summary:

@@ -21,7 +21,7 @@ from mori.checkpoint.files import (
     set_aside,
     write_json,
 )
-from mori.cli import RunFailed, UserError, checked, one_line
+from mori.cli import RunFailed, UserError, checked, one_line, plural
 from mori.config import TrainConfig, steps_of
 from mori.data.windows import Batches, load_step
 from mori.distributed import Runtime
@@ -117,6 +117,19 @@ class Run:
         due = state.step % self.save_every == 0 or state.step == self.total_steps
         return due and state.step > 0 and state.saved_step != state.step
 
+    def seconds_left(self, state: State) -> float | None:
+        """The time until the run ends, by its steps, evaluations and saves so far; None before the first step."""
+
+        def times_due(every: int) -> int:
+            """How often a multiple of `every` or the last step is reached from now on; what is due now is still to be done."""
+            return self.total_steps // every - (state.step - 1) // every + (self.total_steps % every > 0)
+
+        epochs = self.batches.epoch(self.total_steps) - self.batches.epoch(state.step)
+        tokens = round(epochs * self.batches.windows * self.config.block_size)
+        return state.throughput.seconds_left(
+            tokens, evaluations=times_due(self.eval_every), saves=times_due(self.save_every)
+        )
+
     def log_is_due(self, state: State) -> bool:
         """Whether to log now: at every interval, at the end, and if a run that only skips steps must end."""
         if state.step % self.config.logging_steps == 0 or state.step == self.total_steps:
@@ -184,7 +197,7 @@ def check(config: TrainConfig, locks: contextlib.ExitStack) -> Run:
     total_steps = config.total_steps(batches.steps_per_epoch)
     run = Run(config, runtime, data, batches, total_steps, run_dir, output_dir, started)
     if run.warmup_steps > run.total_steps:
-        raise UserError(f"warmup_steps {run.warmup_steps} is more than the {run.total_steps} steps of the run")
+        raise UserError(f"warmup_steps {run.warmup_steps} is more than the run's {plural(run.total_steps, 'step')}")
 
     run.schedule = optim.Schedule(config, run.warmup_steps, run.total_steps)
 
@@ -236,11 +249,12 @@ def build(run: Run, locks: contextlib.ExitStack) -> State:
     if runtime.is_main:
         about = environment(runtime.device, runtime.precision, runtime.world_size)
         _open_folder(run, locks, about)
-        say(_introduction(run, model, description, about))
+        say(_introduction(run, state, description, about))
     run.monitor = Monitor(
         run.run_dir,
         first_step=state.step,
         total_steps=run.total_steps,
+        seconds_left=lambda: run.seconds_left(state),
         enabled=runtime.is_main,
         resumed=run.resumed is not None,
     )
@@ -250,7 +264,7 @@ def build(run: Run, locks: contextlib.ExitStack) -> State:
         on_failure=lambda error: run.monitor.say(f"no CUDA graph: {one_line(error)}"),
     )
     if state.micro_batch.size < config.per_device_train_batch_size:
-        run.monitor.say(f"{state.micro_batch.size} window(s) at a time: more did not fit in memory before")
+        run.monitor.say(f"{plural(state.micro_batch.size, 'window')} at a time: more did not fit in memory before")
     return state
 
 
@@ -297,7 +311,7 @@ def _open_folder(run: Run, locks: contextlib.ExitStack, about: dict) -> None:
         write_json(run.run_dir / "ledger.json", asdict(run.data.ledger))
 
 
-def _introduction(run: Run, model: nn.Module, description: str, about: dict) -> str:
+def _introduction(run: Run, state: State, description: str, about: dict) -> str:
     """The start-up message."""
     return introduction(
         run.config,
@@ -305,22 +319,24 @@ def _introduction(run: Run, model: nn.Module, description: str, about: dict) -> 
         device=run.runtime.device,
         text=str(run.data.ledger),
         blank_files=run.data.blank_files,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=sum(parameter.numel() for parameter in state.model.parameters()),
         total_steps=run.total_steps,
         steps_per_epoch=run.batches.steps_per_epoch,
         evaluations=_evaluations(run),
         faster=description,
-        notes=[run.data.special_tokens.describe(model, run.data.tokenizer), *run.data.ledger.warnings()],
+        special=run.data.special_tokens.describe(state.model, run.data.tokenizer),
+        notes=run.data.ledger.warnings(),
         run_dir=run.run_dir,
-        resumed=run.resumed,
+        resumed=run.resumed and (state.step, run.resumed),
     )
 
 
 def _evaluations(run: Run) -> str:
     """How much text is evaluated, and when, in words."""
+    interval = "every step" if run.eval_every == 1 else f"every {run.eval_every:,} steps"
     if run.data.held_out is None:
-        return f"no text is held out; samples every {run.eval_every} steps"
+        return f"no text is held out; samples {interval}"
     scored, held_out = len(run.eval_windows), len(run.data.held_out)
-    return f"{scored} of {held_out} held-out windows every {run.eval_every} steps" + (
+    return f"{scored:,} of {plural(held_out, 'held-out window')} {interval}" + (
         " (--max_eval_windows 0 takes all)" if scored < held_out else ""
     )

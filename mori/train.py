@@ -14,7 +14,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from mori import distributed, optim, output
 from mori.checkpoint import run_folder
-from mori.cli import Interrupted, RunFailed, UserError, callable_module, guarded, one_line
+from mori.cli import Interrupted, RunFailed, UserError, callable_module, guarded, one_line, plural
 from mori.config import TrainConfig
 from mori.data.windows import load_step
 from mori.evaluate import evaluate, first_nonfinite_tensor
@@ -42,10 +42,12 @@ def train(config: TrainConfig, on_step: Callable[[int, float], None] = lambda st
         signals.defer()
         while True:
             if run.evaluation_is_due(state):
-                with run.runtime.unchanged_random_state():  # some models draw random numbers in evaluation mode
+                # Some models draw random numbers in evaluation mode.
+                with state.throughput.apart("evaluations"), run.runtime.unchanged_random_state():
                     evaluate_and_sample(run, state, signals)
             if run.save_is_due(state):
-                output.save(run, state)
+                with state.throughput.apart("saves"):
+                    output.save(run, state)
             if run.runtime.any(signals.received):
                 stop(run, state, signals.received)
             if state.step == run.total_steps:
@@ -55,6 +57,7 @@ def train(config: TrainConfig, on_step: Callable[[int, float], None] = lambda st
             if run.log_is_due(state):
                 log(run, state, grad_norm, lr)
             state.throughput.stop()
+            run.monitor.move(state.step)
             on_step(state.step, state.throughput.seconds)
 
 
@@ -118,12 +121,14 @@ def undo(run: Run, state: State, random_state: tuple) -> None:
     rank, size = run.runtime.rank, state.micro_batch.size
     if run.runtime.world_size > 1:
         run_folder.remember_batch_size(run.run_dir, rank, size)
-        raise RunFailed(f"memory ran out on rank {rank}; the same command resumes with {size} window(s) at a time")
+        raise RunFailed(
+            f"memory ran out on rank {rank}; the same command resumes with {plural(size, 'window')} at a time"
+        )
     state.optimizer.zero_grad()
     run.step_graph.reset()
     distributed.set_random_state(random_state)
     run.monitor.say(
-        f"step {state.step + 1}: memory ran out; from this step on, micro-batches have {size} window(s) at a time instead of "
+        f"step {state.step + 1}: memory ran out; from this step on, micro-batches have {plural(size, 'window')} instead of "
         f"{run.batches.batch_size} (the windows of a step stay the same)"
     )
     run.monitor.scalars(state.step, {"train/micro_batch_size": size})
@@ -145,7 +150,7 @@ def evaluate_and_sample(run: Run, state: State, signals: distributed.StopSignals
         return
     if state.eval_batch.size < size:
         monitor.say(
-            f"step {state.step}: memory ran out; evaluated {state.eval_batch.size} window(s) at a time instead of {size}"
+            f"step {state.step}: memory ran out; evaluated {plural(state.eval_batch.size, 'window')} at a time instead of {size}"
         )
     if state.step > 0:
         state.schedule.observe(evaluation.loss)
@@ -194,7 +199,7 @@ def log(run: Run, state: State, grad_norm: torch.Tensor, lr: float) -> None:
     if run.peak_flops:
         values["perf/mfu"] = tokens_per_second * run.flops_per_token / (run.peak_flops * runtime.world_size)
     run.monitor.scalars(state.step, values)
-    run.monitor.progress(state.step, loss=f"{loss:.4f}", tok_s=f"{tokens_per_second:.0f}")
+    run.monitor.progress(state.step, values)
     run.compile_if_it_pays(state, tokens_per_second)
     if skipped_in_a_row >= run.config.max_nonfinite_steps:
         give_up(run, state, loss, skipped_in_a_row)

@@ -7,6 +7,8 @@ import re
 import sys
 from pathlib import Path
 
+from mori.cli import plural
+
 ROOT = Path(__file__).parent.parent
 BENCH = ROOT / "runs/bench"
 # Column titles by folder; a folder that is not listed has its name as title.
@@ -53,7 +55,7 @@ def _description(report: dict) -> str:
     shape = report["shape"]
     name = f"`{report['bench']}`, {report['model'].removeprefix('random weights, ')}"
     if report["bench"] == "tokenize":
-        return f"`tokenize`, {shape['bytes'] / 1e6:.0f} MB in {shape['lines']:,} line(s)"
+        return f"`tokenize`, {shape['bytes'] / 1e6:.0f} MB in {plural(shape['lines'], 'line')}"
     if report["bench"] == "decode":
         return f"{name}, batch {shape['batch_size']}, {shape['new_tokens']} tokens, {shape['dtype']}"
     return f"{name}, batch {shape['per_device_train_batch_size']} of {shape['block_size']} tokens, {shape['precision']}"

@@ -419,8 +419,8 @@ def test_json_takes_a_single_object_as_a_row(tmp_path):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("id,text\n1,halo\n2,halo, dunia\n", "a.csv line 3 has 3 field(s), the header 2"),
-        ('text,id\n"halo\ndunia",1\nhalo\n', "a.csv line 4 has 1 field(s), the header 2"),
+        ("id,text\n1,halo\n2,halo, dunia\n", "a.csv line 3 has 3 fields, the header 2"),
+        ('text,id\n"halo\ndunia",1\nhalo\n', "a.csv line 4 has 1 field, the header 2"),
         ('id,text\n1,"halo\n2,dunia\n', "a.csv line 2 is no row: unexpected end of data"),
         ('id,text\n1,"halo" dunia\n', "a.csv line 2 is no row: ',' expected after '\"'"),
         ("title,body\na,b\n", "choose with --text_column among 'title', 'body'"),

@@ -44,7 +44,7 @@ def test_torchrun_trains_resumes_and_prints_once(settings, tmp_path):
             process.wait()
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.count("reads ") == 1 and ("\nresumes " in done.stdout) == killed
+        assert done.stdout.count("reads ") == 1 and ("\nresumed at step " in done.stdout) == killed
     assert_equal_weights(tmp_path / "brain-whole", tmp_path / "brain-run")
 
 
@@ -96,7 +96,7 @@ def test_killed_run_resumes_to_the_same_weights(settings, tmp_path):
         process.kill()
         assert process.wait() == -signal.SIGKILL
     done = run_script("train.py", *words)
-    assert done.returncode == 0 and "\nresumes " in done.stdout, done.stderr
+    assert done.returncode == 0 and "\nresumed at step " in done.stdout, done.stderr
     assert_equal_weights(tmp_path / "whole", tmp_path / "brain")
     both = [read_metrics(tmp_path / "runs" / name / "metrics.jsonl") for name in ("whole", "run")]
     losses = [[(line["step"], line["train/loss"]) for line in lines if "train/loss" in line] for lines in both]

@@ -88,7 +88,8 @@ def test_monitor_of_another_rank_writes_nothing(tmp_path, notebook):
     monitor = Monitor(tmp_path, first_step=0, total_steps=3, enabled=False)
     monitor.scalars(1, {"train/loss": 1.0})
     monitor.text(1, "samples/0", "a")
-    monitor.progress(1, loss="1.0")
+    monitor.progress(1, {"train/loss": 1.0})
+    monitor.move(1)
     monitor.say("a")
     monitor.sync()
     monitor.close()
@@ -193,18 +194,18 @@ def test_introduction_says_what_is_read_trained_and_written(tmp_path):
     values = {
         "environment": environment, "device": torch.device("cpu"), "text": "the text", "blank_files": 1, "parameters": 2_500_000,
         "total_steps": 12, "steps_per_epoch": 5, "faster": "nothing", "run_dir": tmp_path,
-        "evaluations": "all held-out windows",
+        "evaluations": "all held-out windows", "special": "none",
     }  # fmt: skip
-    lines = overview.introduction(config, **values, resumed=None).splitlines()
-    assert "cpu, bf16" in lines[0] and lines[1] == "reads   the text (1 blank file(s) left out)"
+    lines = overview.introduction(config, **values).splitlines()
+    assert "cpu, bf16" in lines[0] and lines[1] == "reads   the text (1 blank file left out)"
     assert lines[2:5] == [
         "model   m, 2.5 M parameters",
-        "trains  12 steps (5 an epoch) of 4 windows x 3 x 2 rank(s) x 16 tokens",
+        "trains  12 steps (5 an epoch) of 4 windows x 3 micro-batches x 2 ranks x 16 tokens",
         "checks  all held-out windows",
     ]
-    assert len(lines) == 7 and str(tmp_path) in lines[6]
-    assert overview.introduction(config, **values, resumed=None, notes=["a", "b"]).endswith("\na\nb")
-    assert overview.introduction(config, **values, resumed=tmp_path / "c").endswith(f"\nresumes {tmp_path / 'c'}")
+    assert len(lines) == 8 and lines[6] == "tokens  none" and str(tmp_path) in lines[7]
+    assert overview.introduction(config, **values, notes=["a", "b"]).endswith("\na\nb")
+    assert overview.introduction(config, **values, resumed=(7, tmp_path)).endswith(f"\nresumed at step 7 ({tmp_path})")
 
 
 def test_results_say_loss_and_skipped_steps():

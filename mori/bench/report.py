@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from mori.cli import plural
+
 _COLOURS = ("#d1495b", "#00798c", "#edae49", "#30638e", "#6a994e")
 _DIFFERENCES = ("loss", "grad_norm", "learning_rate", "weight")
 
@@ -35,10 +37,10 @@ def _introduction(comparison: dict) -> list[str]:
     return [
         f"# {comparison['name']}: the same training by each arm",
         "",
-        f"`{comparison['model']['name']}` ({comparison['model']['parameters'] / 1e6:.1f} M parameters) on {ledger['documents']} "
-        f"document(s), {ledger['bytes']:,} bytes. Every arm starts from the same weights, in a new process; "
-        f"{comparison['config']['repeats']} run(s) of each, in turn. {environment['device'] or 'CPU'}, {environment['precision']}, "
-        f"{environment['threads']} threads, torch {environment['torch']}, transformers {environment['transformers']}, "
+        f"`{comparison['model']['name']}` ({comparison['model']['parameters'] / 1e6:.1f} M parameters) on "
+        f"{plural(ledger['documents'], 'document')}, {plural(ledger['bytes'], 'byte')}. Every arm starts from the same weights, in a new process; "
+        f"{plural(comparison['config']['repeats'], 'run')} of each, in turn. {environment['device'] or 'CPU'}, {environment['precision']}, "
+        f"{plural(environment['threads'], 'thread')}, torch {environment['torch']}, transformers {environment['transformers']}, "
         f"Python {environment['python']}.",
         "",
         *_verdict(comparison["pairs"]),
@@ -91,7 +93,7 @@ def _outcome(comparison: dict, arms: dict) -> list[str]:
     lines += ["", *(f"`{name}`: {arm['error']}\n" for name, arm in comparison["arms"].items() if arm["error"])]
     return [
         *lines,
-        f"The corpus has {ledger['tokens']:,} tokens: {ledger['train_tokens']:,} to train on, {ledger['held_out_tokens']:,} held out, "
+        f"The corpus has {plural(ledger['tokens'], 'token')}: {ledger['train_tokens']:,} to train on, {ledger['held_out_tokens']:,} held out, "
         f"{ledger['dropped_tokens']:,} dropped because they do not fill a window. *Distinct tokens* counts the training tokens that "
         "were in a batch at least once, *targets* all predictions, repetitions included.",
         "",

@@ -11,7 +11,7 @@ from typing import IO
 
 from mori.checkpoint import checkpoints
 from mori.checkpoint.files import PREVIOUS, hashes, stays_in_place, visible, write_json
-from mori.cli import UserError, optional, print_error
+from mori.cli import UserError, optional, plural, print_error
 from mori.config import TrainConfig
 
 # What checkpoints of versions that did not record it stand for.
@@ -119,7 +119,9 @@ def find_checkpoint(config: TrainConfig, run_dir: Path, identity: dict, total_st
             f"Use those settings, {longer}another --run_name, or --resume_from_checkpoint none (the old run is set aside)"
         )
     if saved["step"] > total_steps:
-        raise UserError(f"{folder} has done {saved['step']} steps already, more than the {total_steps} of this run")
+        raise UserError(
+            f"{folder} has done {plural(saved['step'], 'step')} already, more than the {total_steps} of this run"
+        )
     if inexact:
         print_error(
             "note: resumes with other settings (there, now): "

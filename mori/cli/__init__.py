@@ -21,6 +21,7 @@ from mori.cli.errors import (
     run_script,
 )
 from mori.cli.flags import Config, checked, config_from, flag, parse, same_flag
+from mori.cli.screen import bar_class, clock, plural, progress_bar
 from mori.cli.values import escaped_text, json_list, json_object
 
 __all__ = [
@@ -33,8 +34,10 @@ __all__ = [
     "Interrupted",
     "RunFailed",
     "UserError",
+    "bar_class",
     "callable_module",
     "checked",
+    "clock",
     "config_from",
     "escaped_text",
     "flag",
@@ -45,7 +48,9 @@ __all__ = [
     "one_line",
     "optional",
     "parse",
+    "plural",
     "print_error",
+    "progress_bar",
     "run_script",
     "run_with",
     "same_flag",

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mori.cli import UserError
+from mori.cli import UserError, plural
 from mori.data.files import memory_bytes
 from mori.data.formats import DEFAULT_OPTIONS, ReadOptions, read_chunks
 
@@ -71,7 +71,7 @@ class Ledger:
 
     def __str__(self) -> str:
         return (
-            f"{self.documents} document(s), {self.bytes:,} bytes -> {self.tokens:,} tokens = "
+            f"{plural(self.documents, 'document')}, {plural(self.bytes, 'byte')} -> {plural(self.tokens, 'token')} = "
             f"{self.train_tokens:,} to train on + {self.held_out_tokens:,} held out + {self.dropped_tokens:,} dropped"
         )
 
@@ -86,13 +86,13 @@ class Ledger:
         if self.special_tokens:
             names = ", ".join(f"{name} ({count:,})" for name, count in self.special_tokens.items())
             lines.append(
-                f"WARNING: the text itself holds {sum(self.special_tokens.values()):,} special tokens: {names}. If they are markup "
+                f"WARNING: the text itself holds {plural(sum(self.special_tokens.values()), 'special token')}: {names}. If they are markup "
                 "and not the borders of documents, --no-parse_special_tokens keeps them as text"
             )
         if self.loses_text:
             names = ", ".join(f"{character!r} ({count:,})" for character, count in self.lost_characters.items())
             lines.append(
-                f"WARNING: the tokenizer cannot express this text: {self.unknown_tokens:,} unknown tokens, {self.lost_bytes:,} of "
+                f"WARNING: the tokenizer cannot express this text: {plural(self.unknown_tokens, 'unknown token')}, {self.lost_bytes:,} of "
                 f"{self.bytes:,} bytes lost{f', such as {names}' if names else ''}. No bits per byte are shown; take a model of "
                 "the text's language"
             )
@@ -127,7 +127,7 @@ def read_documents(files: Iterable[Path], options: ReadOptions = DEFAULT_OPTIONS
         else:
             blank.append(str(path))
     if not documents:
-        raise UserError(f"the corpus is empty: {', '.join(blank[:3])} hold(s) no text")
+        raise UserError(f"the corpus is empty: {', '.join(blank[:3])} {'hold' if len(blank) > 1 else 'holds'} no text")
     return documents
 
 

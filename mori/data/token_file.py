@@ -5,15 +5,13 @@ import hashlib
 import itertools
 import json
 import os
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy
-from tqdm import tqdm
 
-from mori.cli import UserError, optional
+from mori.cli import UserError, optional, progress_bar
 from mori.data.corpus import Document, corpus_hash, hashed_chunks
 from mori.data.tokenize import (
     LONG_CHARACTERS,
@@ -293,7 +291,7 @@ def _write_documents(writer: _Writer, documents: list[Document], tokenizer, layo
     """Write the ids of all documents; returns the hash of the corpus as it was read."""
     encoder, digest = TextEncoder(tokenizer), hashlib.sha256()
     begin, end, final = (numpy.array(layout[name], dtype="int64") for name in ("begin", "end", "final"))
-    with _progress_bar(documents) as bar:
+    with progress_bar("tokenizing", sum(document.text_bytes for document in documents)) as bar:
         for group in _grouped(documents):
             if len(group) == 1:
                 digest = _write_document(writer, group[0], tokenizer, encoder, digest, bar, begin)
@@ -307,7 +305,7 @@ def _write_documents(writer: _Writer, documents: list[Document], tokenizer, layo
     return digest.hexdigest()
 
 
-def _write_document(writer: _Writer, document: Document, tokenizer, encoder: TextEncoder, digest, bar: tqdm, begin):
+def _write_document(writer: _Writer, document: Document, tokenizer, encoder: TextEncoder, digest, bar, begin):
     """Write the ids of one document, in one call if they contradict its cut points; returns the updated digest."""
     writer.begin_document(begin)
     digest_before = digest.copy()
@@ -338,13 +336,6 @@ def _grouped(documents: list[Document]) -> Iterator[list[Document]]:
 def _dtype(tokenizer) -> numpy.dtype:
     largest = max(tokenizer.get_vocab().values(), default=0)
     return numpy.dtype("uint16" if max(largest, separator(tokenizer) or 0) < 1 << 16 else "uint32")
-
-
-def _progress_bar(documents: list[Document]) -> tqdm:
-    """On standard error if that is a terminal, after a second."""
-    total = sum(document.text_bytes for document in documents)
-    options = {"total": total, "unit": "B", "unit_scale": True, "dynamic_ncols": True, "delay": 1}
-    return tqdm(**options, desc="tokenizing", disable=None, leave=False, file=sys.stderr)
 
 
 def text_bytes_from(token: int, tokens: TokenFile, documents: list[Document], tokenizer) -> int:

@@ -4,7 +4,7 @@ import numpy
 import torch
 from torch.utils.data import Dataset
 
-from mori.cli import UserError
+from mori.cli import UserError, plural
 
 IGNORE_INDEX = -100  # the label of a position that does not count towards the loss, as in PyTorch
 
@@ -18,7 +18,7 @@ def split(count: int, block_size: int, held_out_fraction: float) -> int:
     held_out = max(round(count * held_out_fraction), shortest) if held_out_fraction else 0
     if count - held_out < shortest:
         raise UserError(
-            f"the corpus has {count:,} tokens, and block_size {block_size} with held_out_fraction {held_out_fraction} "
+            f"the corpus has {plural(count, 'token')}, and block_size {block_size} with held_out_fraction {held_out_fraction} "
             f"needs at least {shortest} to train on and {held_out} to hold out; "
             "bring more text, or make block_size or held_out_fraction smaller"
         )

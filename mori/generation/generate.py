@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import nn
 
-from mori.cli import UserError, checked
+from mori.cli import UserError, checked, plural
 from mori.config import SamplingConfig
 from mori.generation.decode import decode
 from mori.generation.reader import reads_padded_alike
@@ -229,7 +229,7 @@ def _encode(prompt: str, tokenizer, model_config, crop: bool) -> list[int]:
     if context and len(ids) > context:
         if not crop:
             raise PromptTooLong(
-                f"the prompt has {len(ids)} tokens, the model's context is {context}; shorten the prompt"
+                f"the prompt has {plural(len(ids), 'token')}, the model's context is {context}; shorten the prompt"
             )
         ids = ids[-context:]
     check_fits(model_config, block_size=len(ids), max_id=max(ids))

@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from mori.cli import UserError, guarded, interruptible, one_line, optional, print_error
+from mori.cli import UserError, guarded, interruptible, one_line, optional, plural, print_error
 from mori.config import PRESETS
 from mori.model import files
 from mori.model.context import context_length
@@ -161,7 +161,7 @@ def load_model(name: str, config, trust_remote_code: bool = False) -> nn.Module:
     absent = sorted(info["missing_keys"]) + [str(key) for key, *_ in sorted(info["mismatched_keys"])]
     if absent:
         raise UserError(
-            f"model {name} does not hold all its weights: {len(absent)} tensor(s) are missing or of another shape than "
+            f"model {name} does not hold all its weights: {plural(len(absent), 'tensor')} missing or of another shape than "
             f"config.json says, such as {', '.join(absent[:3])}; they would be random"
         )
     return model.train()

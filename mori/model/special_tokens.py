@@ -45,7 +45,7 @@ class SpecialTokens:
         prompt = "" if self.begin == self.prompt_begin else f" (prompts with {_names(self.prompt_begin, tokenizer)})"
         named = "are parsed" if self.parsed else "stay text"
         return (
-            f"special tokens: documents begin with {begin}{prompt} and end with {end}; answers end at {answer_end}; those named in "
+            f"documents begin with {begin}{prompt} and end with {end}; answers end at {answer_end}; those named in "
             f"the text {named}"
         )
 

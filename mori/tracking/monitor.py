@@ -1,4 +1,4 @@
-"""What the training loop calls to show and log its progress: the loggers, the progress bar, lines of text."""
+"""What the training loop calls to show and log its progress: the loggers, the progress, lines of text."""
 
 import contextlib
 import os
@@ -6,36 +6,41 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from tqdm import tqdm
-
 from mori.cli import UserError, guarded
 from mori.tracking import loggers
 from mori.tracking.loggers import Logger
+from mori.tracking.progress import Progress
 
 
 class Monitor:
-    """Passes one run's numbers to every logger and moves the progress bar. Numbers arrive already reduced over ranks.
+    """Passes one run's numbers to every logger and shows the progress. Numbers arrive already reduced over ranks.
 
     A logger that fails is reported once and never stops the training.
 
     Args:
         run_dir: the run's folder.
         first_step: the step that the run starts or resumes from; entries of later steps belong to lost work.
-        total_steps: the length of the progress bar.
+        total_steps: the last step of the run.
+        seconds_left: called for the seconds until the run ends; None while they are unknown.
         enabled: False on ranks above 0, where every method does nothing.
         resumed: False if the run starts over, so all entries of an earlier attempt are dropped.
     """
 
-    def __init__(self, run_dir: Path, *, first_step: int, total_steps: int, enabled: bool, resumed: bool = False):
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        first_step: int,
+        total_steps: int,
+        seconds_left: Callable[[], float | None] = lambda: None,
+        enabled: bool,
+        resumed: bool = False,
+    ):
         self.enabled, self._run_dir = enabled, run_dir
         self._reported: set[str] = set()
         first_lost_step = first_step + 1 if resumed else 0
         self._loggers = [logger(run_dir, first_lost_step) for logger in loggers.LOGGERS] if enabled else []
-        bar = {"total": total_steps, "initial": first_step, "unit": "step", "dynamic_ncols": True}
-        try:
-            self._bar = tqdm(**bar, file=sys.stderr, disable=not enabled)
-        except OSError:  # standard error may be a file on a full disk
-            self._bar = tqdm(**bar, disable=True)
+        self._progress = Progress(first_step, total_steps, seconds_left) if enabled else None
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Log `values`, keyed by tag (`train/loss`), at `step`."""
@@ -49,23 +54,26 @@ class Monitor:
         """Wait until everything logged is on disk, because a checkpoint must not outlive the lines before it."""
         self._each(lambda logger: logger.sync())
 
-    def progress(self, step: int, **figures) -> None:
-        """Move the bar to `step` and show `figures` beside it."""
-        if self.enabled:
-            with contextlib.suppress(OSError):
-                self._bar.set_postfix(figures, refresh=False)
-                self._bar.update(step - self._bar.n)
+    def move(self, step: int) -> None:
+        """Move the progress bar to `step`."""
+        if self._progress:
+            self._progress.move(step)
+
+    def progress(self, step: int, values: dict[str, float]) -> None:
+        """Show the newest figures, keyed by tag: beside the bar, or in a line of text where there is none."""
+        if self._progress and (line := self._progress.log(step, values)):
+            self.say(line)
 
     def say(self, message: str) -> None:
         """Print a line above the bar."""
-        if self.enabled:
-            with contextlib.suppress(OSError), self._bar.external_write_mode(file=sys.stdout):
+        if self._progress:
+            with contextlib.suppress(OSError), self._progress.interrupted():
                 say(message)
 
     def close(self) -> None:
         """Close the bar and every logger."""
-        with contextlib.suppress(OSError):
-            self._bar.close()
+        if self._progress:
+            self._progress.close()
         self._each(lambda logger: logger.close())
 
     def _each(self, action: Callable[[Logger], None]) -> None:

@@ -2,7 +2,9 @@
 
 import platform
 import shlex
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import torch
 import transformers
 
 from mori import __version__
+from mori.cli import plural
 from mori.config import TrainConfig
 
 
@@ -42,8 +45,9 @@ def introduction(
     steps_per_epoch: int,
     evaluations: str,
     faster: str,
+    special: str,
     run_dir: Path,
-    resumed: Path | None,
+    resumed: tuple[int, Path] | None = None,
     notes: Iterable[str] = (),
 ) -> str:
     """The lines printed before the first step: what is read, what is trained, and what is written.
@@ -54,25 +58,45 @@ def introduction(
         parameters: of the model.
         evaluations: how much text is evaluated, and when, in words.
         faster: what speeds up this run, in words.
-        resumed: the checkpoint that the run resumes from.
+        special: the special tokens of documents, prompts and answers, in words.
+        resumed: the step and the checkpoint that the run resumes from.
         notes: further lines.
     """
-    left_out = f" ({blank_files} blank file(s) left out)" if blank_files else ""
-    layout = (
-        f"{config.per_device_train_batch_size} windows x {config.gradient_accumulation_steps} x "
-        f"{environment['world_size']} rank(s)"
-    )
-    lines = [
+    left_out = f" ({plural(blank_files, 'blank file')} left out)" if blank_files else ""
+    accumulation, ranks = config.gradient_accumulation_steps, environment["world_size"]
+    batch = [plural(config.per_device_train_batch_size, "window")]
+    batch += [plural(accumulation, "micro-batch", "micro-batches")] * (accumulation > 1)
+    batch += [plural(ranks, "rank")] * (ranks > 1) + [plural(config.block_size, "token")]
+    rows = {
+        "reads": f"{text}{left_out}",
+        "model": f"{config.model}, {parameters / 1e6:.1f} M parameters",
+        "trains": f"{plural(total_steps, 'step')} ({steps_per_epoch:,} an epoch) of {' x '.join(batch)}",
+        "checks": evaluations,
+        "faster": faster,
+        "tokens": special,
+        "writes": f"{_short(run_dir)}/ (tensorboard --logdir {shlex.quote(config.logging_dir)}), the brain to {config.output_dir}/",
+    }
+    versions = (
         f"mori {environment['mori']}, torch {environment['torch']}, transformers {environment['transformers']}; "
-        f"{device}, {environment['precision']}, {environment['threads']} threads",
-        f"reads   {text}{left_out}",
-        f"model   {config.model}, {parameters / 1e6:.1f} M parameters",
-        f"trains  {total_steps} steps ({steps_per_epoch} an epoch) of {layout} x {config.block_size} tokens",
-        f"checks  {evaluations}",
-        f"faster  {faster}",
-        f"writes  {run_dir}/ (tensorboard --logdir {shlex.quote(config.logging_dir)}), the brain to {config.output_dir}/",
-    ]
-    return "\n".join(lines + ([f"resumes {resumed}"] if resumed else []) + list(notes))
+        f"{device}, {environment['precision']}, {plural(environment['threads'], 'thread')}"
+    )
+    lines = [versions, *(f"{name:8}{value}" for name, value in rows.items())]
+    if resumed:
+        lines.append(f"resumed at step {resumed[0]:,} ({_short(resumed[1])})")
+    return "\n".join(_folded(line) for line in [*lines, *notes])
+
+
+def _short(path: Path) -> Path:
+    """The path from the current folder, if it is in there."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _folded(line: str) -> str:
+    """A line as wide as the terminal, its continuation below the values; in files, which are searched by line, it stays long."""
+    if not sys.stdout.isatty():
+        return line
+    columns = max(shutil.get_terminal_size().columns, 30)
+    return textwrap.fill(line, columns, subsequent_indent=" " * 8, break_long_words=False, break_on_hyphens=False)
 
 
 def results(summary: dict, prompt: str) -> str:

@@ -208,7 +208,7 @@ def memory(lab: Lab, full: bool, seed: int) -> list[dict]:
     # Ranks cannot do a step again by themselves: all leave, and the same command goes on with half.
     config = lab.config("oom", per_device_train_batch_size=4, gradient_accumulation_steps=1)
     ended = together(config, 2, lambda: _room_for(2, "forward"))
-    problem = ended.problem(1) or ("" if "resumes with 2 window(s) at a time" in ended.text else ended.text[-300:])
+    problem = ended.problem(1) or ("" if "resumes with 2 windows at a time" in ended.text else ended.text[-300:])
     problem = problem or together(config, 2, lambda: _room_for(2, "forward")).problem(0)
     cases.append(Case("forward of two ranks, 4 to 2", seed, problem or _weights_differ(lab, "oom", lab.whole(2))))
     lab.drop("oom")

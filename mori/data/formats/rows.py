@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
-from mori.cli import UserError, one_line
+from mori.cli import UserError, one_line, plural
 from mori.data.formats.json_values import JsonValues
 from mori.data.formats.text import MAX_LINE_CHARACTERS, ReadOptions, decoded, in_chunks, lines
 
@@ -82,7 +82,7 @@ def _csv_rows(file: BinaryIO, name: str, options: ReadOptions, delimiters: str) 
                 yield line, dict(zip(header, fields, strict=True))
             else:
                 raise UserError(
-                    f"{name} line {line} has {len(fields)} field(s), the header {len(header)}; put a text with "
+                    f"{name} line {line} has {plural(len(fields), 'field')}, the header {len(header)}; put a text with "
                     f"{reader.dialect.delimiter!r} in it between double quotes, as spreadsheets and pandas do"
                 )
             line = reader.line_num + 1
