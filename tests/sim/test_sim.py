@@ -9,8 +9,11 @@ import torch
 from conftest import ROOT
 
 needs_cuda_libraries = pytest.mark.skipif(
-    torch.version.cuda is None or torch.cuda.is_available() or not shutil.which("c++"),
-    reason="simulating a GPU takes PyTorch with CUDA libraries, a C++ compiler, and no GPU",
+    torch.version.cuda is None
+    or not hasattr(torch._C, "_ensureCUDADeviceGuardSet")
+    or torch.cuda.is_available()
+    or not shutil.which("c++"),
+    reason="simulating a GPU takes a recent PyTorch with CUDA libraries, a C++ compiler, and no GPU",
 )
 
 
