@@ -4,6 +4,7 @@ From Python, the commands are functions, and flags are keywords:
 
     mori.train(model="mini", corpus="my_text.txt", max_steps=50)    returns the summary of the run
     mori.generate("mori_brain_final", "Halo", top_k=50)             returns a list of texts
+    mori.chat("mori_brain_final", temperature=0.9)                  opens a prompt line, in a notebook too
     mori.evaluate("mori_brain_final", "another.txt")                returns loss, perplexity, bits per byte
 """
 
@@ -35,6 +36,19 @@ def generate(*values, **settings) -> list[str]:
         return texts(config, start(config.device).device)
 
     return run_with(GenerateConfig, action, ("model", "prompt"), values, settings)
+
+
+def chat(*values, **settings) -> None:
+    """Open a prompt line with a model: `chat(model, **settings)`, as `mori chat` does; a notebook asks below the cell.
+
+    Settings are the fields of `ChatConfig`. Raises UserError for a mistake in them.
+    """
+    from mori.cli import run_with
+    from mori.config import ChatConfig
+    from mori.distributed import start
+    from mori.generation.chat import answer
+
+    run_with(ChatConfig, lambda config: answer(config, start(config.device).device), ("model",), values, settings)
 
 
 def __getattr__(name: str):

@@ -140,7 +140,7 @@ class PromptLine:
         sys.stdin.reconfigure(errors="surrogateescape")
         # A shell script's `&` makes its children ignore Ctrl-C.
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        print("/help lists the commands; Ctrl-D leaves")
+        print("/help lists the commands; /quit leaves")
         while True:
             try:
                 line = input("> ")
