@@ -41,13 +41,16 @@ def rehearse(run: Run, state: State) -> None:
     if not state.optimizer.state and run.config.optim == "adamw_torch_fused":
         size += 2 * sum(parameter.nbytes for parameter in run.parameters)
     weights = sum(parameter.nbytes for parameter in run.parameters)
-    size *= state.saved_step != run.total_steps
+    size *= not (run.is_over(state) and state.saved_step == state.step)
     check_room({root: size, staging_folder(run.output_dir).parent: weights})
 
 
 def save(run: Run, state: State) -> None:
     """Save a checkpoint; a run resumed from it continues as if it had never stopped. A failure is a warning."""
     runtime, root, failed = run.runtime, run.run_dir / "checkpoints", False
+    best_before = state.best.saved
+    if state.best.is_of(state.step):
+        state.best.saved = {**state.best.evaluation, "samples": state.samples_after}
     saved = {**run.identity(), "cpu_matmul": run.module.cpu_matmul, **state.state_dict()}
     if runtime.is_main:
         run.monitor.sync()
@@ -61,11 +64,12 @@ def save(run: Run, state: State) -> None:
             run.monitor.say(f"WARNING: no checkpoint at step {state.step}: {error}; training continues")
             failed = True
     if runtime.any(failed):  # the ranks wait here, so that none exits during the save
+        state.best.saved = best_before
         return
     state.saved_step = state.step
     if runtime.is_main:
         try:
-            checkpoints.prune(root, run.config.save_total_limit, state.best and state.best["step"])
+            checkpoints.prune(root, run.config.save_total_limit, state.best.saved and state.best.saved["step"])
         except OSError as error:
             run.monitor.say(f"WARNING: could not delete an old checkpoint: {error}")
 
@@ -73,10 +77,16 @@ def save(run: Run, state: State) -> None:
 def finish(run: Run, state: State) -> dict:
     """Publish the trained model, write the summary and return it. Raises RunFailed if the last checkpoint was not saved."""
     config, runtime = run.config, run.runtime
+    if state.stops_early:
+        run.monitor.say(
+            f"step {state.step}: stops early, {plural(state.best.without_improvement, 'evaluation')} without an improvement"
+        )
     run.monitor.say("\n".join(["after:", *state.samples_after]))
     run.monitor.close()
     run_summary = summary(run, state)
     if runtime.is_main:
+        if config.load_best_model_at_end:
+            run_summary["published_step"] = load_best(run, state)
         publish_model(run)
         with run.writes():
             run_summary["output_sha256"] = files.hashes(run.output_dir)
@@ -84,11 +94,29 @@ def finish(run: Run, state: State) -> dict:
         say(results(run_summary, prompt=config.prompt[0]))
     runtime.barrier()
     runtime.close()
-    if state.saved_step != run.total_steps:
+    if run.saves_the_end and state.saved_step != state.step:
         raise RunFailed(
             f"the last checkpoint could not be saved (see the warnings above); the brain in {config.output_dir}/ is complete"
         )
     return run_summary
+
+
+def load_best(run: Run, state: State) -> int:
+    """Load the weights of the best checkpoint into the model; returns their step. A damaged one leaves the last weights."""
+    best = state.best.saved
+    if best is None or best["step"] == state.step:
+        return state.step
+    folder = checkpoints.folder_of(run.run_dir / "checkpoints", best["step"])
+    try:
+        checkpoints.verify(folder)
+        checkpoints.load_weights(folder, state.model)
+    except (checkpoints.CorruptCheckpoint, UserError) as error:
+        if isinstance(error, checkpoints.CorruptCheckpoint):
+            checkpoints.set_damaged_aside(folder, error, say)
+        say(f"WARNING: the best checkpoint cannot be published, so the last weights are: {error}")
+        return state.step
+    say("\n".join([f"at step {best['step']}, the best, which is published:", *best.get("samples", [])]))
+    return best["step"]
 
 
 def publish_model(run: Run) -> None:
@@ -105,14 +133,20 @@ def publish_model(run: Run) -> None:
 
 
 def summary(run: Run, state: State) -> dict:
-    """What the run did; its summary.json."""
+    """What the run did; its summary.json. `best_checkpoint` is the folder of the best weights, if they are still there."""
+    checkpoint = state.best.saved and checkpoints.folder_of(run.run_dir / "checkpoints", state.best.saved["step"])
     return {
         "run_name": run.config.run_name,
         "model": run.config.model,
         "ledger": asdict(run.data.ledger),
-        "eval": {"before": state.before, "best": state.best, "after": state.after},
+        "eval": {"before": state.before, "best": state.best.evaluation, "after": state.after},
         "samples": {"before": state.samples_before, "after": state.samples_after},
-        "steps": run.total_steps,
+        "steps": state.step,
+        "total_steps": run.total_steps,
+        "stopped_early": state.step < run.total_steps,
+        "published_step": state.step,
+        "evaluations_without_improvement": state.best.without_improvement,
+        "best_checkpoint": str(checkpoint) if checkpoint and checkpoint.is_dir() else None,
         "skipped_steps": int(state.skipped[0]),
         "wall_seconds": state.wall_seconds,
         "tokens_per_second": state.throughput.average,
@@ -123,10 +157,15 @@ def summary(run: Run, state: State) -> dict:
 
 def finished_summary(run: Run) -> dict | None:
     """Close a run that has nothing left to do, say so, and return its summary; None for any other run."""
-    summary = run_folder.finished_summary(run.run_dir, run.output_dir, run.resumed, run.total_steps)
+    config = run.config
+    summary = run_folder.finished_summary(config, run.run_dir, run.output_dir, run.resumed, run.total_steps)
     if summary and run.runtime.is_main:
+        steps, again = plural(run.total_steps, "step"), "To train again"
+        if summary["steps"] != run.total_steps:
+            steps = f"stopped early at step {summary['steps']} of {run.total_steps}"
+            again = "A larger --early_stopping_patience continues it. To train again"
         say(
-            f"{run.run_dir} is finished ({plural(run.total_steps, 'step')}), its brain is in {run.config.output_dir}/. To train again, "
+            f"{run.run_dir} is finished ({steps}), its brain is in {config.output_dir}/. {again}, "
             "use another --run_name, or --resume_from_checkpoint none (the old run is set aside)"
         )
     if summary:

@@ -71,7 +71,15 @@ class Run:
     @property
     def eval_every(self) -> int:
         """The number of steps between evaluations."""
-        return steps_of(self.config.eval_steps, self.total_steps)
+        return self._interval(self.config.eval_strategy, self.config.eval_steps)
+
+    @property
+    def log_every(self) -> int:
+        """The number of steps between logs."""
+        return self._interval(self.config.logging_strategy, self.config.logging_steps)
+
+    def _interval(self, strategy: str, steps: float) -> int:
+        return self.batches.steps_per_epoch if strategy == "epoch" else steps_of(steps, self.total_steps)
 
     @property
     def eval_windows(self) -> Sequence[int]:
@@ -83,7 +91,7 @@ class Run:
     @property
     def save_every(self) -> int:
         """The number of steps between checkpoints."""
-        return steps_of(self.config.save_steps, self.total_steps)
+        return self._interval(self.config.save_strategy, self.config.save_steps)
 
     @functools.cached_property
     def model_sha256(self) -> str:
@@ -106,16 +114,29 @@ class Run:
 
     def evaluation_is_due(self, state: State) -> bool:
         """Whether to evaluate now: before the first step, at every interval, and at the end."""
-        if state.after is not None and state.after["step"] == state.step:
+        if state.evaluated or self.config.eval_strategy == "no":
             return False
         if state.step == 0:
             return self.config.eval_on_start
         return state.step % self.eval_every == 0 or state.step == self.total_steps
 
     def save_is_due(self, state: State) -> bool:
-        """Whether to save now: at every interval and at the end."""
-        due = state.step % self.save_every == 0 or state.step == self.total_steps
-        return due and state.step > 0 and state.saved_step != state.step
+        """Whether to save now: at every interval and at the end, or at an evaluation that is the best so far."""
+        strategy = self.config.save_strategy
+        if state.step == 0 or state.saved_step == state.step or strategy == "no":
+            return False
+        if (strategy == "best" or self.config.load_best_model_at_end) and state.best.is_of(state.step):
+            return True
+        return self.saves_the_end and (state.step % self.save_every == 0 or self.is_over(state))
+
+    @property
+    def saves_the_end(self) -> bool:
+        """Whether the last step of the run gets a checkpoint."""
+        return self.config.save_strategy in ("steps", "epoch")
+
+    def is_over(self, state: State) -> bool:
+        """Whether the run has done its last step: all of them, or those until it stops early."""
+        return state.step == self.total_steps or state.stops_early
 
     def seconds_left(self, state: State) -> float | None:
         """The time until the run ends, by its steps, evaluations and saves so far; None before the first step."""
@@ -132,7 +153,7 @@ class Run:
 
     def log_is_due(self, state: State) -> bool:
         """Whether to log now: at every interval, at the end, and if a run that only skips steps must end."""
-        if state.step % self.config.logging_steps == 0 or state.step == self.total_steps:
+        if state.step % self.log_every == 0 or state.step == self.total_steps:
             return True
         limit = self.config.max_nonfinite_steps
         return state.step % limit == 0 and bool(state.skipped[1] >= limit)  # reads the device only every `limit` steps
@@ -143,7 +164,7 @@ class Run:
         Checkpoints hold the choice, because compiled code differs in the last bits.
         """
         config = self.config
-        if state.compiled is not None or state.step < 2 * config.logging_steps:
+        if state.compiled is not None or state.step < 2 * self.log_every:
             return
         tokens = (self.total_steps - state.step) * self.batches.windows_in(state.step - 1) * config.block_size
         pays = tokens > WORTH_COMPILING_SECONDS * tokens_per_second
@@ -198,7 +219,8 @@ def check(config: TrainConfig, locks: contextlib.ExitStack) -> Run:
     run = Run(config, runtime, data, batches, total_steps, run_dir, output_dir, started)
     if run.warmup_steps > run.total_steps:
         raise UserError(f"warmup_steps {run.warmup_steps} is more than the run's {plural(run.total_steps, 'step')}")
-
+    if "bits_per_byte" in config.metric_for_best_model and data.held_out_bytes is None:
+        raise UserError("metric_for_best_model bits_per_byte: the tokenizer loses text, so there is none; take loss")
     run.schedule = optim.Schedule(config, run.warmup_steps, run.total_steps)
 
     def lock_and_find() -> Path | None:
@@ -333,6 +355,8 @@ def _introduction(run: Run, state: State, description: str, about: dict) -> str:
 
 def _evaluations(run: Run) -> str:
     """How much text is evaluated, and when, in words."""
+    if run.config.eval_strategy == "no":
+        return "no evaluation and no samples (eval_strategy no)"
     interval = "every step" if run.eval_every == 1 else f"every {run.eval_every:,} steps"
     if run.data.held_out is None:
         return f"no text is held out; samples {interval}"

@@ -1,5 +1,6 @@
 """`State`: everything that the loop changes and every checkpoint holds."""
 
+import math
 import time
 
 import torch
@@ -16,9 +17,46 @@ _PROGRESS = {
     "step": int, "before": (dict, type(None)), "best": (dict, type(None)), "after": (dict, type(None)),
     "samples_before": list, "samples_after": list, "unlogged_losses": list, "skipped_steps": int, "skipped_in_a_row": int,
     "tokens": int, "train_seconds": (int, float), "wall_seconds": (int, float), "train_batch_size": int,
-    "eval_batch_size": int,
+    "eval_batch_size": int, "best_saved": (dict, type(None)), "evaluations_without_improvement": (int, type(None)),
 }  # fmt: skip
 _BATCH_SETTINGS = ("per_device_train_batch_size", "gradient_accumulation_steps", "auto_find_batch_size")
+
+
+class Best:
+    """The best evaluation, and whether the run stops early, by the rules of Trainer and its EarlyStoppingCallback.
+
+    The evaluation before the first step does not take part. The lowest metric is the best; NaN and infinity never are.
+
+    Attributes:
+        evaluation: the best evaluation, with its step.
+        saved: the best evaluation that has a checkpoint, with its step and samples.
+        without_improvement: evaluations since the last improvement; None before the first evaluation.
+    """
+
+    def __init__(self, config: TrainConfig):
+        self._metric = config.metric_for_best_model.removeprefix("eval_")
+        self._patience, self._threshold = config.early_stopping_patience, config.early_stopping_threshold
+        self.evaluation: dict | None = None
+        self.saved: dict | None = None
+        self.without_improvement: int | None = None
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether too many evaluations in a row brought no improvement."""
+        return self._patience is not None and (self.without_improvement or 0) >= self._patience
+
+    def observe(self, evaluation: dict) -> None:
+        """Compare an evaluation with the best one."""
+        value, best = evaluation[self._metric], self.evaluation[self._metric] if self.evaluation else math.inf
+        improves = value < best and best - value > self._threshold
+        first = self.without_improvement is None
+        self.without_improvement = 0 if first or improves else self.without_improvement + 1
+        if value < best:
+            self.evaluation = evaluation
+
+    def is_of(self, step: int) -> bool:
+        """Whether the evaluation at `step` is the best."""
+        return self.evaluation is not None and self.evaluation["step"] == step
 
 
 class State:
@@ -26,7 +64,8 @@ class State:
 
     Attributes:
         step: the number of optimizer steps done.
-        before, best, after: the evaluation at step 0, the best (lowest loss), and the latest.
+        before, after: the evaluation at step 0, and the latest.
+        best: the best evaluation, and how many came after it.
         losses: the losses of the steps since the last log, scalars on the device.
         skipped: `(2,)` on the device: skipped steps, in total and consecutive.
         compiled: whether the model was compiled unasked; None while that is undecided.
@@ -47,7 +86,7 @@ class State:
         self.schedule, self.runtime = schedule, runtime
         self.step = 0
         self.before: dict | None = None
-        self.best: dict | None = None
+        self.best = Best(config)
         self.after: dict | None = None
         self.samples_before: list[str] = []
         self.samples_after: list[str] = []
@@ -67,15 +106,25 @@ class State:
         """Seconds since the start of the run, over all resumes."""
         return self._wall_seconds + time.perf_counter() - self._started
 
+    @property
+    def evaluated(self) -> bool:
+        """Whether the latest evaluation is of the present step."""
+        return self.after is not None and self.after["step"] == self.step
+
+    @property
+    def stops_early(self) -> bool:
+        """Whether the evaluation of the present step ends the run."""
+        return self.evaluated and self.best.out_of_patience
+
     def state_dict(self) -> dict:
         """Everything but the tensors of model and optimizer, as JSON values. Collective: every rank must call it."""
         losses = torch.stack(self.losses).tolist() if self.losses else []
         skipped_steps, skipped_in_a_row = map(int, self.skipped.tolist())
         progress = {
-            **{
-                name: getattr(self, name)
-                for name in ("step", "before", "best", "after", "samples_before", "samples_after")
-            },
+            **{name: getattr(self, name) for name in ("step", "before", "after", "samples_before", "samples_after")},
+            "best": self.best.evaluation,
+            "best_saved": self.best.saved,
+            "evaluations_without_improvement": self.best.without_improvement,
             "unlogged_losses": losses,
             "skipped_steps": skipped_steps,
             "skipped_in_a_row": skipped_in_a_row,
@@ -111,7 +160,8 @@ class State:
         losses = [rank["unlogged_losses"] for rank in ranks]
         if len(ranks) != self.runtime.world_size:  # what is logged is the mean over the ranks
             losses = [[sum(step) / len(ranks) for step in zip(*losses, strict=True)]] * self.runtime.world_size
-        progress = {**saved["progress"], "unlogged_losses": losses[own]}
+        in_earlier_versions = {"best_saved": saved["progress"]["best"], "evaluations_without_improvement": None}
+        progress = {**in_earlier_versions, **saved["progress"], "unlogged_losses": losses[own]}
         if progress.keys() != _PROGRESS.keys():
             raise ValueError(f"progress has the fields {', '.join(progress)}")
         for name, types in _PROGRESS.items():
@@ -120,8 +170,10 @@ class State:
                 raise ValueError(f"{name} is {value!r}")
         if not all(isinstance(loss, float) for loss in progress["unlogged_losses"]):
             raise ValueError("unlogged_losses are not numbers")
-        for name in ("step", "before", "best", "after", "samples_before", "samples_after"):
+        for name in ("step", "before", "after", "samples_before", "samples_after"):
             setattr(self, name, progress[name])
+        self.best.evaluation, self.best.saved = progress["best"], progress["best_saved"]
+        self.best.without_improvement = progress["evaluations_without_improvement"]
         device = self.runtime.device
         self.losses = [torch.tensor(loss, device=device) for loss in progress["unlogged_losses"]]
         self.skipped = torch.tensor([float(progress[n]) for n in ("skipped_steps", "skipped_in_a_row")], device=device)

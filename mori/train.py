@@ -40,17 +40,20 @@ def train(config: TrainConfig, on_step: Callable[[int, float], None] = lambda st
         state = build(run, locks)
         run.runtime.on_main(lambda: output.rehearse(run, state))
         signals.defer()
+        grad_norm = lr = None  # of the step before, unless the run resumes here
         while True:
             if run.evaluation_is_due(state):
                 # Some models draw random numbers in evaluation mode.
                 with state.throughput.apart("evaluations"), run.runtime.unchanged_random_state():
                     evaluate_and_sample(run, state, signals)
+                if state.stops_early and state.losses:
+                    log(run, state, grad_norm, lr)
             if run.save_is_due(state):
                 with state.throughput.apart("saves"):
                     output.save(run, state)
             if run.runtime.any(signals.received):
                 stop(run, state, signals.received)
-            if state.step == run.total_steps:
+            if run.is_over(state):
                 return output.finish(run, state)
             state.throughput.start()
             grad_norm, lr = train_step(run, state)
@@ -152,13 +155,11 @@ def evaluate_and_sample(run: Run, state: State, signals: distributed.StopSignals
         monitor.say(
             f"step {state.step}: memory ran out; evaluated {plural(state.eval_batch.size, 'window')} at a time instead of {size}"
         )
-    if state.step > 0:
-        state.schedule.observe(evaluation.loss)
     state.after = {"step": state.step, **asdict(evaluation)}
+    if state.step > 0 and evaluation.loss is not None:
+        state.schedule.observe(evaluation.loss)
+        state.best.observe(state.after)
     monitor.scalars(state.step, evaluation.scalars())
-    loss = evaluation.loss
-    if loss is not None and (state.best is None or math.isnan(state.best["loss"]) or loss < state.best["loss"]):
-        state.best = state.after
     if runtime.is_main:
         try:
             completions = guarded("no sample", lambda: draw_samples(run))
@@ -179,7 +180,7 @@ def draw_samples(run: Run) -> list[Completion]:
         return generate(model, run.data.tokenizer, run.config.prompt, seed=run.config.seed, **run.config.sampling())
 
 
-def log(run: Run, state: State, grad_norm: torch.Tensor, lr: float) -> None:
+def log(run: Run, state: State, grad_norm: torch.Tensor | None, lr: float | None) -> None:
     """Read the interval's metrics from the device and log them; fail the run after too many consecutive skipped steps."""
     runtime = run.runtime
     losses, state.losses = runtime.all_sum(torch.stack(state.losses)).tolist(), []
@@ -188,8 +189,7 @@ def log(run: Run, state: State, grad_norm: torch.Tensor, lr: float) -> None:
     tokens_per_second, waited = state.throughput.since_last()
     values = {
         "train/loss": loss,
-        "train/grad_norm": grad_norm.item(),
-        "train/learning_rate": lr,
+        **({} if grad_norm is None else {"train/grad_norm": grad_norm.item(), "train/learning_rate": lr}),
         "train/epoch": run.batches.epoch(state.step),
         "train/skipped_steps": skipped_steps,
         "perf/tokens_per_second": tokens_per_second,

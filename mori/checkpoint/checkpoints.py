@@ -99,7 +99,7 @@ def rehearse(root: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, 
 
 def _write(root: Path, step: int, weights: dict, moments: dict, others: Mapping[str, bytes]) -> Path:
     """Write, verify and publish the checkpoint of `step`; `others` are its files that hold no tensors."""
-    final, staged = root / f"step-{step:08d}", root / f".step-{step:08d}.partial"
+    final, staged = folder_of(root, step), root / f".step-{step:08d}.partial"
     try:
         os.makedirs(root, exist_ok=True)
         shutil.rmtree(staged, ignore_errors=True)
@@ -183,15 +183,27 @@ def newest(root: Path, say: Callable[[str], None]) -> Path | None:
             return folder
         except CorruptCheckpoint as error:
             any_damaged = True
-            aside = folder.with_name(folder.name + ".corrupt")
-            set_aside(aside)  # an earlier damaged checkpoint of this step
-            rename_folder(folder, aside)
-            say(f"checkpoint set aside as {aside.name}: {error}")
+            set_damaged_aside(folder, error, say)
     if any_damaged:
         raise UserError(
             f"no whole checkpoint is left under {root}; --resume_from_checkpoint none starts the run from the beginning"
         )
     return None
+
+
+def set_damaged_aside(folder: Path, error: CorruptCheckpoint, say: Callable[[str], None]) -> None:
+    """Rename a damaged checkpoint to `<name>.corrupt`, and tell `say`; a missing one is left missing."""
+    if not folder.is_dir():
+        return
+    aside = folder.with_name(folder.name + ".corrupt")
+    set_aside(aside)  # an earlier damaged checkpoint of this step
+    rename_folder(folder, aside)
+    say(f"checkpoint set aside as {aside.name}: {error}")
+
+
+def folder_of(root: Path, step: int) -> Path:
+    """The folder of the checkpoint of `step`."""
+    return root / f"step-{step:08d}"
 
 
 def published(root: Path) -> list[Path]:
@@ -214,15 +226,30 @@ def load_state(folder: Path) -> dict:
     raise UserError(f"{folder / 'state.json'} is not what mori writes; take another checkpoint")
 
 
-@torch.no_grad()
 def load_tensors(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Load a verified checkpoint into `model` and `optimizer`, which must be built as those that were saved.
 
     Raises UserError if the model's tensors have other names, shapes or types, or the optimizer's state does not fit.
     """
+    load_weights(folder, model)
+    try:
+        moments = _load_tensors_of(folder / "optimizer.safetensors")
+        optimizer_state.unpack(optimizer, moments, load_state(folder).get("optimizer", {}))
+    except SafetensorError as error:
+        raise UserError(f"{folder} cannot be read: {error}") from None
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{folder} was saved from another optimizer, or its state is damaged: {error}; take another checkpoint"
+        ) from None
+
+
+@torch.no_grad()
+def load_weights(folder: Path, model: nn.Module) -> None:
+    """Load the weights of a verified checkpoint into `model`. Raises UserError if they have other names, shapes or types."""
     try:
         weights = _load_tensors_of(folder / "model.safetensors")
-        moments = _load_tensors_of(folder / "optimizer.safetensors")
     except SafetensorError as error:
         raise UserError(f"{folder} cannot be read: {error}") from None
     own = distinct(model.state_dict())
@@ -231,14 +258,6 @@ def load_tensors(folder: Path, model: nn.Module, optimizer: torch.optim.Optimize
         raise UserError(f"{folder} was saved from another model: its tensors have other names, shapes or types")
     for name, tensor in own.items():
         tensor.copy_(weights[name])
-    try:
-        optimizer_state.unpack(optimizer, moments, load_state(folder).get("optimizer", {}))
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(
-            f"{folder} was saved from another optimizer, or its state is damaged: {error}; take another checkpoint"
-        ) from None
 
 
 def _load_tensors_of(path: Path) -> dict[str, torch.Tensor]:
@@ -256,7 +275,7 @@ def prune(root: Path, keep: int, best_step: int | None) -> None:
     files are deleted, so a half-deleted one is never taken for a checkpoint.
     """
     for folder in published(root)[:-keep]:
-        if folder.name != f"step-{best_step or 0:08d}" and _holds_its_files_only(folder):
+        if folder != folder_of(root, best_step or 0) and _holds_its_files_only(folder):
             hidden = root / f".{folder.name}.pruned"
             rename_folder(folder, hidden)
             shutil.rmtree(hidden)

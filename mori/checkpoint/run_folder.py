@@ -177,13 +177,35 @@ def _windows_per_step(config: TrainConfig, world_size: int) -> int:
     return config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size
 
 
-def finished_summary(run_dir: Path, output_dir: Path, resumed: Path | None, total_steps: int) -> dict | None:
-    """The summary of a finished run whose model is in its place, file by file; else None."""
-    if not resumed or checkpoints.load_state(resumed)["step"] != total_steps or not output_dir.is_dir():
+def finished_summary(
+    config: TrainConfig, run_dir: Path, output_dir: Path, resumed: Path | None, total_steps: int
+) -> dict | None:
+    """The summary of a finished run whose model is in its place, file by file; else None.
+
+    A run that stopped early is finished unless it has more patience now. Raises UserError if it is to be extended without.
+    """
+    if not resumed or not output_dir.is_dir():
         return None
     try:
         summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
-        complete = summary["steps"] == total_steps and summary["output_sha256"] == hashes(output_dir)
-        return summary if complete else None
+        progress, steps = checkpoints.load_state(resumed)["progress"], summary["steps"]
+        stopped_early = summary.get("stopped_early") and _out_of_patience(config, summary)
+        if progress["step"] != steps and config.save_strategy not in ("best", "no"):
+            return None
+        if steps != total_steps and not stopped_early:
+            return None
+        if stopped_early and config.extend and summary["total_steps"] != total_steps:
+            raise UserError(
+                f"extend: {run_dir} stopped early at step {steps}; give a larger --early_stopping_patience, or none, to go on"
+            )
+        best = progress.get("best_saved") or {"step": steps}
+        publishes_best = config.load_best_model_at_end and checkpoints.folder_of(resumed.parent, best["step"]).is_dir()
+        complete = summary.get("published_step", steps) == (best["step"] if publishes_best else steps)
+        return summary if complete and summary["output_sha256"] == hashes(output_dir) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None  # missing or damaged: it is written again
+
+
+def _out_of_patience(config: TrainConfig, summary: dict) -> bool:
+    patience = config.early_stopping_patience
+    return patience is not None and summary["evaluations_without_improvement"] >= patience

@@ -249,7 +249,6 @@ CHANGES = {
     "context_shift": _context_shift,
 }
 
-_STEPWISE = "evaluation, logging and saving go by steps: --eval_steps, --logging_steps and --save_steps; below 1 a fraction of the run"
 _NO_ADAPTER = "adapters such as LoRA are not here, every weight is trained; --gradient_checkpointing, --optim adamw_bnb_8bit and --dtype bfloat16 save memory"
 _NO_QUANTIZATION = (
     "weights are not quantized here; --gradient_checkpointing, --optim adamw_bnb_8bit and --dtype bfloat16 save memory"
@@ -292,11 +291,8 @@ ANSWERS = [
     ("profile profiler torch_profiler", OFF, "there is no profiler here; perf/tokens_per_second, perf/data_wait and perf/mfu are on TensorBoard, in --logging_dir"),
     ("wandb wandb_* use_wandb project trackio_* comet_* mlflow_* swanlab_*", OFF | {"huggingface"}, "Weights & Biases and the like are not here; a run writes TensorBoard events and metrics.jsonl into its folder in --logging_dir"),
     ("push_to_hub push_to_hub_* hub_model_id hub_repo hub_path hub_strategy hub_private_repo hub_always_push hub_revision", OFF | {"every_save"}, "the model is not uploaded; --output_dir is a model folder that `hf upload NAME FOLDER` takes"),
-    ("load_best_model_at_end", OFF, "the last weights are the result; the checkpoint with the lowest held-out loss is kept, and is a model folder"),
-    ("metric_for_best_model", frozenset({"eval_loss", "loss", "none"}), "the best checkpoint is that with the lowest held-out loss"),
-    ("greater_is_better", OFF, "the best checkpoint is that with the lowest held-out loss"),
-    ("early_stopping early_stopping_*", OFF, "a run does not stop early; --num_train_epochs or --max_steps is its length"),
-    ("eval_strategy save_strategy logging_strategy evals_per_epoch saves_per_epoch", frozenset({"steps"}), _STEPWISE),
+    ("early_stopping", OFF, "--early_stopping_patience N ends a run after N evaluations in a row without an improvement"),
+    ("evals_per_epoch saves_per_epoch", NEVER, "--eval_strategy epoch and --save_strategy epoch do so once an epoch, --eval_steps 0.1 ten times in the run"),
     ("logging_first_step", OFF, "--logging_steps 1 logs the first step, and each one after it"),
     ("eval_delay", OFF, "--eval_steps is the interval from the start on"),
     ("save_only_model", OFF, "a checkpoint holds what a run needs to resume; --save_total_limit bounds how many are kept"),

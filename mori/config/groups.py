@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 from mori.cli import Config, flag, json_object
 
+# The figures of an evaluation that may name the best one; lower is better for all of them.
+METRICS = tuple(prefix + name for prefix in ("", "eval_") for name in ("loss", "perplexity", "bits_per_byte"))
+
 
 @dataclass
 class ModelConfig(Config):
@@ -238,7 +241,15 @@ class LoggingConfig(Config):
 
     group, may_change = "logging", True
 
+    logging_strategy: str = flag(
+        "steps", "log every logging_steps, or at the end of each epoch", choices=("steps", "epoch")
+    )
     logging_steps: int = flag(10, "interval of logging, in steps", above=0)
+    eval_strategy: str = flag(
+        "steps",
+        "evaluate and sample every eval_steps, or at the end of each epoch; both also at the end of the run; no: never",
+        choices=("steps", "epoch", "no"),
+    )
     eval_steps: float = flag(
         0.1, "interval of evaluation and samples, in steps; below 1 a fraction of all steps", above=0, share=True
     )
@@ -251,10 +262,34 @@ class LoggingConfig(Config):
         min=0,
     )
     per_device_eval_batch_size: int = flag(8, "windows in one batch of the evaluation", above=0)
+    save_strategy: str = flag(
+        "steps",
+        "save a checkpoint every save_steps, or at the end of each epoch, both also at the end of the run; best: at each "
+        "evaluation that is better than all before; no: never, so that a killed run starts over. A signal always saves, and the "
+        "end always writes the trained model",
+        choices=("steps", "epoch", "best", "no"),
+    )
     save_steps: float = flag(
         0.1, "interval of checkpoints, in steps; below 1 a fraction of all steps", above=0, share=True
     )
     save_total_limit: int = flag(2, "checkpoints to keep, besides the best one", above=0)
+    load_best_model_at_end: bool = flag(
+        False,
+        "publish the weights of the best evaluation instead of the last; each evaluation that is better than all before is saved",
+    )
+    metric_for_best_model: str = flag(
+        "loss", "what the best evaluation has the lowest value of, with or without eval_ before it", choices=METRICS
+    )
+    greater_is_better: bool | None = flag(None, "as in Trainer; off for all metrics, the lowest is best", kind=bool)
+    early_stopping_patience: int | None = flag(
+        None,
+        "stop the run after this many evaluations in a row without an improvement; a larger one continues the run",
+        kind=int,
+        above=0,
+    )
+    early_stopping_threshold: float = flag(
+        0.0, "an improvement, for the patience, is a difference of more than this to the best evaluation", min=0
+    )
 
 
 @dataclass

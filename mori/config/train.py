@@ -67,8 +67,20 @@ class TrainConfig(
                 f"lr_scheduler_type {self.lr_scheduler_type} has no warm-up; take constant_with_warmup, or leave warmup_steps out",
             ),
             (
-                self.lr_scheduler_type not in FOLLOW_EVALUATIONS or self.held_out_fraction > 0 or self.validation_file,
-                f"lr_scheduler_type {self.lr_scheduler_type} follows the held-out loss, which held_out_fraction 0 leaves out",
+                not (self._needs_evaluations() and self._without_evaluations()),
+                f"{self._needs_evaluations()} follows the held-out loss, which {self._without_evaluations()} leaves out",
+            ),
+            (
+                not self.greater_is_better,
+                f"greater_is_better contradicts metric_for_best_model {self.metric_for_best_model}: the lowest is best",
+            ),
+            (
+                not (self.load_best_model_at_end and self.save_strategy == "no"),
+                "load_best_model_at_end publishes a checkpoint, and save_strategy no keeps none; take save_strategy best",
+            ),
+            (
+                not self.early_stopping_threshold or self.early_stopping_patience is not None,
+                "early_stopping_threshold does nothing without early_stopping_patience",
             ),
             (bool(self.resume_from_checkpoint), "resume_from_checkpoint is empty, must be auto, none or a path"),
             (
@@ -93,6 +105,22 @@ class TrainConfig(
             ),
         ]
         return [message for ok, message in checks if not ok] + super().contradictions()
+
+    def _needs_evaluations(self) -> str:
+        """The first setting that needs the held-out loss; empty if there is none."""
+        settings = {
+            f"lr_scheduler_type {self.lr_scheduler_type}": self.lr_scheduler_type in FOLLOW_EVALUATIONS,
+            "load_best_model_at_end": self.load_best_model_at_end,
+            "early_stopping_patience": self.early_stopping_patience is not None,
+            "save_strategy best": self.save_strategy == "best",
+        }
+        return next((name for name, needs in settings.items() if needs), "")
+
+    def _without_evaluations(self) -> str:
+        """The setting that leaves the held-out loss out; empty if there is none."""
+        if self.eval_strategy == "no":
+            return "eval_strategy no"
+        return "" if self.held_out_fraction > 0 or self.validation_file else "held_out_fraction 0"
 
     def differences(self, other: "TrainConfig", extending: bool = False) -> dict[str, str]:
         """The fields that differ and would make a resumed run another run, each with `(this, other)`.
