@@ -202,6 +202,8 @@ def finished_summary(
         publishes_best = config.load_best_model_at_end and checkpoints.folder_of(resumed.parent, best["step"]).is_dir()
         complete = summary.get("published_step", steps) == (best["step"] if publishes_best else steps)
         return summary if complete and summary["output_sha256"] == hashes(output_dir) else None
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, TypeError):
         return None  # missing or damaged: it is written again
 

@@ -1,0 +1,175 @@
+"""The best weights, early stopping, and events by epoch: compared with transformers' own code where it has them."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import assert_equal_weights, run_script, stop_after
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer
+from transformers.trainer_callback import TrainerControl, TrainerState
+from transformers.trainer_utils import SaveStrategy
+
+from mori.cli import UserError
+from mori.config import TrainConfig
+from mori.state import Best
+from mori.tracking.loggers import read_metrics
+
+NAN, INF = math.nan, math.inf
+RISING = {"eval_steps": 2, "max_steps": 12, "learning_rate": 0.3, "lr_scheduler_type": "constant", "warmup_steps": 0}
+
+
+@pytest.mark.parametrize("patience, threshold", [(1, 0.0), (2, 0.0), (2, 0.15), (3, 0.5)])
+@pytest.mark.parametrize(
+    "losses",
+    [
+        [3.0, 2.9, 2.8, 2.9, 2.85, 2.7, 2.75, 2.74, 2.73, 2.72],
+        [NAN, 3.0, NAN, 2.0, 2.0, 2.0, 2.0],
+        [INF, 3.0, 2.9, INF, NAN, NAN, 2.0],
+        [NAN, NAN, NAN, NAN],
+        [2.0, 2.1, 2.2, 1.9, 1.8, 1.7, 1.6, 1.5],
+        [5.0, 4.5, 4.4, 4.3, 4.2, 4.1],
+    ],
+)
+def test_best_counts_as_the_callback_of_transformers(losses, patience, threshold):
+    ours = Best(TrainConfig(early_stopping_patience=patience, early_stopping_threshold=threshold))
+    callback, state = EarlyStoppingCallback(patience, threshold), TrainerState()
+    args = SimpleNamespace(
+        metric_for_best_model="loss",
+        greater_is_better=False,
+        save_strategy=SaveStrategy.STEPS,
+        load_best_model_at_end=True,
+    )
+    trainer = SimpleNamespace(args=args, state=state)
+    for step, loss in enumerate(losses, start=1):
+        control, state.global_step = TrainerControl(), step
+        callback.on_evaluate(args, state, control, {"eval_loss": loss})
+        is_new = Trainer._determine_best_metric(trainer, metrics={"eval_loss": loss}, trial=None)
+        ours.observe({"step": step, "loss": loss})
+        assert ours.out_of_patience == control.should_training_stop
+        assert ours.without_improvement == callback.early_stopping_patience_counter
+        assert ours.is_of(step) == is_new
+        assert (ours.evaluation or {}).get("step") == state.best_global_step
+
+
+def losses_of(folder) -> dict[int, float]:
+    """The held-out loss at each step after the first evaluation."""
+    lines = read_metrics(folder / "metrics.jsonl")
+    return {line["step"]: line["eval/loss"] for line in lines if line["step"] and "eval/loss" in line}
+
+
+def test_load_best_publishes_the_weights_of_the_lowest_loss(run_train, tmp_path, capsys):
+    """The interval of saves would keep none of them; the last line names the best of a run without the flag."""
+    summary = run_train(**RISING, load_best_model_at_end=True, save_steps=100, save_total_limit=1)
+    losses = losses_of(tmp_path / "runs/run")
+    best = min((step for step in losses if not math.isnan(losses[step])), key=losses.get)
+    assert summary["published_step"] == summary["eval"]["best"]["step"] == best < 12
+    root = tmp_path / "runs/run/checkpoints"
+    assert {path.name for path in root.iterdir()} == {f"step-{best:08d}", "step-00000012"}
+    saved, published = (
+        load_file(folder / "model.safetensors") for folder in (root / f"step-{best:08d}", tmp_path / "brain")
+    )
+    assert all(torch.equal(saved[name], published[name]) for name in saved)
+    assert run_train(**RISING, load_best_model_at_end=True, save_steps=100, save_total_limit=1) == summary
+    assert "is finished" in capsys.readouterr().out
+    assert run_train(**RISING, save_steps=100)["published_step"] == 12  # the same run, without the flag
+    last = load_file(root / "step-00000012/model.safetensors")
+    published = load_file(tmp_path / "brain/model.safetensors")
+    assert all(torch.equal(last[name], published[name]) for name in last)
+    assert run_train(**RISING, load_best_model_at_end=True)["published_step"] == best
+
+
+def test_damaged_best_checkpoint_leaves_the_last_weights(run_train, tmp_path, capsys):
+    best = run_train(**RISING, save_strategy="steps", save_steps=2)["eval"]["best"]["step"]
+    root = tmp_path / "runs/run/checkpoints"
+    (root / f"step-{best:08d}" / "model.safetensors").write_bytes(b"damaged")
+    assert run_train(**RISING, load_best_model_at_end=True)["published_step"] == 12
+    printed = capsys.readouterr().out
+    assert "WARNING: the best checkpoint cannot be published" in printed
+    assert (root / f"step-{best:08d}.corrupt").is_dir()
+    run_train(**RISING, load_best_model_at_end=True)
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_early_stop_resumes_to_the_same_end_and_goes_on_with_more_patience(run_train, tmp_path, capsys):
+    stopping = {**RISING, "eval_steps": 1, "save_steps": 1, "logging_steps": 5, "early_stopping_patience": 2}
+    whole = run_train(run_name="whole", output_dir=str(tmp_path / "whole"), **stopping)
+    end = whole["steps"]
+    assert whole["stopped_early"] and 3 <= end < 12
+    assert [line["step"] for line in read_metrics(tmp_path / "runs/whole/metrics.jsonl") if "train/loss" in line][
+        -1
+    ] == end
+    stop_after(end - 1, lambda: run_train(**stopping))
+    assert run_train(**stopping)["steps"] == end
+    assert_equal_weights(tmp_path / "whole", tmp_path / "brain")
+    capsys.readouterr()
+    assert run_train(**stopping)["steps"] == end
+    assert f"is finished (stopped early at step {end} of 12)" in capsys.readouterr().out
+    with pytest.raises(UserError, match="stopped early at step"):
+        run_train(**{**stopping, "max_steps": 14}, extend=True)
+    assert run_train(**{**stopping, "early_stopping_patience": 50})["steps"] == 12
+
+
+def test_strategies_by_epoch_fall_on_the_ends_of_epochs(run_train, tmp_path):
+    """The last epoch is a fraction; a batch that fills no step belongs to the epoch that it ends."""
+    by_epoch = {"max_steps": -1, "num_train_epochs": 2.5, "save_total_limit": 9, "gradient_accumulation_steps": 8}
+    strategies = {"eval_strategy": "epoch", "save_strategy": "epoch", "logging_strategy": "epoch"}
+    summary = run_train(**by_epoch, **strategies)
+    folder, windows = tmp_path / "runs/run", (summary["ledger"]["train_tokens"] - 1) // 16
+    epoch = math.ceil(windows / 32)
+    ends = [epoch, 2 * epoch, math.ceil(2.5 * epoch)]
+    lines = read_metrics(folder / "metrics.jsonl")
+    assert [line["step"] for line in lines if "train/loss" in line] == ends
+    assert [line["step"] for line in lines if "eval/loss" in line] == [0, *ends]
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [f"step-{step:08d}" for step in ends]
+
+
+def test_strategy_no_neither_evaluates_nor_saves(run_train, tmp_path):
+    summary = run_train(eval_strategy="no", save_strategy="no")
+    assert summary["eval"] == {"before": None, "best": None, "after": None}
+    assert not list((tmp_path / "runs/run/checkpoints").glob("step-*")) and (tmp_path / "brain/config.json").is_file()
+
+
+def test_save_strategy_best_saves_at_the_best_evaluations_alone(run_train, tmp_path):
+    run_train(**RISING, save_strategy="best", save_total_limit=9)
+    lowest, expected = INF, []
+    for step, loss in losses_of(tmp_path / "runs/run").items():
+        if loss < lowest:
+            lowest = loss
+            expected.append(f"step-{step:08d}")
+    assert sorted(path.name for path in (tmp_path / "runs/run/checkpoints").iterdir()) == expected
+
+
+@pytest.mark.parametrize(
+    "changed, named",
+    [
+        ({"load_best_model_at_end": True, "held_out_fraction": 0.0}, "held_out_fraction 0"),
+        ({"early_stopping_patience": 2, "eval_strategy": "no"}, "eval_strategy no"),
+        ({"load_best_model_at_end": True, "save_strategy": "no"}, "save_strategy best"),
+        ({"greater_is_better": True}, "the lowest is best"),
+        ({"metric_for_best_model": "bleu"}, "perplexity"),
+        ({"early_stopping_threshold": 0.1}, "early_stopping_patience"),
+        ({"early_stopping_patience": 0}, "above 0"),
+    ],
+)
+def test_contradictions_about_the_best_are_told(run_train, tmp_path, changed, named):
+    with pytest.raises(UserError, match=named):
+        run_train(**changed)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_checkpoint_is_a_model_folder(run_train, settings, tmp_path):
+    run_train(max_steps=4)
+    checkpoint = tmp_path / "runs/run/checkpoints/step-00000004"
+    assert_equal_weights(checkpoint, tmp_path / "brain")
+    assert {"config.json", "tokenizer.json"} <= json.loads((checkpoint / "manifest.json").read_text())["files"].keys()
+    assert AutoModelForCausalLM.from_pretrained(checkpoint).config.model_type == "gpt2"
+    answers = [
+        run_script("generate.py", "--model", folder, "--prompt", "Halo", "--max_new_tokens", "5", "--temperature", "0")
+        for folder in (checkpoint, tmp_path / "brain")
+    ]
+    assert answers[0].returncode == 0 and answers[0].stdout == answers[1].stdout
+    again = run_train(model=str(checkpoint), run_name="again", output_dir=str(tmp_path / "again"), max_steps=1)
+    assert again["steps"] == 1
