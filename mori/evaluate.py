@@ -9,15 +9,12 @@ import torch
 
 from mori.cli import callable_module, checked, plural
 from mori.config import EvaluateConfig, TrainConfig
-from mori.data.corpus import read_documents
-from mori.data.files import find_files
-from mori.data.formats import ReadOptions
-from mori.data.windows import ShiftedDataset, count_targets
+from mori.data.windows import ShiftedDataset, Spread, count_targets
 from mori.distributed import BatchSize, Runtime, start
 from mori.model import loading, special_tokens
 from mori.model.lm import CausalLMLoss
 from mori.model.variants import build_module
-from mori.prepare import scored_text, tokenized
+from mori.prepare import read, scored_text, tokenized
 
 _EVALUATION_SHARE = 0.1  # of the training time
 
@@ -100,7 +97,7 @@ def windows_to_score(config: TrainConfig, held_out: int, steps_between: int, win
         count = max(1, int(_EVALUATION_SHARE * 3 * steps_between * windows_per_step))
     if count == 0 or count >= held_out:
         return range(held_out)
-    return [number * held_out // count for number in range(count)]
+    return Spread(range(count), count, held_out)
 
 
 def evaluate_text(config: EvaluateConfig) -> dict:
@@ -111,12 +108,12 @@ def evaluate_text(config: EvaluateConfig) -> dict:
     """
     config = checked(config)
     runtime = start(config.device, config.precision)
-    documents = read_documents(find_files(config.corpus), ReadOptions(config.text_column, config.encoding))
+    corpus = read(config.corpus, config, runtime)
     tokenizer = loading.load_tokenizer(config.model, (), config.trust_remote_code)
     model_config = loading.load_config(config.model, tokenizer, trust_remote_code=config.trust_remote_code)
     special = special_tokens.decide(tokenizer, document_bos=config.document_bos, parse=config.parse_special_tokens)
-    token_file = tokenized(documents, tokenizer, model_config, special, config, runtime)
-    windows, text_bytes = scored_text(token_file, documents, tokenizer, config.block_size)
+    token_file = tokenized(corpus, tokenizer, model_config, special, config, runtime)
+    windows, text_bytes = scored_text(token_file, corpus, tokenizer, config.block_size)
     model = loading.load_model(config.model, model_config, config.trust_remote_code).to(runtime.device)
     module, _ = build_module(model, TrainConfig(block_size=config.block_size), windows.batch([0]), runtime)
     size = BatchSize(config.per_device_eval_batch_size)

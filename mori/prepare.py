@@ -6,14 +6,17 @@ from pathlib import Path
 from mori import distributed
 from mori.cli import UserError
 from mori.config import EvaluateConfig, TrainConfig
-from mori.data import corpus
+from mori.data.corpus import Corpus, Ledger, check_expressed, read_corpus
 from mori.data.files import find_files
 from mori.data.formats import ReadOptions
 from mori.data.token_file import TokenFile, text_bytes_from
+from mori.data.token_writer import make_token_file
 from mori.data.windows import ShiftedDataset, split
 from mori.distributed import Runtime
 from mori.generation.generate import check_prompts
 from mori.model import loading, special_tokens
+
+_LEARNED_CHARACTERS = 1 << 27  # of the text that a preset's tokenizer is learned from
 
 
 @dataclass
@@ -24,8 +27,7 @@ class Prepared:
     bytes of text that its labels cover; None if the tokenizer loses text.
     """
 
-    documents: list[corpus.Document]
-    blank_files: int
+    corpus: Corpus
     tokenizer: object
     special_tokens: special_tokens.SpecialTokens
     model_config: object
@@ -33,12 +35,13 @@ class Prepared:
     train: ShiftedDataset
     held_out: ShiftedDataset | None
     held_out_bytes: int | None
-    ledger: corpus.Ledger
+    ledger: Ledger
 
     @property
     def hashes(self) -> dict[str, str]:
         """The identity of corpus and tokenizer."""
-        return {name: self.token_file.header[name] for name in ("corpus_sha256", "tokenizer_sha256")}
+        header = self.token_file.header
+        return {"documents_sha256": header["corpus_sha256"], "tokenizer_sha256": header["tokenizer_sha256"]}
 
 
 def prepare(config: TrainConfig, runtime: Runtime) -> Prepared:
@@ -47,32 +50,33 @@ def prepare(config: TrainConfig, runtime: Runtime) -> Prepared:
     Token ids are cached in `logging_dir`. Raises UserError for missing or unreadable files, a model that cannot be loaded,
     prompts, windows or token ids that do not fit it, and a corpus that is too short.
     """
-    files = find_files(config.corpus)
-    options = ReadOptions(config.text_column, config.encoding)
-    documents = corpus.read_documents(files, options)
-    validation_files = find_files(config.validation_file) if config.validation_file else []
-    validation = corpus.read_documents(validation_files, options) if validation_files else []
+    corpus = read(config.corpus, config, runtime)
+    validation = read(config.validation_file, config, runtime) if config.validation_file else None
     distributed.set_seed(config.seed)
-    tokenizer = loading.load_tokenizer(config.model, (d.text for d in documents), config.trust_remote_code)
+    tokenizer = loading.load_tokenizer(config.model, corpus.texts(_LEARNED_CHARACTERS), config.trust_remote_code)
     model_config = loading.load_config(
         config.model, tokenizer, dropout=config.dropout, trust_remote_code=config.trust_remote_code
     )
     special = special_tokens.decide(tokenizer, document_bos=config.document_bos, parse=config.parse_special_tokens)
     check_prompts(config.prompt, tokenizer, model_config)
-    token_file = tokenized(documents, tokenizer, model_config, special, config, runtime)
-    header = token_file.header
+    token_file = tokenized(corpus, tokenizer, model_config, special, config, runtime)
+    header, measures = token_file.header, corpus.measures
     held_out_fraction = 0.0 if config.validation_file else config.held_out_fraction
     boundary = split(len(token_file), config.block_size, held_out_fraction)
     train = ShiftedDataset(token_file.ids[:boundary], config.block_size)
-    ledger = corpus.Ledger(
-        bytes=sum(document.bytes for document in documents),
-        documents=len(documents),
+    ledger = Ledger(
+        bytes=measures.bytes,
+        text_bytes=measures.text_bytes,
+        documents=measures.documents,
+        empty_documents=measures.empty_documents,
+        blank_documents=measures.blank_documents,
+        duplicate_documents=measures.duplicate_documents,
         tokens=len(token_file),
         train_tokens=boundary - train.dropped,
         held_out_tokens=len(token_file) - boundary,
         dropped_tokens=train.dropped,
-        bos_tokens=len(documents) * len(header["begin"]),
-        eos_tokens=len(documents) * len(header["end"]) + len(header["final"]),
+        bos_tokens=measures.documents * len(header["begin"]),
+        eos_tokens=measures.documents * len(header["end"]) + len(header["final"]),
         **header["text"],
     )
     held_out = held_out_bytes = None
@@ -80,10 +84,9 @@ def prepare(config: TrainConfig, runtime: Runtime) -> Prepared:
         validation_tokens = tokenized(validation, tokenizer, model_config, special, config, runtime)
         held_out, held_out_bytes = scored_text(validation_tokens, validation, tokenizer, config.block_size)
     elif held_out_fraction:
-        held_out, held_out_bytes = scored_text(token_file, documents, tokenizer, config.block_size, boundary)
+        held_out, held_out_bytes = scored_text(token_file, corpus, tokenizer, config.block_size, boundary)
     return Prepared(
-        documents=documents,
-        blank_files=len(files) - len(documents),
+        corpus=corpus,
         tokenizer=tokenizer,
         special_tokens=special,
         model_config=model_config,
@@ -95,26 +98,32 @@ def prepare(config: TrainConfig, runtime: Runtime) -> Prepared:
     )
 
 
+def read(names: list[str], config: TrainConfig | EvaluateConfig, runtime: Runtime) -> Corpus:
+    """The documents that some values of `--corpus` name, checked and measured. Raises UserError as `read_corpus` does."""
+    files = find_files(names)
+    options = ReadOptions(config.text_column, config.encoding)
+    return runtime.main_first(lambda: read_corpus(files, options, _cache_dir(config)))
+
+
 def tokenized(
-    documents: list[corpus.Document],
+    corpus: Corpus,
     tokenizer,
     model_config,
     special: special_tokens.SpecialTokens,
     config: TrainConfig | EvaluateConfig,
     runtime: Runtime,
 ) -> TokenFile:
-    """The token ids of `documents`, cached in `logging_dir`. Raises UserError if they do not fit the model or its tokenizer."""
+    """The token ids of a corpus, cached in `logging_dir`. Raises UserError if they do not fit the model or its tokenizer."""
     loading.check_fits(model_config, block_size=config.block_size, max_id=0)
-    cache_dir = Path(config.logging_dir) / ".cache"
-    token_file = runtime.main_first(lambda: TokenFile.make(documents, tokenizer, cache_dir, special.begin))
+    token_file = runtime.main_first(lambda: make_token_file(corpus, tokenizer, _cache_dir(config), special.begin))
     loading.check_fits(model_config, block_size=config.block_size, max_id=token_file.header["max_id"])
-    corpus.check_expressed(documents, token_file.header["text"])
+    check_expressed(corpus.measures, token_file.header["text"])
     special_tokens.check_corpus(special, token_file.header["text"]["special_tokens"])
     return token_file
 
 
 def scored_text(
-    token_file: TokenFile, documents: list[corpus.Document], tokenizer, block_size: int, start: int = 0
+    token_file: TokenFile, corpus: Corpus, tokenizer, block_size: int, start: int = 0
 ) -> tuple[ShiftedDataset, int | None]:
     """The windows that score the tokens from index `start` on, and the bytes of text that their labels cover.
 
@@ -124,9 +133,13 @@ def scored_text(
         raise UserError("the text to evaluate has fewer than two tokens; bring more text")
     text = token_file.header["text"]
     windows = ShiftedDataset(
-        token_file.ids[start:], block_size, keep_tail=True, without_label=token_file.begin_positions() - start
+        token_file.ids[start:], block_size, keep_tail=True, without_label=token_file.begin_positions(start)
     )
     if text["unknown_tokens"] or text["lost_bytes"]:
         return windows, None
     # The first token is never a label, so its bytes are not counted.
-    return windows, text_bytes_from(start + 1, token_file, documents, tokenizer)
+    return windows, text_bytes_from(start + 1, token_file, corpus, tokenizer)
+
+
+def _cache_dir(config: TrainConfig | EvaluateConfig) -> Path:
+    return Path(config.logging_dir) / ".cache"

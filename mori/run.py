@@ -340,7 +340,6 @@ def _introduction(run: Run, state: State, description: str, about: dict) -> str:
         environment=about,
         device=run.runtime.device,
         text=str(run.data.ledger),
-        blank_files=run.data.blank_files,
         parameters=sum(parameter.numel() for parameter in state.model.parameters()),
         total_steps=run.total_steps,
         steps_per_epoch=run.batches.steps_per_epoch,

@@ -132,9 +132,9 @@ def tokenized() -> dict:
     import numpy
     from transformers import AutoTokenizer
 
-    from mori.data.corpus import read_documents
+    from mori.data.corpus import read_corpus
     from mori.data.files import SHIPPED, find_files
-    from mori.data.token_file import TokenFile
+    from mori.data.token_writer import make_token_file
     from mori.model.loading import train_tokenizer
 
     transcripts = [path.read_text(encoding="utf-8") for path in sorted(SHIPPED.glob("*.txt"))]
@@ -163,9 +163,9 @@ def tokenized() -> dict:
             folder.mkdir()
             for number, part in enumerate([parts] if isinstance(parts, str) else parts):
                 (folder / f"{number:03}.txt").write_text(part, encoding="utf-8", newline="")
-            documents = read_documents(find_files([str(folder)]))
+            corpus = read_corpus(find_files([str(folder)]))
             for kind, tokenizer in tokenizers.items():
-                ids = TokenFile.make(documents, tokenizer, Path(name) / "cache").ids
+                ids = make_token_file(corpus, tokenizer, Path(name) / "cache").ids
                 made[f"{label}/{kind}"] = [len(ids), hashlib.sha256(numpy.asarray(ids, "<u4").tobytes()).hexdigest()]
     return made
 

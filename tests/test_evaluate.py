@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mori.cli import UserError
 from mori.config import TrainConfig
-from mori.data.windows import ShiftedDataset, count_targets
+from mori.data.windows import Positions, ShiftedDataset, count_targets
 from mori.distributed import BatchSize, Runtime
 from mori.evaluate import evaluate, windows_to_score
 from mori.model.lm import CausalLMLoss
@@ -35,7 +35,7 @@ def test_windows_to_score_are_never_none():
 def test_evaluate_scores_the_windows_as_pytorch_does(windows):
     """Bits per byte count the bytes of the whole text by the share of the labels that are scored."""
     torch.manual_seed(0)
-    ids, without = torch.randint(0, 97, (50,)).numpy(), torch.tensor([0, 9, 30]).numpy()
+    ids, without = torch.randint(0, 97, (50,)).numpy(), Positions(torch.tensor([0, 9, 30]).numpy())
     dataset = ShiftedDataset(ids, 8, keep_tail=True, without_label=without)
     model = small_model("gpt2", 97).eval()
     evaluation = evaluate(CausalLMLoss(model), dataset, 120, windows, batch_size=BatchSize(2), runtime=CPU)

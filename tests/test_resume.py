@@ -132,7 +132,7 @@ def test_resume_refuses_other_settings(run_train, text_file, tmp_path):
         run_train(max_steps=4, learning_rate=2e-3)
     other = tmp_path / "other.txt"
     other.write_text(text_file.read_text() + " lain")
-    with pytest.raises(UserError, match="corpus_sha256"):
+    with pytest.raises(UserError, match="documents_sha256"):
         run_train(max_steps=4, corpus=[str(other)])
     run_train(max_steps=4, learning_rate=2e-3, resume_from_checkpoint="none")
     assert (tmp_path / "runs" / "run.1" / "summary.json").exists()  # the old run is set aside

@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 
+import numpy
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -14,8 +15,9 @@ from transformers.trainer_utils import align_special_tokens
 from mori.checkpoint import checkpoints
 from mori.cli import UserError
 from mori.config import TrainConfig
-from mori.data.corpus import Ledger, read_documents
-from mori.data.token_file import TokenFile, text_bytes_from
+from mori.data.corpus import Ledger, read_corpus
+from mori.data.token_file import text_bytes_from
+from mori.data.token_writer import make_token_file
 from mori.generation.generate import generate
 from mori.generation.stream import TextStream
 from mori.model import special_tokens
@@ -67,7 +69,7 @@ def documents_of(folder, *texts):
     folder.mkdir(exist_ok=True)
     for number, text in enumerate(texts):
         (folder / f"{number:03}.txt").write_text(text, encoding="utf-8")
-    return read_documents(sorted(folder.glob("*.txt")))
+    return read_corpus(sorted(folder.glob("*.txt")))
 
 
 @pytest.fixture
@@ -168,10 +170,10 @@ def test_documents_begin_as_prompts_do(tmp_path, template):
     special = special_tokens.decide(tokenizer)
     texts = ["halo dunia", TEXT, "apa kabar?"]
     documents = documents_of(tmp_path / "texts", *texts)
-    tokens = TokenFile.make(documents, tokenizer, tmp_path, special.begin)
+    tokens = make_token_file(documents, tokenizer, tmp_path, special.begin)
     prompts = [special_tokens.encode_prompt(tokenizer, text) for text in texts]
     assert tokens.ids.tolist() == list(itertools.chain.from_iterable([*prompt, 1] for prompt in prompts))
-    begins = tokens.begin_positions()
+    begins = numpy.flatnonzero(tokens.begin_positions().holds(numpy.arange(len(tokens))))
     assert tokens.ids[begins].tolist() == list(special.begin) * 3
     assert tokens.header["text"]["special_tokens"] == {}  # the text itself brought none
     # Every token has its bytes, those that begin and end documents have none.
@@ -180,16 +182,16 @@ def test_documents_begin_as_prompts_do(tmp_path, template):
     for index in range(len(tokens)):
         n_bytes = 0 if index in begins or tokens.ids[index] == 1 else len(tokenizer.decode([int(tokens.ids[index])]))
         assert sizes[index] - sizes[index + 1] == n_bytes
-    without = TokenFile.make(documents, tokenizer, tmp_path)
+    without = make_token_file(documents, tokenizer, tmp_path)
     assert without.ids.tolist() == [token for token in tokens.ids.tolist() if token not in (0, 3)]
 
 
 def test_documents_share_one_token_that_begins_and_ends_them(tmp_path):
     tokenizer = make_tokenizer("<s> $A", eos="<s>")
     documents = documents_of(tmp_path / "texts", "halo", "dunia")
-    tokens = TokenFile.make(documents, tokenizer, tmp_path, special_tokens.decide(tokenizer).begin)
+    tokens = make_token_file(documents, tokenizer, tmp_path, special_tokens.decide(tokenizer).begin)
     expected = tokenizer("halo")["input_ids"] + tokenizer("dunia")["input_ids"] + [0]
-    assert tokens.ids.tolist() == expected and len(tokens.begin_positions()) == 0
+    assert tokens.ids.tolist() == expected and tokens.begin_positions().count(0, len(tokens)) == 0
     assert [text_bytes_from(n, tokens, documents, tokenizer) for n in (0, len(tokens) - 1)] == [9, 0]
 
 
@@ -297,7 +299,7 @@ def normalizing(*steps) -> PreTrainedTokenizerFast:
 )  # fmt: skip
 def test_token_file_counts_what_does_not_come_back(tmp_path, tokenizer, text, unknown, lost):
     tokenizer = tokenizer()
-    header = TokenFile.make(documents_of(tmp_path / "texts", text, "halo"), tokenizer, tmp_path).header["text"]
+    header = make_token_file(documents_of(tmp_path / "texts", text, "halo"), tokenizer, tmp_path).header["text"]
     assert (header["unknown_tokens"], header["lost_characters"]) == (unknown, lost)
     assert header["lost_bytes"] == sum(len(character.encode()) * n for character, n in lost.items())
 

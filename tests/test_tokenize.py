@@ -19,9 +19,9 @@ from transformers import PreTrainedTokenizerFast
 
 from mori.cli import RunFailed, UserError
 from mori.data import cuts, tokenize, words
-from mori.data.corpus import read_documents
+from mori.data.corpus import read_corpus
 from mori.data.files import SHIPPED
-from mori.data.token_file import TokenFile
+from mori.data.token_writer import make_token_file
 from mori.data.tokenize import TextEncoder, encode
 from mori.data.words import CannotCut
 from mori.model import special_tokens
@@ -187,24 +187,29 @@ def in_chunks(text: str, rng: random.Random):
 
 @pytest.fixture
 def small_parts(monkeypatch):
-    """A text of 120 characters is long, and is cut into pieces of 40."""
+    """Documents are cut into pieces of 40 characters, of which three make a part."""
     monkeypatch.setattr(tokenize, "PIECE_CHARACTERS", 40)
-    monkeypatch.setattr(tokenize, "PIECES_PER_PART", 3)
     monkeypatch.setattr(tokenize, "LONG_CHARACTERS", 120)
     monkeypatch.setattr(words, "CACHE_CHARACTERS", 200)
     monkeypatch.setattr(words, "_n_processes", lambda: 1)
 
 
-def assert_ids_of_one_call(encoder: TextEncoder, tokenizer, text: str, rng: random.Random) -> int:
+def assert_ids_of_one_call(encoder: TextEncoder, tokenizer, texts: list[str], rng: random.Random) -> int:
     """Compare ids and the first character of each piece with those of one call; returns the number of pieces."""
-    expected = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
-    pieces = list(encoder.encode(in_chunks(text, rng)))
-    assert numpy.concatenate([ids for ids, _ in pieces]).tolist() == expected.ids
-    token = 0
-    for ids, character in pieces:
-        if 0 < token < len(expected.ids):
-            assert expected.offsets[token - 1][1] == character <= expected.offsets[token][0]
-        token += len(ids)
+    pieces = [piece for text in texts for piece in encoder.pieces(in_chunks(text, rng))]
+    encoded = list(zip(pieces, encoder.encode(iter(pieces)), strict=True))
+    for text in texts:
+        expected = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+        token = 0
+        while True:
+            piece, ids = encoded.pop(0)
+            assert ids.tolist() == expected.ids[token : token + len(ids)]
+            if 0 < token < len(expected.ids):
+                assert expected.offsets[token - 1][1] == piece.start <= expected.offsets[token][0]
+            token += len(ids)
+            if piece.is_last:
+                break
+        assert token == len(expected.ids)
     return len(pieces)
 
 
@@ -213,17 +218,30 @@ def test_text_encoder_gives_the_ids_of_one_call(name, small_parts):
     create, expected = TOKENIZERS[name]
     tokenizer = create()
     encoder, rng = TextEncoder(tokenizer), random.Random(name)
-    separators = encoder.cutter.separators
+    separators = encoder.cutter.separators if encoder.cutter else {}
     assert (AT_SPACES if " " in separators else NOT_AT_SPACES if separators else WHOLE) == expected
-    counts = [assert_ids_of_one_call(encoder, tokenizer, random_text(rng), rng) for _ in range(150)]
+    counts = [assert_ids_of_one_call(encoder, tokenizer, [random_text(rng)], rng) for _ in range(150)]
     assert max(counts) == 1 if expected == WHOLE else max(counts) > 5
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_text_encoder_gives_each_of_many_documents_the_ids_of_one_call(name, small_parts):
+    """Short documents share a part; their first and last words have no neighbours."""
+    tokenizer = TOKENIZERS[name][0]()
+    encoder, rng = TextEncoder(tokenizer), random.Random(name)
+    for _ in range(10):
+        texts = [
+            rng.choice((random_text(rng), rng.choice(WORDS), " ".join(rng.choices(PLAIN_WORDS, k=3))))
+            for _ in range(20)
+        ]
+        assert_ids_of_one_call(encoder, tokenizer, [text for text in texts if text], rng)
 
 
 @needs_stories
 def test_text_encoder_gives_the_ids_of_one_call_of_a_pretrained_tokenizer(small_parts):
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(STORIES / "tokenizer.json"))
     encoder, rng = TextEncoder(tokenizer), random.Random(0)
-    assert max(assert_ids_of_one_call(encoder, tokenizer, random_text(rng), rng) for _ in range(150)) > 5
+    assert max(assert_ids_of_one_call(encoder, tokenizer, [random_text(rng)], rng) for _ in range(150)) > 5
 
 
 @pytest.mark.parametrize("name", ["byte level", "Llama 3", "Llama 2, fused", "Gemma"])
@@ -236,9 +254,9 @@ def test_text_encoder_keeps_special_tokens_as_text_as_one_call_does(name, small_
     for _ in range(40):
         parts = random_text(rng).split("a")
         text = "".join(part + rng.choice(names) + rng.choice(("", " ")) for part in parts)
-        counts.append(assert_ids_of_one_call(encoder, tokenizer, text, rng))
+        counts.append(assert_ids_of_one_call(encoder, tokenizer, [text], rng))
         expected = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        assert numpy.concatenate([ids for ids, _ in encoder.encode([text])]).tolist() == expected
+        assert numpy.concatenate(list(encoder.encode(encoder.pieces([text])))).tolist() == expected
         assert not set(tokenizer.convert_tokens_to_ids(names)) & set(expected)
     assert max(counts) > 1
 
@@ -281,13 +299,13 @@ def test_encode_reports_a_failing_tokenizer_in_one_line():
 
 def test_text_encoder_refuses_a_text_without_cut_points_that_exceeds_memory(tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text("kata dan kata " * 40_000, encoding="utf-8")  # 560,000 characters
-    documents, tokenizer = read_documents([tmp_path / "text.txt"]), trained("unigram")
+    corpus, tokenizer = read_corpus([tmp_path / "text.txt"]), trained("unigram")
     monkeypatch.setattr(tokenize, "memory_bytes", lambda: 64 * 550_000)
     with pytest.raises(UserError, match="cut the corpus into several files"):
-        TokenFile.make(documents, tokenizer, tmp_path)
+        make_token_file(corpus, tokenizer, tmp_path)
     assert not list(tmp_path.glob("tokens-*"))
     monkeypatch.setattr(tokenize, "memory_bytes", lambda: 64 * 570_000)
-    assert len(TokenFile.make(documents, tokenizer, tmp_path)) == len(encode(tokenizer, documents[0].text))
+    assert len(make_token_file(corpus, tokenizer, tmp_path)) == len(encode(tokenizer, next(corpus.texts())))
 
 
 # ------------------------------------------------------------------------------------------------ the pool of processes
@@ -305,7 +323,7 @@ def test_word_encoder_gives_the_ids_of_one_call_from_processes(name, two_process
     encoder, rng = TextEncoder(tokenizer), random.Random(name)
     for _ in range(3):
         text = " ".join(rng.choice(PLAIN_WORDS) + random_text(rng) for _ in range(20))
-        assert assert_ids_of_one_call(encoder, tokenizer, text, rng) > 3 * tokenize.PIECES_PER_PART * 2
+        assert assert_ids_of_one_call(encoder, tokenizer, [text], rng) > 3 * 3 * 2
     assert not multiprocessing.active_children()
     assert capfd.readouterr().err == ""  # the library warns of a fork if it is not told
 
@@ -323,13 +341,13 @@ def test_word_encoder_needs_no_processes(two_processes, monkeypatch, capfd, erro
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
     tokenizer, rng = TOKENIZERS["byte level, added"][0](), random.Random(0)
     text = " ".join(rng.choice(PLAIN_WORDS) + random_text(rng) for _ in range(20))
-    assert_ids_of_one_call(TextEncoder(tokenizer), tokenizer, text, rng)
+    assert_ids_of_one_call(TextEncoder(tokenizer), tokenizer, [text], rng)
     assert capfd.readouterr().err.count("one core tokenizes") == 1
 
 
 def test_word_encoder_raises_what_its_processes_raise(two_processes, monkeypatch):
     tokenizer, text, parent = TOKENIZERS["byte level"][0](), "kata dan kata " * 500, os.getpid()
-    real = words.WordEncoder.encode
+    real, encoder = words.WordEncoder.encode, TextEncoder(tokenizer)
 
     def refuse(*_):
         raise CannotCut
@@ -341,10 +359,10 @@ def test_word_encoder_raises_what_its_processes_raise(two_processes, monkeypatch
 
     fail_in_a_process(refuse)
     with pytest.raises(CannotCut):
-        list(TextEncoder(tokenizer).encode([text]))
+        list(encoder.encode(encoder.pieces([text])))
     fail_in_a_process(lambda *_: os.kill(os.getpid(), 9))
     with pytest.raises(RunFailed, match="TOKENIZERS_PARALLELISM=false"):
-        list(TextEncoder(tokenizer).encode([text]))
+        list(encoder.encode(encoder.pieces([text])))
     assert not multiprocessing.active_children()
 
 
@@ -370,7 +388,8 @@ def chunks():
         yield text[at : at + (1 << 18)]
     print(*(child.pid for child in multiprocessing.active_children()), flush=True)
     time.sleep(600)
-list(TextEncoder(train_tokenizer([text[:1000]], 300)).encode(chunks()))
+encoder = TextEncoder(train_tokenizer([text[:1000]], 300))
+list(encoder.encode(encoder.pieces(chunks())))
 """
     parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     children = [int(word) for word in parent.stdout.readline().split()]

@@ -192,12 +192,12 @@ def test_introduction_says_what_is_read_trained_and_written(tmp_path):
     assert environment["mori"] == mori.__version__ and json.loads(json.dumps(environment)) == environment
     config = TrainConfig(model="m", block_size=16, per_device_train_batch_size=4, gradient_accumulation_steps=3)
     values = {
-        "environment": environment, "device": torch.device("cpu"), "text": "the text", "blank_files": 1, "parameters": 2_500_000,
+        "environment": environment, "device": torch.device("cpu"), "text": "the text", "parameters": 2_500_000,
         "total_steps": 12, "steps_per_epoch": 5, "faster": "nothing", "run_dir": tmp_path,
         "evaluations": "all held-out windows", "special": "none",
     }  # fmt: skip
     lines = overview.introduction(config, **values).splitlines()
-    assert "cpu, bf16" in lines[0] and lines[1] == "reads   the text (1 blank file left out)"
+    assert "cpu, bf16" in lines[0] and lines[1] == "reads   the text"
     assert lines[2:5] == [
         "model   m, 2.5 M parameters",
         "trains  12 steps (5 an epoch) of 4 windows x 3 micro-batches x 2 ranks x 16 tokens",

@@ -176,7 +176,7 @@ class _Order(Sampler):
         return self.batches.windows
 
     def __iter__(self):
-        yield from self.batches.order(self.epoch).tolist()
+        yield from self.batches.order(self.epoch, 0, self.batches.windows)
 
 
 def check_shift_labels(model: torch.nn.Module, window: dict[str, torch.Tensor]) -> None:
@@ -244,8 +244,8 @@ def _trainer_arm(arm: str, config: TrainConfig, folder: Path, clock: _Clock) -> 
 def _training_text(prepared: Prepared) -> str:
     """The text of all documents up to the held-out part."""
     boundary = prepared.ledger.tokens - prepared.ledger.held_out_tokens
-    held_out = text_bytes_from(boundary, prepared.token_file, prepared.documents, prepared.tokenizer)
-    text = "\n".join(document.text for document in prepared.documents).encode()
+    held_out = text_bytes_from(boundary, prepared.token_file, prepared.corpus, prepared.tokenizer)
+    text = "\n".join(prepared.corpus.texts()).encode()
     return text[: len(text) - held_out].decode(errors="ignore")
 
 

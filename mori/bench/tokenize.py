@@ -19,10 +19,10 @@ from transformers import AutoTokenizer
 from mori.bench import harness
 from mori.bench.options import TokenizeBenchConfig
 from mori.cli import RunFailed
-from mori.data import corpus
+from mori.data.corpus import read_corpus
 from mori.data.files import find_files
 from mori.data.formats import ReadOptions
-from mori.data.token_file import TokenFile
+from mori.data.token_writer import make_token_file
 from mori.model.loading import train_tokenizer
 from mori.tracking.memory import peak_memory_bytes
 
@@ -42,8 +42,7 @@ def tokenize(config: TokenizeBenchConfig) -> None:
     harness.check_writable(config.output_dir)
     if "run_clm" in config.arms:
         harness.require("datasets", "run_clm")
-    documents = corpus.read_documents(find_files(config.corpus), ReadOptions(config.text_column, config.encoding))
-    text = "\n".join(document.text for document in documents)
+    text = "\n".join(read_corpus(find_files(config.corpus), ReadOptions(config.text_column, config.encoding)).texts())
     tokenizer = train_tokenizer([text])
     copies = math.ceil(config.megabytes * 1e6 / len(text.encode()))
     expected: dict[str, str] = {}
@@ -98,7 +97,7 @@ def _cores() -> int:
 
 
 def _with_mori(path: Path, tokenizer, scratch: Path) -> tuple[numpy.ndarray, int]:
-    tokens = TokenFile.make(corpus.read_documents(find_files([str(path)])), tokenizer, scratch)
+    tokens = make_token_file(read_corpus(find_files([str(path)])), tokenizer, scratch)
     return tokens.ids, (len(tokens.ids) - 1) // _BLOCK * _BLOCK
 
 

@@ -15,7 +15,7 @@ from mori.bench import harness
 from mori.bench.options import CONTEXTS, SHAPES, MemoryBenchConfig, StartupBenchConfig, TrainBenchConfig
 from mori.cli import RunFailed, UserError
 from mori.config import TrainConfig
-from mori.data import corpus
+from mori.data.corpus import read_corpus
 from mori.data.files import find_files
 from mori.data.tokenize import encode
 from mori.distributed import Runtime
@@ -236,7 +236,7 @@ def measured_peak(runtime: Runtime) -> float | None:
 
 def make_inputs(config: StartupBenchConfig, folder: Path, tokens: int) -> None:
     """Write the inputs of all arms: `model` with random weights and a tokenizer, and `corpus.txt` of at least `tokens`."""
-    text = "\n".join(document.text.strip() for document in corpus.read_documents(find_files([]))) + "\n"
+    text = "\n".join(text.strip() for text in read_corpus(find_files([])).texts()) + "\n"
     tokenizer = loading.train_tokenizer([text])
     copies = math.ceil(tokens / len(encode(tokenizer, text)))
     (folder / "corpus.txt").write_text(text * copies, encoding="utf-8")

@@ -17,7 +17,7 @@ from mori.config import TrainConfig
 # What checkpoints of versions that did not record it stand for.
 _UNKNOWN = "unknown"
 _IN_EARLIER_VERSIONS = {
-    "document_bos": False, "parse_special_tokens": True, "device": _UNKNOWN, "model_sha256": _UNKNOWN,
+    "document_bos": False, "parse_special_tokens": True, "device": _UNKNOWN, "model_sha256": _UNKNOWN, "documents_sha256": _UNKNOWN,
 }  # fmt: skip
 _INEXACT = ("precision", "world_size", "device")  # a run goes on with others, but rounds otherwise
 

@@ -1,45 +1,84 @@
-"""Files -> documents, their hash, and the ledger that accounts for every token."""
+"""Files -> documents; one pass over the text checks, hashes and measures it. The ledger accounts for every token."""
 
+import contextlib
 import hashlib
+import itertools
+import json
+import os
+import tempfile
+import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+import numpy
+
 from mori.cli import UserError, plural
-from mori.data.files import memory_bytes
-from mori.data.formats import DEFAULT_OPTIONS, ReadOptions, read_chunks
+from mori.data.formats import DEFAULT_OPTIONS, ReadOptions, read_documents
+
+_ALWAYS_READ_BYTES = 64 << 20  # a smaller corpus is read at each start: that is quick, and certain to see a change
+_SETTLED_SECONDS = 5  # a file that was written later may change again without a change of its time
+_HASHES_AT_ONCE = 1 << 20
 
 
-@dataclass
-class Document:
-    """The text of one file. It is read from disk each time, so that a corpus may be larger than memory.
+@dataclass(frozen=True)
+class Measures:
+    """What one pass over the text of a corpus gives.
 
     Attributes:
-        path: the file.
-        bytes: size of the file.
-        text_bytes: size of the text in UTF-8.
-        options: how the file is read.
+        sha256: the identity of the corpus: SHA-256 over the SHA-256 of each document's text, so it depends on the text and its
+            borders alone, not on formats and compression.
+        bytes: size of the files.
+        text_bytes: size of the documents' text in UTF-8.
+        documents: those with text; the others are left out.
+        empty_documents: without any text, such as rows without a value.
+        blank_documents: with nothing but blanks.
+        duplicate_documents: those whose text an earlier document has.
+        alphabet: the characters of the text, sorted.
     """
 
-    path: str
+    sha256: str
     bytes: int
     text_bytes: int
-    options: ReadOptions = DEFAULT_OPTIONS
+    documents: int
+    empty_documents: int
+    blank_documents: int
+    duplicate_documents: int
+    alphabet: str
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The documents of some files. They are read from disk each time, so a corpus may be larger than memory."""
+
+    files: tuple[Path, ...]
+    options: ReadOptions
+    measures: Measures
+
+    def documents(self) -> Iterator[Iterator[str]]:
+        """The documents with text, each in chunks that must be consumed before the next is asked for.
+
+        Raises UserError for a file that cannot be read.
+        """
+        return _documents(self.files, self.options, Counter())
 
     def chunks(self) -> Iterator[str]:
-        """The text in chunks. Raises UserError as `read_documents` does."""
-        return read_chunks(Path(self.path), self.options)
+        """The text of all documents, in chunks."""
+        return itertools.chain.from_iterable(self.documents())
 
-    @property
-    def text(self) -> str:
-        """The whole text. Raises UserError if it is larger than a quarter of this machine's memory."""
-        limit = memory_bytes() // 4  # its token ids need memory too
-        if self.text_bytes > limit:
-            raise UserError(
-                f"{self.path} has {self.bytes / 2**30:,.1f} GiB and is needed whole (to train a tokenizer on it, or because "
-                f"this model's tokenizer takes no part of a text); the limit here is {limit / 2**30:,.1f} GiB: use a part of it"
-            )
-        return "".join(self.chunks())
+    def texts(self, limit: int | None = None) -> Iterator[str]:
+        """The text of each document, whole; in total no more than about `limit` characters, if that is given."""
+        n_characters = 0
+        for chunks in self.documents():
+            parts = []
+            for chunk in chunks:
+                parts.append(chunk)
+                n_characters += len(chunk)
+                if limit is not None and n_characters >= limit:
+                    yield "".join(parts)
+                    return
+            yield "".join(parts)
 
 
 @dataclass
@@ -47,6 +86,7 @@ class Ledger:
     """Every token of the corpus, accounted for: tokens = train_tokens + held_out_tokens + dropped_tokens.
 
     Attributes:
+        bytes, text_bytes, documents, empty_documents, blank_documents, duplicate_documents: as in `Measures`.
         bos_tokens, eos_tokens: tokens that were added to begin and to end the documents. Where one token does both, it is
             counted in front of each document, and once at the end of the corpus.
         special_tokens: the special tokens that the text itself brought, by name, with their number.
@@ -68,11 +108,24 @@ class Ledger:
     unknown_tokens: int = 0
     lost_bytes: int = 0
     lost_characters: dict[str, int] = field(default_factory=dict)
+    text_bytes: int = 0
+    empty_documents: int = 0
+    blank_documents: int = 0
+    duplicate_documents: int = 0
 
     def __str__(self) -> str:
+        size = plural(self.bytes, "byte")
+        if self.text_bytes not in (0, self.bytes):
+            size += f" ({self.text_bytes:,} of text)"
+        notes = {
+            "without text, left out": self.empty_documents,
+            "blank, left out": self.blank_documents,
+            "the same as an earlier one, trained on": self.duplicate_documents,
+        }
+        notes = "".join(f"; {count:,} {note}" for note, count in notes.items() if count)
         return (
-            f"{plural(self.documents, 'document')}, {plural(self.bytes, 'byte')} -> {plural(self.tokens, 'token')} = "
-            f"{self.train_tokens:,} to train on + {self.held_out_tokens:,} held out + {self.dropped_tokens:,} dropped"
+            f"{plural(self.documents, 'document')}, {size} -> {plural(self.tokens, 'token')} = {self.train_tokens:,} to train "
+            f"on + {self.held_out_tokens:,} held out + {self.dropped_tokens:,} dropped{notes}"
         )
 
     @property
@@ -93,69 +146,195 @@ class Ledger:
             names = ", ".join(f"{character!r} ({count:,})" for character, count in self.lost_characters.items())
             lines.append(
                 f"WARNING: the tokenizer cannot express this text: {plural(self.unknown_tokens, 'unknown token')}, {self.lost_bytes:,} of "
-                f"{self.bytes:,} bytes lost{f', such as {names}' if names else ''}. No bits per byte are shown; take a model of "
+                f"{self.text_bytes or self.bytes:,} bytes lost{f', such as {names}' if names else ''}. No bits per byte are shown; take a model of "
                 "the text's language"
             )
         return lines
 
 
-def read_documents(files: Iterable[Path], options: ReadOptions = DEFAULT_OPTIONS) -> list[Document]:
-    """Read every file once, to check it and to measure its text. Blank files are left out.
+def read_corpus(files: Iterable[Path], options: ReadOptions = DEFAULT_OPTIONS, cache_dir: Path | None = None) -> Corpus:
+    """Read every file once, to check and to measure its text.
 
-    Raises UserError for a file that cannot be read or is not text (as its format says), for a corpus larger than this
-    machine can train on, and if all files are blank.
+    The measures of a large corpus are kept in `cache_dir`; it is read again once the size, the times or the inode of a file
+    differ. Raises UserError for a file that cannot be read or is not text (as its format says), and if there is no text.
     """
-    documents, blank = [], []
-    total, limit = 0, 16 * memory_bytes()  # the order of the windows stays in memory: about 8 bytes for 500 of text
-    for path in files:
-        try:
-            size = path.stat().st_size
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}") from None
-        total += size
-        if total > limit:
-            raise UserError(
-                f"the corpus has {total / 2**30:,.1f} GiB or more (at {path}), the limit here is {limit / 2**30:,.1f} GiB: "
-                "use a part of it"
-            )
-        text_bytes, has_text = 0, False
-        for chunk in read_chunks(path, options):
-            text_bytes += len(chunk.encode())
-            has_text = has_text or bool(chunk.strip())
-        if has_text:
-            documents.append(Document(str(path), size, text_bytes, options))
-        else:
-            blank.append(str(path))
-    if not documents:
-        raise UserError(f"the corpus is empty: {', '.join(blank[:3])} {'hold' if len(blank) > 1 else 'holds'} no text")
-    return documents
+    files = tuple(files)
+    about = _about(files)
+    path = cache_dir and cache_dir / f"corpus-{_digest([str(options), [str(file.absolute()) for file in files]])}.json"
+    if path and _is_large(about) and (measures := _cached_measures(path, about)):
+        return Corpus(files, options, measures)
+    started = time.time()
+    measures = _measure(files, options, sum(size for size, *_ in about))
+    if path and _is_large(about):
+        newest = max(changed for *_, changed in about) / 1e9
+        if newest < started - _SETTLED_SECONDS and _about(files) == about:
+            store_sealed(path, {"files": _digest(about), "measures": asdict(measures)})
+    return Corpus(files, options, measures)
 
 
-def check_expressed(documents: list[Document], text: dict) -> None:
+def check_expressed(measures: Measures, text: dict) -> None:
     """Raise UserError if more than half of the text is lost in its tokens; `text` has the ledger's fields about it."""
-    lost, total = text["lost_bytes"], sum(document.text_bytes for document in documents)
-    if 2 * lost > total:
+    lost = text["lost_bytes"]
+    if 2 * lost > measures.text_bytes:
         raise UserError(
-            f"the tokenizer cannot express this text: {lost:,} of {total:,} bytes are lost, such as "
+            f"the tokenizer cannot express this text: {lost:,} of {measures.text_bytes:,} bytes are lost, such as "
             f"{', '.join(map(repr, text['lost_characters']))}; take a model of the text's language"
         )
 
 
-def corpus_hash(documents: list[Document]) -> str:
-    """SHA-256 over the documents' texts and their lengths."""
-    digest = hashlib.sha256()
-    for document in documents:
-        for _ in hashed_chunks(document, digest):
-            pass
-    return digest.hexdigest()
+class CorpusHash:
+    """The hash of a corpus, updated with the text of its documents, one part after the other."""
+
+    def __init__(self):
+        self._corpus, self._document = hashlib.sha256(), hashlib.sha256()
+
+    def update(self, encoded: bytes) -> None:
+        """Add text in UTF-8 to the current document."""
+        self._document.update(encoded)
+
+    def end_document(self) -> bytes:
+        """End the current document; returns its SHA-256."""
+        digest = self._document.digest()
+        self._corpus.update(digest)
+        self._document = hashlib.sha256()
+        return digest
+
+    def hexdigest(self) -> str:
+        """The hash of all documents that have ended."""
+        return self._corpus.hexdigest()
+
+    def position(self) -> str:
+        """A hash of all text so far, that of the current document included."""
+        corpus = self._corpus.copy()
+        corpus.update(self._document.digest())
+        return corpus.hexdigest()
 
 
-def hashed_chunks(document: Document, digest, progress=None) -> Iterator[str]:
-    """The document's chunks; each updates the hash of the corpus, and afterwards the progress bar (in bytes)."""
-    digest.update(document.text_bytes.to_bytes(8, "little"))
-    for chunk in document.chunks():
-        encoded = chunk.encode()
-        digest.update(encoded)
-        yield chunk
-        if progress:
-            progress.update(len(encoded))
+def _documents(files: Iterable[Path], options: ReadOptions, left_out: Counter) -> Iterator[Iterator[str]]:
+    """The documents with text, each in chunks; counts those without any text and blank ones in `left_out`."""
+    for path in files:
+        for document in read_documents(path, options):
+            chunks, blanks = iter(document), []
+            for chunk in chunks:
+                if chunk and not chunk.isspace():
+                    yield itertools.chain(blanks, [chunk], chunks)
+                    break
+                blanks.append(blanks[-1] if blanks and blanks[-1] == chunk else chunk)  # endless blanks take no memory
+            else:
+                left_out["blank" if any(blanks) else "empty"] += 1
+
+
+def _measure(files: tuple[Path, ...], options: ReadOptions, n_bytes: int) -> Measures:
+    """Read all documents. Raises UserError for a file that cannot be read, and if there is no text."""
+    digest, left_out = CorpusHash(), Counter()
+    text_bytes = documents = 0
+    is_in_alphabet = numpy.zeros(0x110000, bool)
+    with _Duplicates() as duplicates:
+        for chunks in _documents(files, options, left_out):
+            for chunk in chunks:
+                encoded = chunk.encode()
+                digest.update(encoded)
+                text_bytes += len(encoded)
+                if chunk.isascii():
+                    is_in_alphabet[numpy.frombuffer(encoded, numpy.uint8)] = True
+                else:
+                    is_in_alphabet[numpy.frombuffer(chunk.encode("utf-32-le"), "<u4")] = True
+            duplicates.add(digest.end_document())
+            documents += 1
+        if not documents:
+            names = ", ".join(map(str, files[:3]))
+            raise UserError(f"the corpus is empty: {names} {'hold' if len(files) > 1 else 'holds'} no text")
+        return Measures(
+            sha256=digest.hexdigest(),
+            bytes=n_bytes,
+            text_bytes=text_bytes,
+            documents=documents,
+            empty_documents=left_out["empty"],
+            blank_documents=left_out["blank"],
+            duplicate_documents=duplicates.count(),
+            alphabet="".join(map(chr, numpy.flatnonzero(is_in_alphabet).tolist())),
+        )
+
+
+class _Duplicates:
+    """Counts documents whose text an earlier one has, in constant memory: 64 bits of each one's hash go to a temporary file."""
+
+    def __enter__(self) -> "_Duplicates":
+        self._file = tempfile.SpooledTemporaryFile(8 * _HASHES_AT_ONCE)  # noqa: SIM115
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._file.close()
+
+    def add(self, digest: bytes) -> None:
+        """`digest`: a hash of the document's text."""
+        self._file.write(digest[:8])
+
+    def count(self) -> int:
+        """The number of documents so far that are no first ones. Each pass over the file compares a share of the hashes."""
+        size = self._file.tell() // 8
+        n_shares = 1 + size // _HASHES_AT_ONCE
+        distinct = 0
+        for share in range(n_shares):
+            self._file.seek(0)
+            hashes = []
+            while len(block := numpy.frombuffer(self._file.read(8 * _HASHES_AT_ONCE), "<u8")):
+                hashes.append(block[block % n_shares == share])
+            distinct += len(numpy.unique(numpy.concatenate(hashes)))
+        return size - distinct
+
+
+# ------------------------------------------------------------------------------------------------- what a cache may hold
+
+
+def load_sealed(path: Path) -> dict | None:
+    """What `store_sealed` has written; None if the file is missing or damaged."""
+    try:
+        sealed = json.loads(path.read_text(encoding="utf-8"))
+        return sealed["value"] if sealed["sha256"] == _digest(sealed["value"]) else None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+
+
+def store_sealed(path: Path, value: dict) -> None:
+    """Write a JSON value with its hash; it is not written where that is impossible, because a cache only saves time."""
+    staged = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged.write_text(json.dumps({"value": value, "sha256": _digest(value)}), encoding="utf-8")
+        staged.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            staged.unlink()
+
+
+def _digest(value) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _about(files: Iterable[Path]) -> list[tuple[int, ...]]:
+    """What changes if a file changes: size in bytes, inode, device, and the later of its times in nanoseconds."""
+    about = []
+    for path in files:
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from None
+        # Nobody can set ctime; on Windows it is the time of creation.
+        times = (status.st_mtime_ns, status.st_ctime_ns)
+        about.append((status.st_size, status.st_ino, status.st_dev, min(times), max(times)))
+    return about
+
+
+def _is_large(about: list[tuple[int, ...]]) -> bool:
+    return sum(size for size, *_ in about) >= _ALWAYS_READ_BYTES
+
+
+def _cached_measures(path: Path, about: list[tuple[int, ...]]) -> Measures | None:
+    cached = load_sealed(path)
+    if not cached or cached.get("files") != _digest(about) or cached.get("measures", {}).keys() != _NAMES:
+        return None
+    return Measures(**cached["measures"])
+
+
+_NAMES = {each.name for each in fields(Measures)}

@@ -21,8 +21,10 @@ import itertools
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+
+from mori.cli import UserError
 
 _SEPARATORS = " \n、。，"
 # These act on one character at a time, or on one composed character, and compose nothing across a separator
@@ -74,7 +76,7 @@ class Cutter:
 
     Attributes:
         separators: each separator that makes a cut point, and its normalized form; empty if the tokenizer allows none.
-        word: a regular expression that finds the words of a text one after the other.
+        first: the first of them.
     """
 
     def __init__(self, backend):
@@ -87,24 +89,28 @@ class Cutter:
             if normalized and _allows_cuts(settings, separator, normalized, self._normalize):
                 self.separators[separator] = normalized
         if self.separators:
-            self._letters = f"[{self._letter_ranges()}]"
-            self._compile("".join(self.separators))
+            self.first, self._letters = next(iter(self.separators)), f"[{self._letter_ranges()}]"
+            self._cut_point = re.compile(f"(?<={self._letters})[{''.join(self.separators)}](?={self._letters})")
+            self._all_words, self._first_words = self._pattern("".join(self.separators)), self._pattern(self.first)
 
-    def _compile(self, characters: str) -> None:
-        """Make the patterns of cut points and words for some of the separators."""
-        letters, separators, other = self._letters, f"[{characters}]", f"[^{characters}]"
-        self._cut_point = re.compile(f"(?<={letters}){separators}(?={letters})")
-        self.word = re.compile(
-            rf"{separators}?{other}*(?:{separators}{other}*)*?(?:(?<={letters})(?={separators}{letters})|\Z)"
+    def _pattern(self, characters: str) -> re.Pattern:
+        """A pattern that finds the words of a text between some of the separators, and an empty one at the end."""
+        letters, separators, others = self._letters, f"[{characters}]", f"[^{characters}]"
+        return re.compile(
+            rf"{separators}?{others}*(?:{separators}{others}*)*?(?:(?<={letters})(?={separators}{letters})|\Z)"
         )
 
-    def suit(self, beginning: str) -> None:
-        """Search for the first separator only if the text has it every 1,000 characters: that is faster than for all."""
-        first = next(iter(self.separators))
-        self._compile(first if beginning.count(first) * 1000 >= len(beginning) else "".join(self.separators))
+    def words(self, text: str) -> list[str]:
+        """The words of a piece, in order. Of a text that has the first separator often, a word may hold other cut points."""
+        has_first = text.count(self.first) * 1000 >= len(text)  # searching for one separator is faster than for all
+        words = (self._first_words if has_first else self._all_words).findall(text)
+        return words if words[-1] else words[:-1]
 
-    def pieces(self, chunks: Iterator[str], n_characters: int) -> Iterator[Piece]:
-        """Cut a text that comes in chunks at the first cut point after each `n_characters`."""
+    def pieces(self, chunks: Iterable[str], n_characters: int, limit: int) -> Iterator[Piece]:
+        """Cut a text that comes in chunks at the first cut point after each `n_characters`.
+
+        The pieces do not depend on the chunks. Raises UserError if one has more than `limit` characters.
+        """
         text, start, begin = "", 0, 0  # text[0] is character `start`, text[begin:] is not yet cut
         searched = n_characters
         for chunk in chunks:
@@ -116,6 +122,7 @@ class Cutter:
                 begin = match.start()
                 searched = begin + n_characters
             searched = max(searched, len(text) - 1)
+            check_length(len(text) - begin, limit)
         yield Piece(text[begin:], start + begin, is_last=True)
 
     def _normalize(self, text: str) -> str:
@@ -146,6 +153,15 @@ class Cutter:
             and _is_letter(left[-1:])
             and right[:1] == self.separators[separator]
             and _is_letter(right[1:2])
+        )
+
+
+def check_length(n_characters: int, limit: int) -> None:
+    """Raise UserError for a text that has to be tokenized in one call and needs more memory than there is."""
+    if n_characters > limit:
+        raise UserError(
+            f"this model's tokenizer needs a text whole, and memory is enough for {limit >> 20:,} MiB of text here: "
+            "cut the corpus into several files"
         )
 
 

@@ -1,22 +1,18 @@
 """Text -> token ids: short texts in one call, many short texts at once, a long text in parts, with the ids of one call."""
 
-import functools
-import itertools
 import unicodedata
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy
 
 from mori.cli import UserError, guarded, interruptible
-from mori.data.cuts import Cutter, Piece
+from mori.data.cuts import Cutter, Piece, check_length
 from mori.data.files import memory_bytes
-from mori.data.words import Part, WordEncoder, encode_batch
+from mori.data.words import Part, WordEncoder, encode_batch, grouped
 
 PIECE_CHARACTERS = 1 << 15
-PIECES_PER_PART = 16
-# For a shorter text, finding the cut points takes longer than one call.
-LONG_CHARACTERS = PIECES_PER_PART * PIECE_CHARACTERS
+LONG_CHARACTERS = 1 << 19  # of a part; for a shorter corpus, finding the cut points takes longer than tokenizing it
 
 
 def encode(tokenizer, text: str) -> list[int]:
@@ -54,17 +50,18 @@ def join(chunks: Iterable[str]) -> str:
 
     Raises UserError if that needs more memory than there is: the encoding takes about 50 times as much as the text.
     """
-    parts, limit = [], memory_bytes() // 64
+    parts, limit = [], _longest_text()
     n_characters = 0
     for chunk in chunks:
         parts.append(chunk)
         n_characters += len(chunk)
-        if n_characters > limit:
-            raise UserError(
-                f"this model's tokenizer needs a text whole, and memory is enough for {limit >> 20:,} MiB of text here: "
-                "cut the corpus into several files"
-            )
+        check_length(n_characters, limit)
     return "".join(parts)
+
+
+def _longest_text() -> int:
+    """The number of characters that one call can tokenize in this machine's memory."""
+    return memory_bytes() // 64
 
 
 def special_ids(tokenizer) -> set[int]:
@@ -74,7 +71,7 @@ def special_ids(tokenizer) -> set[int]:
 
 
 def lost_characters(
-    tokenizer, chunks: Callable[[], Iterator[str]], parts: Iterator[numpy.ndarray], unknown: int | None
+    tokenizer, alphabet: str, chunks: Callable[[], Iterator[str]], parts: Iterator[numpy.ndarray], unknown: int | None
 ) -> Counter[str]:
     """The characters of a corpus that do not come back when its ids are decoded, each with its number.
 
@@ -82,12 +79,13 @@ def lost_characters(
     lower case or NFKC.
 
     Args:
-        chunks: called for the text in chunks, as often as needed.
+        alphabet: the characters of the text.
+        chunks: called for the text in chunks, if the tokenizer cannot express the alphabet.
         parts: the ids of the text in parts that begin and end between characters.
         unknown: the id that stands for text that the tokenizer does not know, if the ids hold it.
     """
     plain = _without_form(tokenizer)
-    if unknown is None and _expresses(tokenizer, _alphabet(chunks()), plain):
+    if unknown is None and _expresses(tokenizer, alphabet, plain):
         return Counter()
     lost: Counter[str] = Counter()
     for chunk in chunks():
@@ -101,19 +99,9 @@ def _decode(tokenizer, ids: numpy.ndarray) -> str:
     return tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-def _alphabet(chunks: Iterator[str]) -> set[str]:
-    """The characters of a text."""
-    characters, ascii_characters = set(), b""
-    for chunk in chunks:
-        rest = chunk.encode().translate(None, ascii_characters)  # much faster than a set of every chunk
-        characters.update(rest.decode())
-        ascii_characters = "".join(filter(str.isascii, characters)).encode()
-    return characters
-
-
-def _expresses(tokenizer, characters: set[str], plain: Callable[[str], str]) -> bool:
+def _expresses(tokenizer, characters: str, plain: Callable[[str], str]) -> bool:
     """Whether the tokenizer can express each of these characters."""
-    text = " ".join(2 * character for character in sorted(characters))
+    text = " ".join(2 * character for character in characters)
     try:
         return not Counter(plain(text)) - Counter(plain(_decode(tokenizer, numpy.array(encode(tokenizer, text)))))
     except UserError:  # a tokenizer without an unknown token fails on a word that it does not know
@@ -137,53 +125,49 @@ def disable_truncation(backend) -> None:
 
 
 class TextEncoder:
-    """Tokenizes texts that come in chunks, on all cores, in memory that does not grow with them."""
+    """Tokenizes documents on all cores, piece after piece, in memory that does not grow with the text.
 
-    def __init__(self, tokenizer):
-        self._tokenizer = tokenizer
-        self._backend = getattr(tokenizer, "backend_tokenizer", None)
+    Attributes:
+        cutter: the cut points that the tokenizer allows; None if each document is one piece.
+    """
 
-    @functools.cached_property
-    def cutter(self) -> Cutter:
-        """The cut points that the tokenizer allows."""
-        return Cutter(self._backend)
+    def __init__(self, tokenizer, cut: bool = True):
+        """`cut`: cut documents at cut points; for little text, finding these takes longer than tokenizing."""
+        self._tokenizer, self._backend = tokenizer, getattr(tokenizer, "backend_tokenizer", None)
+        self.cutter = Cutter(self._backend) if cut and self._backend is not None else None
+        if self.cutter and not self.cutter.separators:
+            self.cutter = None
 
-    def encode(self, chunks: Iterable[str]) -> Iterator[tuple[numpy.ndarray, int]]:
-        """The ids of a text, equal to those of `encode` on all of it.
+    def pieces(self, chunks: Iterable[str]) -> Iterator[Piece]:
+        """The pieces of a document that comes in chunks, on which they do not depend.
 
-        Yields, piece after piece, ids `(N,)` uint32 and the number of the first of their characters. A text without cut
-        points is one piece. Raises CannotCut if the ids themselves contradict the cut points, RunFailed if a process that
-        tokenizes is killed, and UserError as `encode` does.
+        Raises UserError for a document that has to be tokenized in one call and needs more memory than there is.
         """
-        chunks, beginning, n_characters = iter(chunks), [], 0
-        while n_characters < LONG_CHARACTERS and (chunk := next(chunks, None)) is not None:
-            beginning.append(chunk)
-            n_characters += len(chunk)
-        chunks = itertools.chain(beginning, chunks)
-        if self._backend is None or n_characters < LONG_CHARACTERS or not self.cutter.separators:
-            yield numpy.array(encode(self._tokenizer, join(chunks)), dtype="uint32"), 0
-            return
-        self.cutter.suit("".join(beginning))
-        pieces = self.cutter.pieces(chunks, PIECE_CHARACTERS)
-        first = next(pieces)
-        if first.is_last:
-            yield numpy.array(encode(self._tokenizer, first.text), dtype="uint32"), 0
+        if self.cutter:
+            return self.cutter.pieces(chunks, PIECE_CHARACTERS, _longest_text())
+        return iter([Piece(join(chunks), 0, is_last=True)])
+
+    def encode(self, pieces: Iterator[Piece]) -> Iterator[numpy.ndarray]:
+        """The ids of each piece of some documents, `(N,)` uint32; those of a document's pieces are those of one call on it.
+
+        Raises CannotCut if the ids themselves contradict the cut points, RunFailed if a process that tokenizes is killed, and
+        UserError as `encode` does.
+        """
+        groups = grouped(pieces, lambda piece: len(piece.text), LONG_CHARACTERS)
+        if not self.cutter:
+            for group in groups:
+                yield from encode_each(self._tokenizer, [piece.text for piece in group])
             return
         disable_truncation(self._backend)
-        yield from self._encode_pieces(itertools.chain([first], pieces))
-
-    def _encode_pieces(self, pieces: Iterator[Piece]) -> Iterator[tuple[numpy.ndarray, int]]:
-        starts: deque[int] = deque()
-
-        def parts() -> Iterator[Part]:
-            for number in itertools.count():
-                if not (group := list(itertools.islice(pieces, PIECES_PER_PART))):
-                    return
-                starts.extend(piece.start for piece in group)
-                texts = [piece.text for piece in group]
-                yield Part(texts, group[0].start == 0, group[-1].is_last, verify=number % 8 == 0)
-
-        encoder = WordEncoder(self._backend, self.cutter.word, next(iter(self.cutter.separators)))
-        for ids_of_part in encoder.encode_all(parts()):
+        parts = (
+            Part(
+                [piece.text for piece in group],
+                [piece.start == 0 for piece in group],
+                [piece.is_last for piece in group],
+                verify=number % 8 == 0,
+            )
+            for number, group in enumerate(groups)
+        )
+        for ids_of_part in WordEncoder(self._backend, self.cutter).encode_all(parts):
             for ids in ids_of_part:
-                yield numpy.frombuffer(ids, dtype="uint32"), starts.popleft()
+                yield numpy.frombuffer(ids, dtype="uint32")

@@ -8,25 +8,30 @@ as it stands and compared.
 import itertools
 import multiprocessing
 import os
-import re
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy
 from tokenizers import Encoding
 
 from mori.cli import RunFailed, guarded, interruptible, one_line, print_error
+from mori.data.cuts import Cutter
 
 CACHE_CHARACTERS = 1 << 20  # of words whose ids are remembered
 _GROUP_CHARACTERS = 1 << 13  # of new words that are tokenized as one text
+_VERIFIED_CHARACTERS = 1 << 15  # of a part of which a passage is compared
 _PARTS_BEFORE_POOL = 4  # the processes of the pool begin with the words of these
 _MAX_PROCESSES = 8  # the parent process reads and hashes for no more than these
 _PARALLELISM = "TOKENIZERS_PARALLELISM"  # an environment variable of the library `tokenizers`
+
+
+T = TypeVar("T")
 
 
 class CannotCut(Exception):
@@ -35,14 +40,15 @@ class CannotCut(Exception):
 
 @dataclass
 class Part:
-    """Consecutive pieces of a text, each cut at cut points or at an end of the text.
+    """Consecutive pieces of text, each cut at cut points or at an end of its document.
 
-    `verify`: compare the ids of the first piece with those of one call on it.
+    `are_first` and `are_last` tell of each piece whether its document begins or ends with it. `verify`: compare the ids of the
+    first pieces with those of one call on them.
     """
 
     texts: list[str]
-    is_first: bool
-    is_last: bool
+    are_first: list[bool]
+    are_last: list[bool]
     verify: bool
 
 
@@ -51,16 +57,19 @@ class WordEncoder:
 
     Args:
         backend: a tokenizer of the library `tokenizers`.
-        word: finds the words of a text one after the other, and an empty one at the end.
-        separator: a separator that makes a cut point.
+        cutter: its cut points, of which there must be some.
     """
 
-    def __init__(self, backend, word: re.Pattern, separator: str):
-        self._backend, self._word, self._after = backend, word, f"{separator}a"
+    def __init__(self, backend, cutter: Cutter):
+        self._backend, self._cutter, self._neighbours = backend, cutter, ("a", f"{cutter.first}a")
         self._clear()
 
     def _clear(self) -> None:
-        self._ids_of, self._n_characters = {"": b""}, 0
+        # For a word in the middle of a text, and at its beginning, its end, or both, where it has no neighbour.
+        self._ids_of: dict[tuple[bool, bool], dict[str, bytes]] = {
+            place: {} for place in itertools.product((False, True), repeat=2)
+        }
+        self._n_characters = 0
 
     def encode_all(self, parts: Iterator[Part]) -> Iterator[list[bytes]]:
         """`encode` of each part, in order; a few parts are in memory at a time.
@@ -104,35 +113,66 @@ class WordEncoder:
 
         Raises CannotCut if the tokenizer's output contradicts the cut points, UserError if the tokenizer fails.
         """
-        words = [self._word.findall(text) for text in part.texts]
-        opening = closing = b""
-        if part.is_first:  # the first and the last word of the text have no neighbour on one side
-            opening = self._encode_groups([[words[0].pop(0)]], before="")[0]
-        if part.is_last:
-            last = words[-1].pop() or words[-1].pop()
-            closing = self._encode_groups([[last]], after="")[0]
         if self._n_characters > CACHE_CHARACTERS:
             self._clear()
-        ids_of = self._ids_of
-        new = sorted(set().union(*words).difference(ids_of))
-        self._n_characters += sum(map(len, new))
-        ids_of.update(zip(new, self._encode_groups(list(_grouped(new))), strict=True))
-        ids = [b"".join(map(ids_of.__getitem__, words_of_text)) for words_of_text in words]
-        if part.verify and self._encode_groups([["".join(words[0])]]) != ids[:1]:
-            raise CannotCut
-        ids[0] = opening + ids[0]
-        ids[-1] += closing
-        return ids
+        words = [self._cutter.words(text) for text in part.texts]
+        edges: dict[tuple[bool, bool], list[str]] = {
+            place: [] for place in ((True, False), (False, True), (True, True))
+        }
+        places = []  # of the first and of the last word of each text, if they are edges
+        for of_text, is_first, is_last in zip(words, part.are_first, part.are_last, strict=True):
+            is_whole = is_first and is_last and len(of_text) == 1
+            opening = (True, is_whole) if is_first and of_text else None
+            closing = (False, True) if is_last and of_text and not is_whole else None
+            if opening:
+                edges[opening].append(of_text.pop(0))
+            if closing:
+                edges[closing].append(of_text.pop())
+            places.append((opening, closing))
+        inner = self._ids((False, False), set().union(*words))
+        edge_ids = {place: map(self._ids(place, set(at)).__getitem__, at) for place, at in edges.items()}
+        ids = [b"".join(map(inner.__getitem__, of_text)) for of_text in words]
+        if part.verify:
+            self._verify(words, ids)
+        return [
+            (next(edge_ids[opening]) if opening else b"") + middle + (next(edge_ids[closing]) if closing else b"")
+            for (opening, closing), middle in zip(places, ids, strict=True)
+        ]
 
-    def _encode_groups(self, groups: list[list[str]], before: str = "a", after: str | None = None) -> list[bytes]:
+    def _ids(self, place: tuple[bool, bool], words: set[str]) -> dict[str, bytes]:
+        """The ids of words at a place, those of the new ones among them computed."""
+        ids_of = self._ids_of[place]
+        new = sorted(words.difference(ids_of))
+        self._n_characters += sum(map(len, new))
+        groups = [[word] for word in new] if any(place) else list(grouped(new, len, _GROUP_CHARACTERS))
+        before, after = ("" if is_edge else text for is_edge, text in zip(place, self._neighbours, strict=True))
+        ids_of.update(zip(new, self._encode_groups(groups, before, after), strict=True))
+        return ids_of
+
+    def _verify(self, words: list[list[str]], ids: list[bytes]) -> None:
+        """Raise CannotCut if the words of the first texts have other ids together."""
+        passages, n_characters = [], 0
+        for of_text, ids_of_text in zip(words, ids, strict=True):
+            if of_text:
+                passages.append(("".join(of_text), ids_of_text))
+                n_characters += len(passages[-1][0])
+            if n_characters >= _VERIFIED_CHARACTERS:
+                break
+        together = self._encode_groups([[passage] for passage, _ in passages], *self._neighbours)
+        if together != [ids_of_text for _, ids_of_text in passages]:
+            raise CannotCut
+
+    def _encode_groups(self, groups: list[list[str]], before: str, after: str) -> list[bytes]:
         """The ids of each word, as bytes of uint32. Each group is tokenized as one text, between `before` and `after`."""
-        after = self._after if after is None else after
         word_ids = []
         texts = [before + "".join(group) + after for group in groups]
         for text, group, encoding in zip(texts, groups, encode_batch(self._backend, texts), strict=True):
             ids, offsets = numpy.array(encoding.ids, dtype="uint32"), numpy.array(encoding.offsets).reshape(-1, 2)
             cuts = len(before) + numpy.cumsum([0, *map(len, group)])
             first_tokens = numpy.searchsorted(offsets[:, 1], cuts, side="right").tolist()
+            first_tokens[0] = (
+                first_tokens[0] if before else 0
+            )  # a token that the normalizer puts in front has no characters
             for cut, token in zip(cuts.tolist(), first_tokens, strict=True):
                 if 0 < cut < len(text) and not (
                     0 < token < len(ids) and offsets[token - 1][1] == cut <= offsets[token][0] <= cut + 1
@@ -150,14 +190,15 @@ def encode_batch(backend, texts: list[str]) -> list[Encoding]:
     )
 
 
-def _grouped(words: list[str]) -> Iterator[list[str]]:
-    group, n_characters = [], 0
-    for word in words:
-        group.append(word)
-        n_characters += len(word)
-        if n_characters >= _GROUP_CHARACTERS:
+def grouped(items: Iterable[T], length: Callable[[T], int], limit: int) -> Iterator[list[T]]:
+    """Consecutive items in lists that end with the item that brings their length to `limit`."""
+    group, total = [], 0
+    for item in items:
+        group.append(item)
+        total += length(item)
+        if total >= limit:
             yield group
-            group, n_characters = [], 0
+            group, total = [], 0
     if group:
         yield group
 

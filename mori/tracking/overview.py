@@ -39,7 +39,6 @@ def introduction(
     environment: dict,
     device: torch.device,
     text: str,
-    blank_files: int,
     parameters: int,
     total_steps: int,
     steps_per_epoch: int,
@@ -54,7 +53,7 @@ def introduction(
 
     Args:
         environment: of this process, as `environment` returns it.
-        text: the corpus in words (its ledger); `blank_files` of its files were left out.
+        text: the corpus in words (its ledger).
         parameters: of the model.
         evaluations: how much text is evaluated, and when, in words.
         faster: what speeds up this run, in words.
@@ -62,13 +61,12 @@ def introduction(
         resumed: the step and the checkpoint that the run resumes from.
         notes: further lines.
     """
-    left_out = f" ({plural(blank_files, 'blank file')} left out)" if blank_files else ""
     accumulation, ranks = config.gradient_accumulation_steps, environment["world_size"]
     batch = [plural(config.per_device_train_batch_size, "window")]
     batch += [plural(accumulation, "micro-batch", "micro-batches")] * (accumulation > 1)
     batch += [plural(ranks, "rank")] * (ranks > 1) + [plural(config.block_size, "token")]
     rows = {
-        "reads": f"{text}{left_out}",
+        "reads": text,
         "model": f"{config.model}, {parameters / 1e6:.1f} M parameters",
         "trains": f"{plural(total_steps, 'step')} ({steps_per_epoch:,} an epoch) of {' x '.join(batch)}",
         "checks": evaluations,

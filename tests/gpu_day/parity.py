@@ -13,7 +13,7 @@ from mori import optim
 from mori.bench import arms, compare
 from mori.bench.options import SHAPES
 from mori.config import TrainConfig
-from mori.data import corpus
+from mori.data.corpus import read_corpus
 from mori.data.files import find_files
 from mori.model import loading, saving
 from mori.model.lm import CausalLMLoss
@@ -31,7 +31,7 @@ def with_trainer(task: Task, precision: str) -> None:
     If a kernel has no deterministic form, PyTorch's usual one is taken and reported.
     """
     precision = "bf16" if task.dry and precision == "fp16" else precision  # accelerate has no fp16 on a CPU
-    texts = [document.text for document in corpus.read_documents(find_files([]))]
+    texts = list(read_corpus(find_files([])).texts())
     tokenizer = loading.load_tokenizer("mini", texts)
     torch.manual_seed(1)
     model = loading.load_model("mini", loading.load_config("mini", tokenizer))

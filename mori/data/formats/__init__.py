@@ -82,12 +82,6 @@ def read_documents(path: Path, options: ReadOptions = DEFAULT_OPTIONS) -> Iterat
         yield _with_errors_of(path, document)
 
 
-def read_chunks(path: Path, options: ReadOptions = DEFAULT_OPTIONS) -> Iterator[str]:
-    """The text of a file in chunks, without the borders of its documents. Raises UserError as `read_documents` does."""
-    for document in read_documents(path, options):
-        yield from document
-
-
 def _with_errors_of(path: Path, items: Iterable) -> Iterator:
     try:
         yield from items
