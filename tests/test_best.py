@@ -2,18 +2,34 @@
 
 import json
 import math
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import assert_equal_weights, run_script, stop_after
+from conftest import ROOT, assert_equal_weights, flags, run_script, stop_after, weights
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer
+from transformers import (
+    AutoModelForCausalLM,
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_utils import SaveStrategy
 
+from mori import distributed
+from mori.bench import arms
 from mori.cli import UserError
 from mori.config import TrainConfig
+from mori.data.windows import Batches
+from mori.evaluate import evaluate
+from mori.model import loading
+from mori.model.lm import CausalLMLoss
+from mori.prepare import prepare
 from mori.state import Best
 from mori.tracking.loggers import read_metrics
 
@@ -75,6 +91,8 @@ def test_load_best_publishes_the_weights_of_the_lowest_loss(run_train, tmp_path,
     assert run_train(**RISING, load_best_model_at_end=True, save_steps=100, save_total_limit=1) == summary
     assert "is finished" in capsys.readouterr().out
     assert run_train(**RISING, save_steps=100)["published_step"] == 12  # the same run, without the flag
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert told.startswith(f"better at step {best} (") and told.endswith(f"--model {root / f'step-{best:08d}'}")
     last = load_file(root / "step-00000012/model.safetensors")
     published = load_file(tmp_path / "brain/model.safetensors")
     assert all(torch.equal(last[name], published[name]) for name in last)
@@ -173,3 +191,58 @@ def test_checkpoint_is_a_model_folder(run_train, settings, tmp_path):
     assert answers[0].returncode == 0 and answers[0].stdout == answers[1].stdout
     again = run_train(model=str(checkpoint), run_name="again", output_dir=str(tmp_path / "again"), max_steps=1)
     assert again["steps"] == 1
+
+
+def test_early_stop_and_best_weights_equal_those_of_trainer(run_train, settings, tmp_path):
+    """Trainer itself, with its callback, on the same windows; both score the held-out text with our evaluation."""
+    changed = {**RISING, "eval_steps": 1, "early_stopping_patience": 3, "load_best_model_at_end": True, **arms._EXACT}
+    summary = run_train(**changed)
+    config = TrainConfig(**{**settings, **changed}).resolve()
+    runtime = distributed.start("cpu", "fp32")
+    prepared = prepare(config, runtime)
+    batches = Batches(len(prepared.train), batch_size=4, accumulation=1, seed=config.seed)
+
+    class Evaluating(arms._trainer_class(batches)):
+        def evaluate(self, *_, **__):
+            size, text = distributed.BatchSize(8), (prepared.held_out, prepared.held_out_bytes)
+            loss = evaluate(CausalLMLoss(self.model), *text, batch_size=size, runtime=runtime).loss
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, {"eval_loss": loss})
+            return {"eval_loss": loss}
+
+    class Seed(TrainerCallback):
+        def on_train_begin(self, *_, **__):
+            distributed.set_seed(config.seed)
+
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "trainer"), max_steps=12, learning_rate=0.3, lr_scheduler_type="constant", use_cpu=True,
+        per_device_train_batch_size=4, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
+        load_best_model_at_end=True, remove_unused_columns=False, report_to="none", seed=config.seed,
+    )  # fmt: skip
+    windows = arms.TrainerWindows(prepared.train)
+    trainer = Evaluating(
+        model=loading.load_model(config.model, prepared.model_config, False),
+        args=arguments,
+        train_dataset=windows,
+        eval_dataset=windows,
+        data_collator=default_data_collator,
+        callbacks=[EarlyStoppingCallback(3), Seed()],
+    )
+    trainer.train()
+    assert summary["stopped_early"] and summary["steps"] == trainer.state.global_step < 12
+    assert summary["published_step"] == trainer.state.best_global_step < summary["steps"]
+    theirs = trainer.model.state_dict()
+    for name, tensor in weights(tmp_path / "brain").items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+def test_ranks_stop_together_and_publish_the_best(settings, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "scripts/train.py"]
+    words = flags({**settings, **RISING, "eval_steps": 1, "early_stopping_patience": 2}) + ["--load_best_model_at_end"]
+    done = subprocess.run(torchrun + words, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary = json.loads((tmp_path / "runs/run/summary.json").read_text())
+    assert summary["stopped_early"] and summary["published_step"] == summary["eval"]["best"]["step"]
+    assert_equal_weights(
+        tmp_path / "runs/run/checkpoints" / f"step-{summary['published_step']:08d}", tmp_path / "brain"
+    )
+    assert f"the weights are those of step {summary['published_step']}, the best" in done.stdout

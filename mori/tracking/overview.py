@@ -103,15 +103,24 @@ def results(summary: dict, prompt: str) -> str:
     `summary` is what `summary.json` holds.
     """
     evaluation, steps = summary["eval"], summary["steps"]
-    losses = ""
-    if best := evaluation["best"]:
+    losses, best, after = "", evaluation["best"], evaluation["after"]
+    if after and after["loss"] is not None:
         before = f"{evaluation['before']['loss']:.4f} -> " if evaluation["before"] else ""
-        losses = f"; held-out loss {before}{evaluation['after']['loss']:.4f} (best {best['loss']:.4f} at step {best['step']})"
+        lowest = f" (best {best['loss']:.4f} at step {best['step']})" if best else ""
+        losses = f"; held-out loss {before}{after['loss']:.4f}{lowest}"
     lines = [
         f"{steps} steps in {summary['wall_seconds']:.0f} s, {summary['tokens_per_second']:.0f} tokens/s{losses}",
         f"the brain is in {summary['output_dir']}/; talk to it: python scripts/generate.py "
         f"{_flag('model', summary['output_dir'])} {_flag('prompt', prompt)}",
     ]
+    published, checkpoint = summary.get("published_step", steps), summary.get("best_checkpoint")
+    if published != steps:
+        lines[1] = f"the weights are those of step {published}, the best; {lines[1]}"
+    elif best and best["step"] != steps and checkpoint and checkpoint.endswith(f"{best['step']:08d}"):
+        lines.append(
+            f"better at step {best['step']} (held-out loss {best['loss']:.4f}, last {after['loss']:.4f}): the same command with "
+            f"--load_best_model_at_end publishes it, or python scripts/generate.py {_flag('model', checkpoint)}"
+        )
     if summary["skipped_steps"]:
         warning = f"WARNING: {summary['skipped_steps']} of {steps} steps were skipped, their gradient was not finite"
         lines.insert(0, warning)
