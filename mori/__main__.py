@@ -4,6 +4,7 @@ Only the standard library is imported before the flags are right, and torch, whi
 """
 
 import difflib
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from functools import partial
 
 from mori import __version__
 from mori.bench import options
-from mori.cli import Config, UserError, parse, run_script
+from mori.cli import Config, UserError, parse, print_error, run_script
 from mori.config import ChatConfig, EvaluateConfig, GenerateConfig, TrainConfig
 from mori.data.files import find_files
 from mori.speed.startup import imports
@@ -37,13 +38,17 @@ class Group:
 def train(config: TrainConfig) -> None:
     """Train, after a look at the names of the files."""
     find_files(config.corpus)
+    _announce(f"reading {', '.join(config.corpus) or 'the transcripts that ship with mori'}")
     with imports():
         from mori.train import train
     train(config)
 
 
 def generate(config: GenerateConfig) -> None:
-    """Answer the prompts, or open the prompt line."""
+    """Answer the prompts, or open the prompt line. Without prompts, each line of a pipe is one."""
+    if not (config.interactive or config.given & {"prompt", "prompt_file"} or sys.stdin.isatty()):
+        config.prompt = [line for line in sys.stdin.read().split("\n") if line.strip()] or config.prompt
+    _announce(f"loading {config.model}")
     with imports():
         from mori.distributed import start
         from mori.generation.chat import answer
@@ -53,9 +58,16 @@ def generate(config: GenerateConfig) -> None:
 def evaluate(config: EvaluateConfig) -> None:
     """Score a text, after a look at the names of its files."""
     find_files(config.corpus)
+    _announce(f"loading {config.model}")
     with imports():
         from mori.evaluate import print_evaluation
     print_evaluation(config)
+
+
+def _announce(work: str) -> None:
+    """Say what begins now, on one rank: the imports take seconds."""
+    if os.environ.get("RANK") in (None, "", "0"):
+        print_error(f"mori {__version__}: {work}")
 
 
 def compare(config: options.CompareConfig) -> None:

@@ -10,12 +10,13 @@ from mori.checkpoint import checkpoints, files, run_folder
 from mori.checkpoint.files import advice, check_room, publish, rehearse_publication, staging_folder
 from mori.checkpoint.tensors import check_finite
 from mori.cli import RunFailed, UserError, one_line, plural
+from mori.generation.generate import model_settings
 from mori.model import saving
 from mori.run import Run
 from mori.state import State
 from mori.tracking.memory import peak_memory_bytes
 from mori.tracking.monitor import say
-from mori.tracking.overview import results
+from mori.tracking.overview import results, sample_command
 
 
 def rehearse(run: Run, state: State) -> None:
@@ -91,7 +92,7 @@ def finish(run: Run, state: State) -> dict:
         with run.writes():
             run_summary["output_sha256"] = files.hashes(run.output_dir)
             files.write_json(run.run_dir / "summary.json", run_summary)
-        say(results(run_summary, prompt=config.prompt[0]))
+        say(results(run_summary, sample_command(config, model_settings(state.model))))
     runtime.barrier()
     runtime.close()
     if run.saves_the_end and state.saved_step != state.step:

@@ -102,7 +102,7 @@ def test_prompt_line_refuses_bytes_that_are_no_text_and_goes_on(small_model):
     done = subprocess.run(command, input=lines, capture_output=True, env=env)
     shown = done.stdout.decode()
     assert done.returncode == 0 and "error: the line is not utf-8 text" in shown
-    assert "stop_strings ['\\n', 'a b']" in shown and "> Halo" in shown
+    assert "stop_strings ['\\n', 'a b']" in shown and "\nHalo" in shown and ">" not in shown
 
 
 def test_answer_shows_the_settings_of_the_model(small_model, tmp_path, run):
@@ -123,7 +123,7 @@ def test_answer_model_that_cannot_answer_is_one_line(model, message, run):
 def test_script_mistake_is_one_line():
     result = run_script("generate.py", "--model", "mini")
     assert result.returncode == 2 and "to be trained" in result.stderr
-    assert result.stderr.count("\n") == 1 and not result.stdout
+    assert result.stderr.count("\n") == 2 and result.stderr.startswith("mori ") and not result.stdout
 
 
 class Terminal:
@@ -216,6 +216,11 @@ def test_prompt_line_commands_and_history(terminal):
     terminal.send("\x1b[A" * 4 + "\r")
     assert first.split("\n")[0] in terminal.until("\n> ").replace("\r", "")
     assert "/foo is no command; /help" in terminal.reply("/foo 3")
+    assert "did you mean /temperature?" in terminal.reply("/temprature 3")
+    assert terminal.reply("/stop_strings a") == "stop_strings ['a']"
+    assert terminal.reply("/stop_strings") == "stop_strings []"
+    terminal.reply("/top_k 3")
+    assert "top_k" not in terminal.reply("/reset") and "top_k" not in terminal.reply("/settings")
     assert "top_p is 7.0" in terminal.reply("/top_p 7")
     assert "invalid" in terminal.reply("/top_k many")
     assert "/again" in terminal.reply("/help")
@@ -237,3 +242,12 @@ def test_prompt_line_ctrl_c_stops_the_answer_only(terminal):
     assert terminal.reply("Apa").startswith("Apa")
     terminal.send("\x04")
     assert terminal.process.wait(30) == 0
+
+
+def test_script_answers_each_line_of_a_pipe(small_model):
+    words = ("--model", str(small_model), "--max_new_tokens", "3")
+    asked = run_script("generate.py", *words, "--prompt", "Halo", "Apa")
+    assert run_script("generate.py", *words, input="Halo\n\nApa\n").stdout == asked.stdout
+    chat = run_script("generate.py", *words, "--interactive", input="Halo\nApa\n")
+    assert chat.returncode == 0 and chat.stdout == asked.stdout.replace(f"\n{'-' * 40}\n", "\n")
+    assert run_script("generate.py", *words, "--interactive", input="/exit\nHalo\n").stdout == ""

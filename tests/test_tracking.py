@@ -2,17 +2,20 @@
 
 import json
 import shlex
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
-from conftest import stop_after
+from conftest import flags, run_script, stop_after
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import SummaryWriter
 
 import mori
-from mori.config import TrainConfig
+from mori.cli import parse
+from mori.config import GenerateConfig, TrainConfig
 from mori.tracking import loggers, overview
 from mori.tracking.loggers import Logger, MetricsFile, TensorBoard, read_metrics
 from mori.tracking.monitor import Monitor
@@ -213,10 +216,36 @@ def test_results_say_loss_and_skipped_steps():
     summary = {
         "steps": 12, "eval": evaluations, "wall_seconds": 3.0, "tokens_per_second": 640.0, "skipped_steps": 0, "output_dir": "my brain",
     }  # fmt: skip
-    cost, command = overview.results(summary, '-- Halo "semua" $5 it\'s').splitlines()
+    cost, place, command = overview.results(summary, "python generate").splitlines()
     assert cost == "12 steps in 3 s, 640 tokens/s; held-out loss 2.0000 (best 1.5000 at step 6)"
-    words = shlex.split(command.partition("python scripts/generate.py ")[2])
-    assert words == ["--model", "my brain", '--prompt=-- Halo "semua" $5 it\'s']
+    assert place.startswith("the brain is in my brain/") and command == "python generate"
     evaluations["before"] = {"step": 0, "loss": 5.0}
-    warning, cost, _ = overview.results(summary | {"skipped_steps": 2}, "Halo").splitlines()
+    warning, cost, *_ = overview.results(summary | {"skipped_steps": 2}, "").splitlines()
     assert warning.startswith("WARNING: 2 of 12 steps were skipped") and "held-out loss 5.0000 -> 2.0000" in cost
+
+
+@pytest.mark.parametrize(
+    "program, start", [("../scripts/train.py", "python ../scripts/generate.py "), ("/bin/mori", "mori generate ")]
+)
+def test_sample_command_is_read_as_the_settings_of_the_run(monkeypatch, program, start):
+    monkeypatch.setattr(sys, "argv", [program])
+    settings = {
+        "output_dir": "my brain", "prompt": ["-- Halo \"semua\" $5 it's", "Apa\nkabar", ""], "stop_strings": ["\n", "a\\nb"],
+        "bad_words_ids": [[5, 7], [9]], "suppress_tokens": [3, 4], "frequency_penalty": -0.5, "top_k": 0, "max_new_tokens": 7,
+    }  # fmt: skip
+    config = TrainConfig(**settings)
+    command = overview.sample_command(config, {"top_k": 40})
+    assert command.startswith(start)
+    read = parse(GenerateConfig, "", shlex.split(command)[len(start.split()) :])
+    assert (read.model, read.prompt, read.seed) == ("my brain", settings["prompt"], 42)
+    assert read.sampling() == config.sampling() and "top_k" in read.given
+
+
+def test_last_line_of_a_run_prints_the_samples_again(settings, tmp_path):
+    words = flags({**settings, "max_steps": 3, "max_new_tokens": 12, "prompt": ["Halo semua", 'it\'s -- "x"']})
+    done = run_script("train.py", *words)
+    shown, command = done.stdout.partition("\nafter:\n")[2], done.stdout.splitlines()[-1]
+    texts = shown.partition("\n3 steps in ")[0]
+    again = run_script("generate.py", *shlex.split(command)[2:], stdin=subprocess.DEVNULL)
+    assert again.stdout.replace(f"\n{'-' * 40}\n", "\n") == texts + "\n", again.stderr
+    assert done.stderr.startswith("mori ") and again.stderr.startswith("mori ")

@@ -2,6 +2,7 @@
 
 import codecs
 import contextlib
+import difflib
 import importlib.util
 import json
 import random
@@ -28,8 +29,11 @@ HELP = """Type a text, and the model continues it. The arrow keys recall earlier
 /seed 7            set the seed; without a value, choose a random one
 /again             repeat the last text with the next seed
 /settings          show all settings in force
+/reset             seed and settings as they were at the start
+/stop_strings      without values, clears them, as every list does
 /help              show this help
-Ctrl-C stops an answer, Ctrl-D (or /quit) leaves."""
+Ctrl-C stops an answer, Ctrl-D (or /quit, /exit) leaves."""
+COMMANDS = ("again", "exit", "help", "quit", "reset", "seed", "settings")
 
 
 def answer(config: GenerateConfig, device: torch.device) -> None:
@@ -131,26 +135,29 @@ class PromptLine:
     def __init__(self, model: nn.Module, tokenizer, controls: dict, options: dict):
         self.model, self.tokenizer, self.controls, self.options = model, tokenizer, controls, options
         self.last_prompt = ""
+        self._start = dict(controls), options["seed"]
 
     def run(self) -> None:
-        """Read lines until the end of input or /quit."""
+        """Read lines until the end of input or /quit. Lines from a pipe are answered without signs between them."""
+        in_terminal = sys.stdin.isatty()
         if importlib.util.find_spec("readline"):
             import readline  # noqa: F401 (gives input() a history)
         # Bytes that are no text arrive as surrogates, and the line is refused.
         sys.stdin.reconfigure(errors="surrogateescape")
         # A shell script's `&` makes its children ignore Ctrl-C.
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        print("/help lists the commands; /quit leaves")
+        if in_terminal:
+            print("/help lists the commands; /quit leaves")
         while True:
             try:
-                line = input("> ")
+                line = input("> " if in_terminal else "")
                 if any("\udc80" <= letter <= "\udcff" for letter in line):
                     raise UserError(f"the line is not {sys.stdin.encoding} text")
-                if line == "/quit":
+                if line.strip() in ("/quit", "/exit"):
                     return
                 self._answer_line(line)
             except EOFError:
-                print()
+                print(end="\n" * in_terminal)
                 return
             except KeyboardInterrupt:
                 print("\n(stopped)")
@@ -186,8 +193,17 @@ class PromptLine:
             seed = parse(GenerateConfig, "", ["--seed", *words]).seed if words else _random_seed()
             self.options["seed"] = seed
             return f"seed {seed}"
-        if command not in {field.name for field in fields(SamplingConfig)} - {"num_return_sequences"}:
-            raise UserError(f"/{command} is no command; /help lists them")
+        if command == "reset":
+            self.controls, self.options["seed"] = dict(self._start[0]), self._start[1]
+            return "reset to the start:\n" + self._show_settings()
+        known = {field.name for field in fields(SamplingConfig)} - {"num_return_sequences"}
+        if command not in known:
+            nearest = difflib.get_close_matches(command, sorted(known.union(COMMANDS)), 1)
+            raise UserError(
+                f"/{command} is no command; " + (f"did you mean /{nearest[0]}?" if nearest else "/help lists them")
+            )
+        if not words and getattr(SamplingConfig(), command) == []:
+            self.controls[command] = []
         if words:
             value = getattr(parse(GenerateConfig, "", [f"--{command}", *words]), command)
             resolve_settings(self.model, {**self.controls, command: value})  # it may contradict another setting

@@ -1,19 +1,21 @@
 """A run in a few printed lines, before its first step and after its last, and `environment.json`."""
 
+import json
 import platform
 import shlex
 import shutil
 import sys
 import textwrap
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 import transformers
 
 from mori import __version__
-from mori.cli import plural
-from mori.config import TrainConfig
+from mori.cli import escaped_text, json_list, plural
+from mori.config import GenerateConfig, TrainConfig
 
 
 def environment(device: torch.device, precision: str, world_size: int) -> dict:
@@ -97,8 +99,8 @@ def _folded(line: str) -> str:
     return textwrap.fill(line, columns, subsequent_indent=" " * 8, break_long_words=False, break_on_hyphens=False)
 
 
-def results(summary: dict, prompt: str) -> str:
-    """The lines printed after the last step: cost, held-out loss, and the command to generate from `prompt`.
+def results(summary: dict, command: str) -> str:
+    """The lines printed after the last step: cost, held-out loss, and the command that draws the samples again.
 
     `summary` is what `summary.json` holds.
     """
@@ -109,9 +111,9 @@ def results(summary: dict, prompt: str) -> str:
         lowest = f" (best {best['loss']:.4f} at step {best['step']})" if best else ""
         losses = f"; held-out loss {before}{after['loss']:.4f}{lowest}"
     lines = [
-        f"{steps} steps in {summary['wall_seconds']:.0f} s, {summary['tokens_per_second']:.0f} tokens/s{losses}",
-        f"the brain is in {summary['output_dir']}/; talk to it: python scripts/generate.py "
-        f"{_flag('model', summary['output_dir'])} {_flag('prompt', prompt)}",
+        f"{plural(steps, 'step')} in {summary['wall_seconds']:.0f} s, {summary['tokens_per_second']:,.0f} tokens/s{losses}",
+        f"the brain is in {summary['output_dir']}/; the text above, drawn from it again:",
+        command,
     ]
     published, checkpoint = summary.get("published_step", steps), summary.get("best_checkpoint")
     if published != steps:
@@ -127,6 +129,35 @@ def results(summary: dict, prompt: str) -> str:
     return "\n".join(lines)
 
 
-def _flag(name: str, value: str) -> str:
-    """A flag as a shell reads it; a value that looks like a flag follows an equals sign."""
-    return f"--{name}{'=' if value.startswith('-') else ' '}{shlex.quote(value)}"
+def sample_command(config: TrainConfig, model_settings: dict) -> str:
+    """The command that draws a run's samples again from its trained model, in the words of the run's own command.
+
+    `model_settings` are the sampling fields that the model's generation_config.json sets. In fp32 the texts are equal.
+    """
+    program = Path(sys.argv[0])
+    if program.name == "train.py" and program.parent.name == "scripts":
+        command = ["python", str(program.with_name("generate.py"))]
+    else:
+        command = [*(["mori"] if program.name == "mori" else ["python", "-m", "mori"]), "generate"]
+    defaults = {**{f.name: getattr(GenerateConfig(), f.name) for f in fields(GenerateConfig)}, **model_settings}
+    wanted = {"prompt": config.prompt, "seed": config.seed, "device": config.device, **config.sampling()}
+    changed = {name: value for name, value in wanted.items() if value != defaults[name]}
+    for name, value in {"model": config.output_dir, **changed}.items():
+        command += [word for text in _texts(name, value) for word in _flag(name, text)]
+    return shlex.join(command)
+
+
+def _texts(name: str, value) -> list[str]:
+    """The texts from which the command line reads `value`; several for a flag that is repeated."""
+    kind = GenerateConfig.__dataclass_fields__[name].metadata["type"]
+    if kind is json_list:
+        return [json.dumps(value)]
+    texts = [str(item) for item in (value if isinstance(value, list) else [value])]
+    if kind is escaped_text:
+        texts = [text.replace("\\", "\\\\").replace("\n", "\\n").replace("\t", "\\t") for text in texts]
+    return texts
+
+
+def _flag(name: str, text: str) -> list[str]:
+    """The words of a flag; a value that looks like a flag follows an equals sign."""
+    return [f"--{name}={text}"] if text.startswith("-") else [f"--{name}", text]
