@@ -92,7 +92,8 @@ def finish(run: Run, state: State) -> dict:
         with run.writes():
             run_summary["output_sha256"] = files.hashes(run.output_dir)
             files.write_json(run.run_dir / "summary.json", run_summary)
-        say(results(run_summary, sample_command(config, model_settings(state.model))))
+        same = runtime.precision == "fp32" and run_summary.get("published_step") in (None, state.step)
+        say(results(run_summary, sample_command(config, model_settings(state.model)), same_text=same))
     runtime.barrier()
     runtime.close()
     if run.saves_the_end and state.saved_step != state.step:

@@ -218,7 +218,7 @@ def test_results_say_loss_and_skipped_steps():
     }  # fmt: skip
     cost, place, command = overview.results(summary, "python generate").splitlines()
     assert cost == "12 steps in 3 s, 640 tokens/s; held-out loss 2.0000 (best 1.5000 at step 6)"
-    assert place.startswith("the brain is in my brain/") and command == "python generate"
+    assert place == "the brain is in my brain/; the text above from it:" and command == "python generate"
     evaluations["before"] = {"step": 0, "loss": 5.0}
     warning, cost, *_ = overview.results(summary | {"skipped_steps": 2}, "").splitlines()
     assert warning.startswith("WARNING: 2 of 12 steps were skipped") and "held-out loss 5.0000 -> 2.0000" in cost

@@ -99,10 +99,10 @@ def _folded(line: str) -> str:
     return textwrap.fill(line, columns, subsequent_indent=" " * 8, break_long_words=False, break_on_hyphens=False)
 
 
-def results(summary: dict, command: str) -> str:
+def results(summary: dict, command: str, same_text: bool = True) -> str:
     """The lines printed after the last step: cost, held-out loss, and the command that draws the samples again.
 
-    `summary` is what `summary.json` holds.
+    `summary` is what `summary.json` holds; `same_text`, whether `command` prints the samples of the last evaluation to the letter.
     """
     evaluation, steps = summary["eval"], summary["steps"]
     losses, best, after = "", evaluation["best"], evaluation["after"]
@@ -112,7 +112,7 @@ def results(summary: dict, command: str) -> str:
         losses = f"; held-out loss {before}{after['loss']:.4f}{lowest}"
     lines = [
         f"{plural(steps, 'step')} in {summary['wall_seconds']:.0f} s, {summary['tokens_per_second']:,.0f} tokens/s{losses}",
-        f"the brain is in {summary['output_dir']}/; the text above, drawn from it again:",
+        f"the brain is in {summary['output_dir']}/; {'the text above' if same_text else 'a text'} from it:",
         command,
     ]
     published, checkpoint = summary.get("published_step", steps), summary.get("best_checkpoint")
