@@ -2,11 +2,11 @@
 
 import contextlib
 import gc
+import itertools
 import os
 import random
 import re
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +26,7 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _OUT_OF_MEMORY = re.compile(
     "can't allocate memory|out of memory|CUBLAS_STATUS_ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED"
 )
+_starts = itertools.count()
 _GLOO_SOURCE = re.compile(r"\bgloo/[\w/]+\.(?:cc|h):\d+\]")  # gloo raises RuntimeError with its source line
 
 
@@ -217,9 +218,10 @@ def start(device: str = "auto", precision: str = "fp32", timeout: int = 1800) ->
         torch.cuda.set_device(resolved)
     limit = timedelta(seconds=timeout)
     if world_size > 1 and not dist.is_initialized():
-        # torchrun keeps one store for all restarts (torch 2.13): a prefix hides the addresses of an earlier start.
+        # torchrun keeps one store for all restarts (torch 2.13), and for all runs of a process: a prefix hides earlier addresses.
         store, rank, size = next(dist.rendezvous("env://", timeout=limit))
-        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        prefix = f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}, run {next(_starts)}"
+        store = dist.PrefixStore(prefix, store)
         gpu = resolved if resolved.type == "cuda" else None  # bound to its GPU, NCCL connects at once
         backend = "nccl" if gpu else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit, device_id=gpu)
@@ -316,10 +318,23 @@ class StopSignals:
             if not self._deferred:
                 raise KeyboardInterrupt
             text = f"\n{self.received}: finishing and saving this step first (Ctrl-C again exits at once)\n"
-            with contextlib.suppress(OSError, ValueError):  # `| tee` may have died of the same Ctrl-C
-                os.write(sys.stderr.fileno(), text.encode())  # print() is not reentrant
+            with contextlib.suppress(OSError):  # `| tee` may have died of the same Ctrl-C
+                os.write(
+                    2, text.encode()
+                )  # print() is not reentrant; a notebook shows this file, but has no sys.stderr.fileno()
         elif number == signal.SIGINT and time.monotonic() - self._at > 1:
             raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def restored_backends() -> Iterator[None]:
+    """The context of a run: PyTorch's global settings are restored after it, for what else this process does."""
+    precision, cudnn_attention = torch.get_float32_matmul_precision(), torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cuda.enable_cudnn_sdp(cudnn_attention)
 
 
 def restarted() -> bool:

@@ -10,7 +10,7 @@ import torch
 from mori.cli import callable_module, checked, plural
 from mori.config import EvaluateConfig, TrainConfig
 from mori.data.windows import ShiftedDataset, Spread, count_targets
-from mori.distributed import BatchSize, Runtime, start
+from mori.distributed import BatchSize, Runtime, restored_backends, start
 from mori.model import loading, special_tokens
 from mori.model.lm import CausalLMLoss
 from mori.model.variants import build_module
@@ -100,6 +100,7 @@ def windows_to_score(config: TrainConfig, held_out: int, steps_between: int, win
     return Spread(range(count), count, held_out)
 
 
+@restored_backends()
 def evaluate_text(config: EvaluateConfig) -> dict:
     """The scores of a text by `config.model`: `loss`, `perplexity`, `bits_per_byte`, and how much was scored.
 

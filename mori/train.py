@@ -33,7 +33,8 @@ def train(config: TrainConfig, on_step: Callable[[int, float], None] = lambda st
     non-finite in too many consecutive steps, one window does not fit in memory, another rank has exited, or the model or the last
     checkpoint cannot be written); Interrupted after a signal, once the step is done and the run is saved; KeyboardInterrupt before the loop.
     """
-    with distributed.StopSignals() as signals, contextlib.ExitStack() as locks, _readable_failures():
+    restored, stop_signals = distributed.restored_backends(), distributed.StopSignals()
+    with restored, stop_signals as signals, contextlib.ExitStack() as locks, _readable_failures():
         run = check(config, locks)
         if summary := output.finished_summary(run):
             return summary
@@ -236,7 +237,7 @@ def _readable_failures() -> Iterator[None]:
     """Convert out-of-memory and lost-rank errors to RunFailed."""
     try:
         yield
-    except (RunFailed, Interrupted):
+    except RunFailed:
         raise
     except (RuntimeError, MemoryError) as error:
         if distributed.out_of_memory(error):

@@ -19,8 +19,8 @@ class RunFailed(RuntimeError):
     """A run that cannot continue although its flags are right: one line that says why and what to do."""
 
 
-class Interrupted(RuntimeError):
-    """A run that was stopped by a signal and is saved: one line that says at which step."""
+class Interrupted(KeyboardInterrupt):
+    """A run that was stopped by a signal and is saved: one line that says at which step. `except Exception` does not catch it."""
 
 
 def guarded(what: str, action: Callable):
