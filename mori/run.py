@@ -280,6 +280,7 @@ def build(run: Run, locks: contextlib.ExitStack) -> State:
         enabled=runtime.is_main,
         resumed=run.resumed is not None,
     )
+    locks.callback(run.monitor.close)  # also after a failure
     run.module.on_compile_failure = lambda error: run.monitor.say(f"WARNING: no longer compiled: {one_line(error)}")
     run.step_graph = StepGraph(
         config.cuda_graphs and runtime.device.type == "cuda" and runtime.world_size == 1,

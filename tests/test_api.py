@@ -248,7 +248,7 @@ def test_interrupted_call_saves_and_the_same_call_goes_on(call, small_model, tmp
 
 
 @pytest.mark.parametrize("ends_by", ["itself", "Ctrl-C", "a failure"])
-def test_memory_of_a_run_is_free_when_it_ends(call, small_model, monkeypatch, ends_by):
+def test_memory_of_a_run_is_free_when_it_ends(call, small_model, monkeypatch, request, ends_by):
     """A notebook keeps the last error, whose frames would keep the model."""
     models, real = [], mori.run.build_module
 
@@ -257,6 +257,8 @@ def test_memory_of_a_run_is_free_when_it_ends(call, small_model, monkeypatch, en
         return real(model, *arguments, **options)
 
     monkeypatch.setattr(mori.run, "build_module", remembered)
+    request.addfinalizer(gc.enable)
+    gc.disable()
     kept = None
     if ends_by == "itself":
         mori.train(small_model, **call)
@@ -273,7 +275,6 @@ def test_memory_of_a_run_is_free_when_it_ends(call, small_model, monkeypatch, en
         except mori.RunFailed as error:
             kept = error
     assert (kept is None) == (ends_by == "itself") and len(models) == 1
-    gc.collect()
     assert models[0]() is None
 
 

@@ -1,5 +1,6 @@
 """Commands as calls from Python: `mori.train(model="mini", max_steps=50)`."""
 
+import gc
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -35,6 +36,8 @@ def run_with(cls: type[Config], action: Callable, positional: tuple[str, ...], v
         # A notebook keeps the last error: its frames would keep the model in memory.
         error.__context__ = None
         raise error.with_traceback(None) from None
+    finally:
+        gc.collect()  # reference cycles keep the model
 
 
 def callable_module(name: str, cls: type[Config], action: Callable) -> None:
