@@ -283,7 +283,7 @@ def _out_of_memory():
 
 
 def test_two_runs_of_one_program_under_torchrun(settings, tmp_path):
-    """The second run must not meet the addresses of the first."""
+    """The second run does not meet the addresses of the first."""
     program = tmp_path / "program.py"
     program.write_text(
         "import json, sys, mori\n"
