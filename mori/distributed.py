@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import itertools
 import os
 import random
 import re
@@ -25,6 +26,7 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _OUT_OF_MEMORY = re.compile(
     "can't allocate memory|out of memory|CUBLAS_STATUS_ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED"
 )
+_starts = itertools.count()
 _GLOO_SOURCE = re.compile(r"\bgloo/[\w/]+\.(?:cc|h):\d+\]")  # gloo raises RuntimeError with its source line
 
 
@@ -216,9 +218,10 @@ def start(device: str = "auto", precision: str = "fp32", timeout: int = 1800) ->
         torch.cuda.set_device(resolved)
     limit = timedelta(seconds=timeout)
     if world_size > 1 and not dist.is_initialized():
-        # torchrun keeps one store for all restarts (torch 2.13): a prefix hides the addresses of an earlier start.
+        # torchrun keeps one store for all restarts (torch 2.13) and all runs of a process: a prefix hides earlier addresses.
         store, rank, size = next(dist.rendezvous("env://", timeout=limit))
-        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        prefix = f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}, run {next(_starts)}"
+        store = dist.PrefixStore(prefix, store)
         gpu = resolved if resolved.type == "cuda" else None  # bound to its GPU, NCCL connects at once
         backend = "nccl" if gpu else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit, device_id=gpu)
