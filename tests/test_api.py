@@ -3,6 +3,8 @@
 import gc
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +22,7 @@ import mori.run
 from mori import optim
 from mori.cli import UserError, checked
 from mori.config import TrainConfig
+from mori.data.files import SHIPPED
 
 
 def python(code: str, *words: object, **options) -> subprocess.CompletedProcess:
@@ -187,6 +190,17 @@ def test_evaluate_returns_the_scores_of_the_command(small_model, text_file, tmp_
     words = ("--block_size", "16", "--logging_dir", tmp_path, "--json")
     done = run_script("evaluate.py", "--model", small_model, "--corpus", text_file, *words)
     assert result == json.loads(done.stdout)
+
+
+def test_lines_of_the_readme_run(tmp_path, monkeypatch):
+    [lines] = re.findall(r"^```python\n(import mori\n.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
+    monkeypatch.chdir(tmp_path)
+    for name in ("my_text.txt", "another.txt"):
+        shutil.copy(sorted(SHIPPED.glob("*.txt"))[0], name)
+    names: dict = {}
+    eval(compile(lines.replace("max_steps=50", "max_steps=2"), "README.md", "exec"), names)
+    assert names["summary"]["steps"] == 2 and Path("runs/mini-my_text/summary.json").is_file()
+    assert [text[:4] for text in names["texts"]] == ["Halo", "Jadi"] and names["scores"]["loss"] > 0
 
 
 # ------------------------------------------------------------------------------------------- a notebook's process
