@@ -17,6 +17,7 @@ from pathlib import Path
 import pandas
 import pyarrow
 import pytest
+from conftest import flags, run_script
 from pyarrow import parquet
 
 from mori.bench.options import CompareConfig
@@ -706,3 +707,45 @@ def test_find_files_refuses_standard_input_that_it_cannot_read_right(standard_in
     with pytest.raises(UserError, match="only one process can read"):
         find_files(["-"])
     assert any("standard input" in mistake for mistake in CompareConfig(corpus=["-"]).mistakes())
+
+
+# --------------------------------------------------------------------------------------------------------------- the doors
+
+
+def token_files(runs: str) -> list[str]:
+    return [path.name for path in Path(runs, ".cache").glob("tokens-*.bin")]
+
+
+def test_training_gives_the_same_numbers_in_every_format(tmp_path, settings, run_train, text_file):
+    """One token file serves all wrappings, so that their ids are equal; held-out text is read in them, too."""
+    texts = [*text_file.read_text(encoding="utf-8").split(". "), None, "", "\n"]
+    wrappings = {"jsonl": ".gz", "json": ".zst", "csv": "", "tsv": ".zip", "parquet": ""}
+    losses = set()
+    for number, (name, wrapping) in enumerate(wrappings.items()):
+        path = write(tmp_path / f"rows.{name}{wrapping}", WRAPPINGS[wrapping](with_texts(texts)[name], f"rows.{name}"))
+        summary = run_train(corpus=[str(path)], validation_file=[str(path)], run_name=f"{number}", max_steps=2)
+        losses.add(json.dumps(summary["eval"]["after"]["loss"]))
+        assert len(token_files(settings["logging_dir"])) == len(losses) == 1, path
+    (tmp_path / "texts").mkdir()
+    for number, text in enumerate(texts):
+        write(tmp_path / "texts" / f"{number:02}.txt", text or "")
+    run_train(corpus=[str(tmp_path / "texts")], run_name="plain", max_steps=2)
+    assert len(token_files(settings["logging_dir"])) == 1
+
+
+def test_scripts_take_a_column_an_encoding_and_standard_input(tmp_path, settings, text_file):
+    text = text_file.read_text(encoding="utf-8").replace("—", "-").replace("…", ".") + "é"
+    settings |= {"max_steps": 2, "corpus": ["-"]}
+    trained = run_script("train.py", *flags(settings), input=text)
+    assert trained.returncode == 0, trained.stderr
+    table = pandas.DataFrame({"judul": ["x"], "isi": [text]})
+    table.to_csv(tmp_path / "a.csv.gz", index=False, encoding="cp1252")
+    words = ["--model", settings["model"], "--corpus", tmp_path / "a.csv.gz", "--logging_dir", settings["logging_dir"]]
+    words += ["--block_size", "16"]
+    refused = run_script("evaluate.py", *words, "--encoding", "cp1252")
+    assert refused.returncode == 2 and "--text_column among 'judul', 'isi'" in refused.stderr
+    assert "Traceback" not in refused.stderr and refused.stderr.count("\n") == 2  # the first line says what is loaded
+    assert run_script("evaluate.py", *words, "--text_column", "isi").stderr.count("is not UTF-8") == 1
+    scored = run_script("evaluate.py", *words, "--encoding", "cp1252", "--text_column", "isi")
+    assert scored.returncode == 0, scored.stderr
+    assert len(token_files(settings["logging_dir"])) == 1
