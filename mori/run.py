@@ -190,6 +190,7 @@ def check(config: TrainConfig, locks: contextlib.ExitStack) -> Run:
     From here on `locks` keeps other processes out of the run's folder. Raises UserError for every mistake of the user.
     """
     started = time.perf_counter()
+    is_named = bool(config.run_name)
     config = checked(config).resolve()
     if distributed.restarted():  # `none`, or a named checkpoint, was meant for the first start
         config = replace(config, resume_from_checkpoint="auto")
@@ -198,6 +199,7 @@ def check(config: TrainConfig, locks: contextlib.ExitStack) -> Run:
         raise UserError(
             f"the path {str(output_dir)!a} is not UTF-8, so no tokenizer can be saved there; use another --output_dir"
         )
+    run_folder.check_apart(config.model, run_dir, output_dir)
     run_folder.check_writable(run_dir, output_dir)
     runtime = distributed.start(config.device, config.precision, config.ddp_timeout)
     if config.dtype == "bfloat16" and runtime.precision != "bf16":
@@ -223,12 +225,14 @@ def check(config: TrainConfig, locks: contextlib.ExitStack) -> Run:
         raise UserError("metric_for_best_model bits_per_byte: the tokenizer loses text, so there is none; take loss")
     run.schedule = optim.Schedule(config, run.warmup_steps, run.total_steps)
 
-    def lock_and_find() -> Path | None:
-        if run_dir.is_dir():
-            locks.enter_context(run_folder.lock(run_dir))
-        return run_folder.find_checkpoint(config, run_dir, run.identity(), run.total_steps)
+    def lock_and_find() -> tuple[Path, Path | None]:
+        folder = run_dir if is_named else run_folder.choose(config, run_dir, run.identity())
+        if folder.is_dir():
+            locks.enter_context(run_folder.lock(folder))
+        return folder, run_folder.find_checkpoint(config, folder, run.identity(), run.total_steps)
 
-    run.resumed = runtime.on_main(lock_and_find)
+    run.run_dir, run.resumed = runtime.on_main(lock_and_find)
+    run.config = replace(config, run_name=run.run_dir.name)
     return run
 
 

@@ -86,7 +86,7 @@ class BenchConfig(Config):
 
     repeats: int = flag(5, "processes of each arm, run in turn", above=0)
     threads: int = flag(0, "threads of each process; 0 is PyTorch's default", min=0)
-    output_dir: str = flag("runs/bench", "folder of the JSON files with the results")
+    output_dir: str = flag("runs/bench", "folder of the JSON files with the results", path=True)
 
     known_arms: ClassVar[tuple[str, ...]] = ()
 

@@ -138,8 +138,8 @@ def write_manifest(folder: Path, step: int, files: dict[str, dict]) -> None:
     write(folder / _MANIFEST, [json.dumps(manifest).encode()])
 
 
-def verify(folder: Path) -> None:
-    """Compare every file with the manifest. Raises CorruptCheckpoint with the first difference.
+def verify(folder: Path, only: str | None = None) -> None:
+    """Compare every file, or that named `only`, with the manifest. Raises CorruptCheckpoint with the first difference.
 
     Raises UserError if this user may not read a file: the checkpoint is not damaged then, and must not be set aside.
     """
@@ -155,6 +155,8 @@ def verify(folder: Path) -> None:
         if _STEP.fullmatch(folder.name) and int(folder.name[5:]) != manifest["step"]:
             raise CorruptCheckpoint(f"{path} belongs to step {manifest['step']}")
         for name, description in manifest["files"].items():
+            if only not in (None, name):
+                continue
             path = _plain_file(folder / name)
             if path.stat().st_size != description["bytes"]:
                 raise CorruptCheckpoint(f"{path} has {path.stat().st_size} bytes, not its {description['bytes']}")

@@ -3,6 +3,8 @@
 import contextlib
 import fcntl
 import json
+import math
+import re
 import tempfile
 import time
 from dataclasses import fields, replace
@@ -12,14 +14,49 @@ from typing import IO
 from mori.checkpoint import checkpoints
 from mori.checkpoint.files import PREVIOUS, hashes, stays_in_place, visible, write_json
 from mori.cli import UserError, optional, plural, print_error
-from mori.config import TrainConfig
+from mori.config import PRESETS, TrainConfig
 
 # What checkpoints of versions that did not record it stand for.
 _UNKNOWN = "unknown"
 _IN_EARLIER_VERSIONS = {
     "document_bos": False, "parse_special_tokens": True, "device": _UNKNOWN, "model_sha256": _UNKNOWN, "documents_sha256": _UNKNOWN,
 }  # fmt: skip
+_IN_WORDS = {
+    "documents_sha256": "(the corpus has another text now)",
+    "tokenizer_sha256": "(the tokenizer is another one now)",
+}
 _INEXACT = ("precision", "world_size", "device")  # a run goes on with others, but rounds otherwise
+
+
+def check_apart(model: str, run_dir: Path, output_dir: Path) -> None:
+    """Raise UserError if the run or its model would be written into the folder of the model it starts from, or around it.
+
+    Links are followed. A checkpoint of another run is such a folder too.
+    """
+    source = Path(model)
+    if model in PRESETS or not source.is_dir():
+        return
+    source = source.resolve()
+    for name, path in (("output_dir", output_dir), ("logging_dir", run_dir)):
+        place = (
+            "is"
+            if path == source
+            else "is in"
+            if _lies_in(path, source)
+            else "contains"
+            if _lies_in(source, path)
+            else ""
+        )
+        if place:
+            name = "run_name" if path == run_dir and place == "contains" else name
+            raise UserError(
+                f"{name}: {path} {place} the folder of --model, {source}, which it must not change; choose another"
+            )
+
+
+def _lies_in(path: Path, folder: Path) -> bool:
+    """Whether `path` is `folder`, or inside it; on a file system without upper case, too."""
+    return folder.exists() and any(part.exists() and part.samefile(folder) for part in (path, *path.parents))
 
 
 def check_writable(run_dir: Path, output_dir: Path) -> None:
@@ -90,6 +127,80 @@ def remembered_batch_size(config: TrainConfig, run_dir: Path) -> int | None:
     return min((size for size in sizes if isinstance(size, int) and size > 0), default=None)
 
 
+def choose(config: TrainConfig, first: Path, identity: dict) -> Path:
+    """The folder of a run that the user did not name: `first`, or `first` with a number from 2 on.
+
+    The newest run with the same settings is resumed. If there is none, a new run begins beside the others, and a note says what
+    differs. Reads only: another process may be writing these folders. Raises UserError if `extend` could mean several runs.
+    """
+    numbered = _numbered(first)
+    runs = [path for path in numbered.values() if path.is_dir()]
+    named = Path(config.resume_from_checkpoint).resolve().parent.parent
+    if named in runs:
+        return named
+    exact = {run: _differing(run, replace(config, extend=False), identity) for run in runs}
+    matches = [run for run, differing in exact.items() if differing == {}]
+    if not matches and config.extend:
+        matches = [run for run in runs if _differing(run, config, identity) == {}]
+        if len(matches) > 1:
+            names = ", ".join(run.name for run in matches)
+            raise UserError(
+                f"extend: several runs differ from this one in nothing but their length ({names}); say which with --run_name"
+            )
+        matches = matches or runs[-1:]  # whose differences the refusal names
+    if matches:
+        return matches[-1]
+    if not runs:
+        return first
+    new = first.with_name(f"{first.name}-{max(numbered) + 1}")
+    nearest = min(reversed(exact), key=lambda run: math.inf if exact[run] is None else len(exact[run]))
+    reason = "is a run that cannot be read"
+    if exact[nearest]:
+        reason = f"belongs to a run with other settings (there, now): {_listed(exact[nearest])}"
+        if not _differing(nearest, replace(config, extend=True), identity):
+            reason += " (--extend resumes it up to the new length)"
+    output = Path(config.output_dir)
+    kept = f"; its model will replace {output}, which is kept as {output.name}{PREVIOUS}" if output.is_dir() else ""
+    print_error(f"note: {nearest} {reason}. A new run begins beside it, {new.name}{kept}")
+    return new
+
+
+def _numbered(first: Path) -> dict[int, Path]:
+    """All that is named `first`, `first-2`, `first-3` and so on, by number, in order."""
+    number = re.compile(re.escape(first.name) + r"(?:-([2-9]|[1-9]\d+))?")
+    with contextlib.suppress(FileNotFoundError):
+        matches = [(number.fullmatch(path.name), path) for path in first.parent.iterdir()]
+        return dict(sorted((int(match[1] or 1), path) for match, path in matches if match))
+    return {}
+
+
+def _differing(run_dir: Path, config: TrainConfig, identity: dict) -> dict | None:
+    """What the run in a folder and this run do not share, see `_differences`; None if it cannot be told. Reads only.
+
+    A run without a whole checkpoint starts again, so only its settings count.
+    """
+    for folder in reversed(checkpoints.published(run_dir / "checkpoints")):
+        with contextlib.suppress(checkpoints.CorruptCheckpoint, UserError):
+            checkpoints.verify(folder, only="state.json")
+            return _strict_differences(checkpoints.load_state(folder), config, identity, folder)
+    try:
+        settings = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
+        return _strict_differences({**identity, "config": settings}, config, identity, run_dir)
+    except FileNotFoundError:
+        return None if any(run_dir.glob("[!.]*")) else {}  # an empty folder belongs to any run
+    except (OSError, ValueError, UserError):
+        return None
+
+
+def _strict_differences(saved: dict, config: TrainConfig, identity: dict, folder: Path) -> dict:
+    """The first of `_differences`. A model of another name, though of the same shape, counts unless the old one was moved."""
+    differing = _differences(saved, config, identity, folder)[0]
+    old, new = Path(saved["config"]["model"]), Path(config.model)
+    if old != new and (not new.is_dir() or old.is_dir() and not old.samefile(new)):
+        differing["model"] = f"({str(old)!r}, {config.model!r})"
+    return differing
+
+
 def find_checkpoint(config: TrainConfig, run_dir: Path, identity: dict, total_steps: int) -> Path | None:
     """The checkpoint that the run resumes from, or None for a new run. Call it while the folder is locked.
 
@@ -115,17 +226,20 @@ def find_checkpoint(config: TrainConfig, run_dir: Path, identity: dict, total_st
         longer = "--extend (to resume up to the new length), " if only_length else ""
         raise UserError(
             f"{folder} belongs to a run with other settings (there, now): "
-            f"{'; '.join(f'{name} {values}' for name, values in differing.items())}. "
-            f"Use those settings, {longer}another --run_name, or --resume_from_checkpoint none (the old run is set aside)"
+            f"{_listed(differing)}. Use those settings, {longer}another --run_name, or --resume_from_checkpoint none (the old run is set aside)"
         )
     if saved["step"] > total_steps:
         raise UserError(
             f"{folder} has done {plural(saved['step'], 'step')} already, more than the {total_steps} of this run"
         )
+    if saved["config"].get("model") != config.model:
+        print_error(
+            f"note: the model was {saved['config'].get('model')} and is {config.model} now; its configuration is the same"
+        )
     if inexact:
         print_error(
             "note: resumes with other settings (there, now): "
-            f"{'; '.join(f'{name} {values}' for name, values in inexact.items())}. The run continues, but its weights will "
+            f"{_listed(inexact)}. The run continues, but its weights will "
             "not be equal to the bit to those of a run that never stopped"
         )
     return folder
@@ -160,17 +274,24 @@ def _differences(saved: dict, config: TrainConfig, identity: dict, folder: Path)
     except (KeyError, AttributeError, TypeError):
         raise UserError(f"{folder / 'state.json'} is not a state of mori; take another checkpoint") from None
     same_model = values.pop("model_sha256")
-    changed = {name: f"({old!r}, {new!r})" for name, (old, new) in values.items() if old not in (new, _UNKNOWN)}
+    changed = {
+        name: _IN_WORDS.get(name, f"({old!r}, {new!r})")
+        for name, (old, new) in values.items()
+        if old not in (new, _UNKNOWN)
+    }
     inexact = {name: changed.pop(name) for name in _INEXACT if name in changed} | there.inexact_differences(config)
     differing = there.differences(config, extending=config.extend) | changed
-    if "model" in differing and same_model[0] == same_model[1]:
-        print_error(f"note: the model was {there.model} and is {config.model} now; its configuration is the same")
-        del differing["model"]
+    if same_model[0] == same_model[1]:
+        differing.pop("model", None)
     if windows[0] != windows[1]:
         layout = ("per_device_train_batch_size", "gradient_accumulation_steps", "world_size")
         differing |= {name: inexact[name] for name in layout if name in inexact}
         differing["windows in a step"] = f"({windows[0]}, {windows[1]})"
     return differing, inexact
+
+
+def _listed(differing: dict) -> str:
+    return "; ".join(f"{name} {values}" for name, values in differing.items())
 
 
 def _windows_per_step(config: TrainConfig, world_size: int) -> int:

@@ -13,6 +13,7 @@ from typing import ClassVar
 
 from mori import __version__
 from mori.cli.aliases import is_boolean, translated, unknown
+from mori.cli.drive import unmounted
 from mori.cli.errors import UserError
 from mori.cli.values import fits, fitted, json_list, read_settings, value_mistakes
 
@@ -25,7 +26,7 @@ def flag(default, help: str, *, kind=None, **rules):
         kind: the type of the value, or of a list's items; derived from `default` if omitted. `json_list` reads a whole list
             from one JSON text.
         rules: the range, checked by `Config.mistakes`: `min`, `max` (inclusive), `above`, `below` (exclusive), `choices`,
-            `share` (a whole number, or a share below 1). `pretrained` and `scratch` are the values that None stands for.
+            `share` (a whole number, or a share below 1), `path` (not on a Drive that is not mounted). `pretrained` and `scratch` are the values that None stands for.
             `may_change` and `extends` say whether a resumed run, or an extended one, may change the field; `inexact`, that
             a resumed run may, but then no longer equals a run that never stopped to the bit.
     """
@@ -74,7 +75,8 @@ class Config:
 
     def contradictions(self) -> list[str]:
         """What is wrong between fields whose own values are in range, one phrase each."""
-        return []
+        values = [getattr(self, f.name) for f in fields(self) if f.metadata.get("path")]
+        return unmounted([path for value in values for path in (value if isinstance(value, list) else [value]) if path])
 
     @classmethod
     def declaring_class(cls, name: str) -> type["Config"]:

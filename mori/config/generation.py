@@ -13,9 +13,9 @@ class GenerateConfig(ModelConfig, SamplingConfig, DeviceConfig):
 
     group = "text"
 
-    model: str = flag("mori_brain_final", "a folder with a model and its tokenizer, or a name on the hub")
+    model: str = flag("mori_brain_final", "a folder with a model and its tokenizer, or a name on the hub", path=True)
     prompt: list[str] = flag([""], "text to continue; several give several answers, an empty one starts from nothing")
-    prompt_file: str = flag("", "a UTF-8 file with one prompt on each line; empty lines are skipped")
+    prompt_file: str = flag("", "a UTF-8 file with one prompt on each line; empty lines are skipped", path=True)
     seed: int = flag(0, "seed of the sampler; every prompt starts from it", min=0, max=2**32 - 1)
     batch_size: int = flag(32, "texts that are decoded in one batch", min=1)
     crop_prompt: bool = flag(False, "drop the beginning of a prompt that is longer than the context")

@@ -18,7 +18,7 @@ class ModelConfig(Config):
 
     group = "model"
 
-    model: str = flag("mini", "'mini' (a small GPT-2 made from scratch), a folder, or a name on the hub")
+    model: str = flag("mini", "'mini' (a small GPT-2 made from scratch), a folder, or a name on the hub", path=True)
     trust_remote_code: bool = flag(False, "allow Python code from the model's repository", may_change=True)
 
 
@@ -46,6 +46,7 @@ class TextConfig(Config):
         "files, folders or globs of .txt .md .jsonl .json .csv .tsv .parquet .srt .vtt, plain or as .gz .bz2 .xz .zst .zip; - is "
         "plain text on standard input; unset takes the transcripts that ship with mori",
         may_change=True,
+        path=True,
     )
     text_column: str = flag(
         "",
@@ -104,7 +105,9 @@ class CorpusConfig(TextConfig):
         min=0,
         below=1,
     )
-    validation_file: list[str] = flag([], "text to evaluate on, instead of the end of the corpus: named as in --corpus")
+    validation_file: list[str] = flag(
+        [], "text to evaluate on, instead of the end of the corpus: named as in --corpus", path=True
+    )
 
 
 @dataclass
@@ -298,10 +301,15 @@ class OutputConfig(Config):
 
     group, may_change = "output", True
 
-    output_dir: str = flag("mori_brain_final", "folder of the trained model")
-    logging_dir: str = flag("runs", "folder of all runs, for tensorboard --logdir")
-    run_name: str = flag("", "this run's folder in logging_dir; unset is made of the names of model and corpus")
+    output_dir: str = flag("mori_brain_final", "folder of the trained model", path=True)
+    logging_dir: str = flag("runs", "folder of all runs, for tensorboard --logdir", path=True)
+    run_name: str = flag(
+        "",
+        "this run's folder in logging_dir; unset is made of the names of model and corpus, and a number if settings differ",
+    )
     resume_from_checkpoint: str = flag(
-        "auto", "auto resumes the run, none starts over (the old run is set aside), or the path of a checkpoint"
+        "auto",
+        "auto resumes the run, none starts over (the old run is set aside), or the path of a checkpoint",
+        path=True,
     )
     extend: bool = flag(False, "resume a run, finished or not, up to the num_train_epochs or max_steps given now")

@@ -47,7 +47,8 @@ class TrainConfig(
                 setattr(resolved, f.name, f.metadata[start])
         if not resolved.run_name:
             corpus = "-".join(Path(name).stem.strip("*.-") or "text" for name in resolved.corpus[:2]) or "transcripts"
-            resolved.run_name = re.sub(r"[^\w.-]+", "-", f"{Path(resolved.model).name}-{corpus}")
+            name = re.sub(r"[^\w.-]+", "-", f"{Path(resolved.model).name}-{corpus}")
+            resolved.run_name = name.encode()[:200].decode(errors="ignore")  # a folder's name has at most 255 bytes
         return resolved
 
     def total_steps(self, steps_per_epoch: int) -> int:
