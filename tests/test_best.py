@@ -23,6 +23,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from mori import distributed
 from mori.bench import arms
+from mori.bench.options import CompareConfig
 from mori.cli import UserError
 from mori.config import TrainConfig
 from mori.data.windows import Batches
@@ -176,6 +177,13 @@ def test_contradictions_about_the_best_are_told(run_train, tmp_path, changed, na
     with pytest.raises(UserError, match=named):
         run_train(**changed)
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("changed", [{"early_stopping_patience": 2}, {"logging_strategy": "epoch"}])
+def test_compare_refuses_what_its_arms_do_not_share(changed):
+    [name] = changed
+    assert any(mistake.startswith(name) for mistake in CompareConfig(**changed).mistakes())
+    assert not CompareConfig().mistakes()
 
 
 def test_checkpoint_is_a_model_folder(run_train, settings, tmp_path):

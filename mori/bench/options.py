@@ -8,6 +8,10 @@ from mori.config import FOLLOW_EVALUATIONS, DeviceConfig, TextConfig, TrainConfi
 
 ARMS = ("mori", "mori-exact", "trainer", "trainer-tuned", "course")
 NOT_IN_TRAINER = ("muon",)  # optimizers
+# Fields of a run that the arms of a comparison do not share.
+_ONE_WAY = (
+    "eval_strategy", "save_strategy", "logging_strategy", "load_best_model_at_end", "early_stopping_patience",
+)  # fmt: skip
 TRAIN_ARMS = ("mori", "trainer", "trainer-tuned", "bare", "mori-compiled")
 DECODE_ARMS = ("mori-greedy", "generate-greedy", "mori-sampled", "generate-sampled", "mori-process", "generate-process")
 TOKENIZE_ARMS = ("mori", "run_clm", "one-call")
@@ -57,6 +61,9 @@ class CompareConfig(TrainConfig):
                 mistakes.append(
                     f"{name} does not exist in Trainer, so the arms would not do the same work; leave it out"
                 )
+        for name in _ONE_WAY:
+            if getattr(self, name) != getattr(TrainConfig, name):
+                mistakes.append(f"{name}: every arm does all steps, and logs and evaluates by steps; leave it out")
         if self.optim in NOT_IN_TRAINER:
             mistakes.append(f"optim {self.optim} does not exist in Trainer; take another")
         if self.lr_scheduler_type in FOLLOW_EVALUATIONS:
