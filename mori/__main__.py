@@ -4,6 +4,7 @@ Only the standard library is imported before the flags are right, and torch, whi
 """
 
 import difflib
+import importlib.util
 import os
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from functools import partial
 from mori import __version__
 from mori.bench import options
 from mori.cli import Config, UserError, parse, print_error, run_script
-from mori.config import ChatConfig, EvaluateConfig, GenerateConfig, TrainConfig
+from mori.config import ChatConfig, EvaluateConfig, ExportConfig, GenerateConfig, TrainConfig
 from mori.data.files import find_files
 from mori.speed.startup import imports
 
@@ -78,6 +79,16 @@ def compare(config: options.CompareConfig) -> None:
     compare(config)
 
 
+def export(config: ExportConfig) -> None:
+    """Write a file for other programs, after a look at the names of the files."""
+    find_files(config.corpus)
+    if not importlib.util.find_spec("gguf"):
+        raise UserError("format gguf needs the package gguf: python -m pip install gguf")
+    with imports():
+        from mori.export.gguf_file import export_gguf
+    export_gguf(config)
+
+
 def bench(name: str, config: options.BenchConfig) -> None:
     """Run the benchmark `name`."""
     if name == "decode":
@@ -110,6 +121,9 @@ COMMANDS = Group(
             options.CompareConfig,
             compare,
             "Run the same training with mori and with transformers.Trainer; report their differences, speed and memory.",
+        ),
+        "export": Command(
+            ExportConfig, export, "Write a trained model as a file for other programs, such as llama.cpp."
         ),
         "bench": BENCHMARKS,
     },

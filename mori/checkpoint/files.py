@@ -80,6 +80,25 @@ def publish(final: Path, fill: Callable[[Path], None]) -> None:
         shutil.rmtree(staged, ignore_errors=True)
 
 
+def publish_file(final: Path, fill: Callable[[Path], None]) -> None:
+    """Call `fill(path)` on a name beside `final`, sync the file, and rename it; an existing `final` becomes `<name>.previous`.
+
+    Raises what `fill` raises, after removing the unfinished file.
+    """
+    staged = final.with_name(f".{final.name}{_PARTIAL}")
+    try:
+        fill(staged)
+        sync(staged)
+        if final.exists():
+            previous = final.with_name(final.name + PREVIOUS)
+            set_aside(previous)
+            os.rename(final, previous)
+        os.rename(staged, final)
+        sync(final.parent)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
 def rehearse_publication(final: Path, fill: Callable[[Path], None]) -> dict[str, bytes]:
     """Publish twice inside the staging folder, as `publish` would, and remove it; returns the files' contents by path.
 

@@ -5,6 +5,7 @@ imported here, so that `--help` and flag errors appear immediately.
 """
 
 from mori.config.evaluation import EvaluateConfig
+from mori.config.export import ExportConfig
 from mori.config.generation import ChatConfig, GenerateConfig
 from mori.config.groups import DeviceConfig, TextConfig
 from mori.config.sampling import SamplingConfig
@@ -16,6 +17,7 @@ __all__ = [
     "ChatConfig",
     "DeviceConfig",
     "EvaluateConfig",
+    "ExportConfig",
     "GenerateConfig",
     "SamplingConfig",
     "TextConfig",

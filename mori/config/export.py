@@ -1,0 +1,22 @@
+"""A call of `mori export`."""
+
+from dataclasses import dataclass
+
+from mori.cli import flag
+from mori.config.groups import ModelConfig, TextConfig
+
+
+@dataclass
+class ExportConfig(ModelConfig, TextConfig):
+    """A call of `mori export`."""
+
+    group = "export"
+
+    model: str = flag("mori_brain_final", "a folder with a model and its tokenizer, or a name on the hub")
+    format: str = flag("gguf", "the format of the file: gguf, for llama.cpp and what builds on it", choices=("gguf",))
+    outtype: str = flag(
+        "f16",
+        "type of the matrices in the file: f32, f16, or q8_0 (8 bits and a scale for each 32 values)",
+        choices=("f32", "f16", "q8_0"),
+    )
+    output: str = flag("", "the file; unset is <model>-<outtype>.gguf in the current folder")
