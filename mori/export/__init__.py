@@ -1,1 +1,1 @@
-"""A trained model for other programs: GGUF files, the hub."""
+"""A trained model as a file for other programs."""
