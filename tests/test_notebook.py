@@ -11,7 +11,7 @@ import nbformat
 import pytest
 from conftest import ROOT, assert_equal_weights
 from nbclient import NotebookClient
-from nbclient.exceptions import DeadKernelError
+from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 from mori.config import TrainConfig
 from mori.train import train
@@ -161,10 +161,21 @@ def test_notebook_killed_in_training_goes_on_to_the_weights_of_a_run_never_kille
 
     never_killed = {"model": "mini", "corpus": [str(text_file)], "output_dir": str(tmp_path / "brain"), **TRAINING}
     train(TrainConfig(**never_killed, logging_dir=str(tmp_path / "runs")))
-    assert_equal_weights(colab.drive / "mori_brain_final", tmp_path / "brain")
+    assert_equal_weights(colab.drive / "mori_brain_coba", tmp_path / "brain")
 
 
 def test_notebook_outside_colab_takes_the_shipped_transcripts_and_the_preset(machine):
     shown = machine(colab=False).run("here", cells=4, project=str(ROOT))
-    assert f'--quiet "{ROOT}"' in shown[2]
-    assert "Ini bukan Colab" in shown[2] and "mini" in shown[3]
+    assert "Ini bukan Colab" in shown[2] and f'pip install --quiet "{ROOT}"\n' in shown[2]
+    assert "transkrip bawaan | Model: mini" in shown[3]
+
+
+@pytest.mark.parametrize("suffix, requirement", [("", "git+https://host/mori"), (".zip", "https://host/mori.zip")])
+def test_notebook_installs_the_project_from_an_address(machine, suffix, requirement):
+    shown = machine(colab=False).run("here", cells=3, project=f"https://host/mori{suffix}")
+    assert f'pip install --quiet "{requirement}"\n' in shown[2]
+
+
+def test_notebook_never_asks_the_package_index_for_a_project_that_is_not_there(machine):
+    with pytest.raises(CellExecutionError, match="FileNotFoundError"):
+        machine(colab=False).run("here", cells=3, project="mori")
