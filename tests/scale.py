@@ -70,22 +70,21 @@ def run(files: list[Path], folder: Path, name: str) -> dict:
         "--output_dir",
         folder / name,
     ]
-    started = time.perf_counter()
-    process = subprocess.Popen(
-        list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
-    os.set_blocking(process.stdout.fileno(), False)
-    output, first_step, peaks = "", None, {"preparing": {}, "training": {}}
+    started, log = time.perf_counter(), folder / "output.txt"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            list(map(str, command)), cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+    first_step, peaks = None, {"preparing": {}, "training": {}}
     while process.poll() is None:
-        output += process.stdout.read() or ""
-        if first_step is None and "trains " in output:
+        if first_step is None and "\ntrains " in log.read_text():
             first_step = time.perf_counter() - started
         phase = peaks["preparing" if first_step is None else "training"]
         for kind, size in memory(process.pid).items():
             phase[kind] = max(phase.get(kind, 0), size)
         time.sleep(0.2)
-    output += process.stdout.read() or ""
+    output = log.read_text()
     if process.returncode:
         raise SystemExit(output)
     ledger = next(line for line in output.splitlines() if line.startswith("reads "))

@@ -4,19 +4,24 @@ import fcntl
 import json
 import os
 import random
+import shutil
 import signal
 import tracemalloc
 
 import numpy
+import pandas
 import pytest
 
 from mori.cli import UserError
+from mori.config import TrainConfig
 from mori.data import account, corpus, formats, token_file, token_writer, tokenize
 from mori.data.corpus import read_corpus
+from mori.data.formats import archives
 from mori.data.token_file import text_bytes_from
 from mori.data.token_writer import make_token_file
 from mori.data.words import CannotCut, WordEncoder
 from mori.model.loading import train_tokenizer
+from mori.train import train
 
 TEXT = "halo dunia, apa kabar? héllo 🌧 hujan\r\nturun 今日は\r lagi \r\n" * 30
 
@@ -413,3 +418,71 @@ def test_token_file_falls_back_to_one_call_if_the_ids_contradict_the_cuts(
     tokens = make_token_file(read, tokenizer, tmp_path / "b")
     assert tokens.ids.tolist() == expected.ids.tolist() and len(tokens.marks) == 0 < len(expected.marks)
     assert text_bytes_from(9, tokens, read, tokenizer) == text_bytes_from(9, expected, read, tokenizer)
+
+
+# ------------------------------------------------------------------------------------------------------- through the door
+
+
+def wrapped(folder, texts, wrapping):
+    """Write texts as the rows of one file, or as a file each; returns what to pass to --corpus."""
+    folder.mkdir()
+    frame = pandas.DataFrame({"id": range(len(texts)), "text": texts})
+    path = folder / f"rows{wrapping}"
+    if wrapping == "":
+        for number, text in enumerate(texts):
+            (folder / f"{number:03}.txt").write_text(text, encoding="utf-8")
+        return [str(folder)]
+    if wrapping == ".jsonl.zst":
+        path.write_bytes(archives.zstd.compress(frame.to_json(orient="records", lines=True).encode()))
+    elif ".jsonl" in wrapping:
+        frame.to_json(path, orient="records", lines=True, force_ascii=False)
+    elif ".json" in wrapping:
+        frame.to_json(path, orient="records")
+    elif ".parquet" in wrapping:
+        frame.to_parquet(path)
+    else:
+        frame.to_csv(path, index=False, sep="\t" if ".tsv" in wrapping else ",")
+    return [str(path)]
+
+
+WRAPPINGS = ["", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.zip", ".json", ".csv", ".csv.gz", ".tsv", ".parquet"]
+
+
+@pytest.fixture
+def train_on(settings, tmp_path):
+    def run(texts, wrapping, **changed):
+        folder = tmp_path / f"corpus{wrapping}"
+        names = wrapped(folder, texts, wrapping) if not folder.exists() else [str(folder)]
+        return train(TrainConfig(**{**settings, "corpus": names, **changed}))
+
+    return run
+
+
+def test_train_gives_one_text_the_same_ids_and_hash_in_every_wrapping(train_on, tmp_path):
+    """The rows without text are counted, wherever a format can say so."""
+    texts = [TEXT.replace("\r\n", "\n")[at : at + 150] for at in range(0, 1500, 130)] + [
+        "",
+        "  ",
+        'kata "lain", dan\tlain',
+    ]
+    texts.insert(5, texts[2])
+    token_files, ledgers = {}, {}
+    for wrapping in WRAPPINGS:
+        ledgers[wrapping] = train_on(texts, wrapping, run_name=f"run{wrapping}", max_steps=1)["ledger"]
+        token_files[wrapping] = {path.name for path in (tmp_path / "runs" / ".cache").glob("tokens-*.bin")}
+    assert all(files == token_files[""] and len(files) == 1 for files in token_files.values())
+    expected = {name: value for name, value in ledgers[""].items() if name != "bytes"}
+    assert all({**ledger, **expected} == ledger for ledger in ledgers.values())
+    counts = [ledgers[".csv"][f"{kind}_documents"] for kind in ("empty", "blank", "duplicate")]
+    assert counts == [1, 1, 1] and ledgers[".csv"]["documents"] == len(texts) - 2
+
+
+def test_train_resumes_after_the_corpus_was_compressed(train_on, tmp_path):
+    """As if it had been killed after step 8."""
+    texts = [TEXT.replace("\r\n", "\n")[at : at + 300] for at in range(0, 1500, 130)]
+    whole = train_on(texts, ".jsonl")
+    shutil.rmtree(tmp_path / "runs" / "run" / "checkpoints" / "step-00000012")
+    resumed = train_on(texts, ".csv.gz")
+    assert resumed["eval"] == whole["eval"] and resumed["samples"] == whole["samples"]
+    with pytest.raises(UserError, match="documents_sha256"):
+        train_on(texts[:-1], ".csv")
