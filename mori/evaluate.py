@@ -114,7 +114,7 @@ def evaluate_text(config: EvaluateConfig) -> dict:
     model_config = loading.load_config(config.model, tokenizer, trust_remote_code=config.trust_remote_code)
     special = special_tokens.decide(tokenizer, document_bos=config.document_bos, parse=config.parse_special_tokens)
     token_file = tokenized(corpus, tokenizer, model_config, special, config, runtime)
-    windows, text_bytes = scored_text(token_file, corpus, tokenizer, config.block_size)
+    windows, text_bytes = scored_text(token_file, corpus, tokenizer, config.block_size, runtime)
     model = loading.load_model(config.model, model_config, config.trust_remote_code).to(runtime.device)
     module, _ = build_module(model, TrainConfig(block_size=config.block_size), windows.batch([0]), runtime)
     size = BatchSize(config.per_device_eval_batch_size)

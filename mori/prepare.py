@@ -16,7 +16,7 @@ from mori.distributed import Runtime
 from mori.generation.generate import check_prompts
 from mori.model import loading, special_tokens
 
-_LEARNED_CHARACTERS = 1 << 27  # of the text that a preset's tokenizer is learned from
+_LEARNED_CHARACTERS = 1 << 26  # a preset's tokenizer is learned from the beginning of a longer text
 
 
 @dataclass
@@ -82,9 +82,9 @@ def prepare(config: TrainConfig, runtime: Runtime) -> Prepared:
     held_out = held_out_bytes = None
     if validation:
         validation_tokens = tokenized(validation, tokenizer, model_config, special, config, runtime)
-        held_out, held_out_bytes = scored_text(validation_tokens, validation, tokenizer, config.block_size)
+        held_out, held_out_bytes = scored_text(validation_tokens, validation, tokenizer, config.block_size, runtime)
     elif held_out_fraction:
-        held_out, held_out_bytes = scored_text(token_file, corpus, tokenizer, config.block_size, boundary)
+        held_out, held_out_bytes = scored_text(token_file, corpus, tokenizer, config.block_size, runtime, boundary)
     return Prepared(
         corpus=corpus,
         tokenizer=tokenizer,
@@ -123,7 +123,7 @@ def tokenized(
 
 
 def scored_text(
-    token_file: TokenFile, corpus: Corpus, tokenizer, block_size: int, start: int = 0
+    token_file: TokenFile, corpus: Corpus, tokenizer, block_size: int, runtime: Runtime, start: int = 0
 ) -> tuple[ShiftedDataset, int | None]:
     """The windows that score the tokens from index `start` on, and the bytes of text that their labels cover.
 
@@ -138,7 +138,7 @@ def scored_text(
     if text["unknown_tokens"] or text["lost_bytes"]:
         return windows, None
     # The first token is never a label, so its bytes are not counted.
-    return windows, text_bytes_from(start + 1, token_file, corpus, tokenizer)
+    return windows, runtime.main_first(lambda: text_bytes_from(start + 1, token_file, corpus, tokenizer))
 
 
 def _cache_dir(config: TrainConfig | EvaluateConfig) -> Path:
