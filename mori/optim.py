@@ -5,6 +5,7 @@ A new optimizer is a function in `OPTIMIZERS` and its name among the choices of 
 """
 
 import json
+import math
 import re
 from collections.abc import Callable
 from functools import partial
@@ -12,7 +13,6 @@ from functools import partial
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import get_scheduler
 
 from mori.cli import UserError, one_line
 from mori.config import TrainConfig
@@ -216,14 +216,51 @@ OPTIMIZERS: dict[str, Callable[[nn.Module, TrainConfig], torch.optim.Optimizer]]
 }
 
 
-SCHEDULES: dict[str, Callable] = {name: partial(get_scheduler, name) for name in (
-    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
-    "reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay", "greedy",
+def _after_warmup(factor: Callable[..., float]) -> Callable:
+    """A schedule that rises linearly to the peak, and follows `factor(step, warmup_steps, total_steps)` from there."""
+
+    def schedule(optimizer, num_warmup_steps: int, num_training_steps: int, scheduler_specific_kwargs: dict | None):
+        keywords = scheduler_specific_kwargs or {}
+
+        def of_step(step: int) -> float:
+            if step < num_warmup_steps:
+                return step / num_warmup_steps
+            return factor(step, num_warmup_steps, num_training_steps, **keywords)
+
+        return LambdaLR(optimizer, of_step)
+
+    return schedule
+
+
+def _linear(step: int, warmup: int, total: int) -> float:
+    return max(0.0, (total - step) / max(1, total - warmup))
+
+
+def _cosine(step: int, warmup: int, total: int, num_cycles: float = 0.5) -> float:
+    """Loshchilov and Hutter, 2017, arXiv:1608.03983."""
+    return max(0.0, 0.5 * (1.0 + math.cos(math.pi * num_cycles * 2.0 * ((step - warmup) / max(1, total - warmup)))))
+
+
+def _of_transformers(name: str, *arguments, **options):
+    """A schedule of transformers, imported when it is used: its module imports peft and bitsandbytes if they are installed."""
+    from transformers import get_scheduler
+
+    return get_scheduler(name, *arguments, **options)
+
+
+SCHEDULES: dict[str, Callable] = {
+    "linear": _after_warmup(_linear),
+    "cosine": _after_warmup(_cosine),
+    "constant_with_warmup": _after_warmup(lambda step, warmup, total: 1.0),
+    "constant": _after_warmup(lambda step, warmup, total: 1.0),  # its warm-up has no steps
+} | {name: partial(_of_transformers, name) for name in (
+    "cosine_with_restarts", "polynomial", "inverse_sqrt", "reduce_lr_on_plateau", "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr", "warmup_stable_decay", "greedy",
 )}  # fmt: skip
 
 
 class Schedule:
-    """The learning rate of each step, by the schedules of transformers (`get_scheduler`), to the bit.
+    """The learning rate of each step, equal to the schedules of transformers (`get_scheduler`) to the bit.
 
     Most are functions of the step. `reduce_lr_on_plateau` and `greedy` follow the losses of the evaluations instead.
 
