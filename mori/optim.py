@@ -241,6 +241,10 @@ def _cosine(step: int, warmup: int, total: int, num_cycles: float = 0.5) -> floa
     return max(0.0, 0.5 * (1.0 + math.cos(math.pi * num_cycles * 2.0 * ((step - warmup) / max(1, total - warmup)))))
 
 
+def _constant(optimizer, num_warmup_steps: int, num_training_steps: int, scheduler_specific_kwargs: dict | None):
+    return _after_warmup(lambda step, warmup, total: 1.0)(optimizer, 0, num_training_steps, scheduler_specific_kwargs)
+
+
 def _of_transformers(name: str, *arguments, **options):
     """A schedule of transformers, imported when it is used: its module imports peft and bitsandbytes if they are installed."""
     from transformers import get_scheduler
@@ -252,7 +256,7 @@ SCHEDULES: dict[str, Callable] = {
     "linear": _after_warmup(_linear),
     "cosine": _after_warmup(_cosine),
     "constant_with_warmup": _after_warmup(lambda step, warmup, total: 1.0),
-    "constant": _after_warmup(lambda step, warmup, total: 1.0),  # its warm-up has no steps
+    "constant": _constant,
 } | {name: partial(_of_transformers, name) for name in (
     "cosine_with_restarts", "polynomial", "inverse_sqrt", "reduce_lr_on_plateau", "cosine_with_min_lr",
     "cosine_warmup_with_min_lr", "warmup_stable_decay", "greedy",
