@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mori.cli import RunFailed, UserError, plural
 
+_STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGBREAK")  # Windows has the first two and the last
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # PyTorch has no error types for a host without memory, nor for cuBLAS, whose handles are memory too.
 _OUT_OF_MEMORY = re.compile(
@@ -299,8 +300,8 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            for number in (getattr(signal, name) for name in _STOP_SIGNALS if hasattr(signal, name)):
+                if number != getattr(signal, "SIGHUP", None) or signal.getsignal(number) != signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._handle)
         return self
 

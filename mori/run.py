@@ -6,6 +6,7 @@ loads a checkpoint.
 
 import contextlib
 import functools
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -327,6 +328,8 @@ def _open_folder(run: Run, locks: contextlib.ExitStack, about: dict) -> None:
     """Create and lock the run's folder; write its config, environment and ledger."""
     with run.writes():
         if run.config.resume_from_checkpoint == "none":
+            if os.name == "nt":  # Windows renames no folder in which a file is open
+                locks.close()
             set_aside(run.run_dir)
         run.run_dir.mkdir(parents=True, exist_ok=True)
         locks.close()

@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 import os
-import resource
 import shutil
 import sys
 import tempfile
@@ -134,6 +133,8 @@ def measure_arm(job: dict) -> dict:
     tokens, in_blocks = ARMS[job["arm"]](folder / "corpus.txt", tokenizer, Path(job["scratch"]))
     seconds = time.perf_counter() - started
     peak = peak_memory_bytes(torch.device("cpu"))
+    import resource  # not on Windows
+
     largest_worker = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     count, digest = 0, hashlib.sha256()
     for part in [tokens] if job["arm"] != "run_clm" else (row["input_ids"] for row in tokens):

@@ -22,12 +22,15 @@ from mori.cli import UNSUPPORTED, UserError, optional
 _CANNOT_RENAME = UNSUPPORTED | {errno.EBUSY, errno.EXDEV, errno.EMFILE}
 PREVIOUS = ".previous"
 _PARTIAL = ".partial"
+# Windows translates line ends unless told not to, and syncs only what it may write.
+_BINARY = getattr(os, "O_BINARY", 0)
+_TO_SYNC = os.O_RDWR if _BINARY else os.O_RDONLY
 
 
 def write(path: Path, blocks: Iterable[bytes | memoryview]) -> dict:
     """Write `blocks` to a new file and sync it; returns its size in bytes and its SHA-256, as `describe` does."""
     digest, size = hashlib.sha256(), 0
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _BINARY, 0o666)
     try:
         for block in blocks:
             digest.update(block)
@@ -54,7 +57,7 @@ def write_json(path: Path, value) -> None:
 def sync(path: Path) -> None:
     """Wait until the content of a file, or the list of names in a folder, is on disk."""
     with optional("to open a folder for fsync", "a power cut may lose the newest files"):
-        handle = os.open(path, os.O_RDONLY)
+        handle = os.open(path, _TO_SYNC)
         try:
             _fsync(handle)
         finally:
@@ -128,7 +131,7 @@ def stays_in_place(folder: Path) -> bool:
         return False
     if os.path.ismount(folder) or os.fsencode(folder) in _mount_points():
         return True
-    parent, user = folder.parent.stat(), os.geteuid()
+    parent, user = folder.parent.stat(), os.geteuid() if hasattr(os, "geteuid") else 0
     sticky = parent.st_mode & stat.S_ISVTX and user not in (0, parent.st_uid, folder.stat().st_uid)
     return bool(sticky) or not os.access(folder.parent, os.W_OK | os.X_OK)
 

@@ -1,7 +1,6 @@
 """The folder of a run: whether it may be written, who holds it, and the checkpoint it resumes from."""
 
 import contextlib
-import fcntl
 import json
 import math
 import re
@@ -13,7 +12,7 @@ from typing import IO
 
 from mori.checkpoint import checkpoints
 from mori.checkpoint.files import PREVIOUS, hashes, stays_in_place, visible, write_json
-from mori.cli import UserError, optional, plural, print_error
+from mori.cli import UserError, locks, plural, print_error
 from mori.config import PRESETS, TrainConfig
 
 # What checkpoints of versions that did not record it stand for.
@@ -99,8 +98,7 @@ def lock(run_dir: Path) -> IO:
     file, deadline = (run_dir / ".lock").open("w"), time.monotonic() + 3
     while True:
         try:
-            with optional("flock", "two processes that train this run at once would not notice each other"):
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locks.lock(file, "two processes that train this run at once would not notice each other")
             return file
         except BlockingIOError:
             if time.monotonic() > deadline:

@@ -127,5 +127,7 @@ def leads_out(path: Path, *folders: Path) -> bool:
 
 
 def memory_bytes() -> int:
-    """The physical memory of this machine."""
+    """The physical memory of this machine; 8 GiB where the system does not tell, as on Windows."""
+    if not hasattr(os, "sysconf"):
+        return 8 << 30
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -12,7 +12,7 @@ from typing import IO
 
 import numpy
 
-from mori.cli import UserError, optional, progress_bar
+from mori.cli import UserError, locks, optional, progress_bar
 from mori.data.account import text_account
 from mori.data.corpus import Corpus, CorpusHash, load_sealed, store_sealed
 from mori.data.token_file import (
@@ -27,11 +27,6 @@ from mori.data.token_file import (
 )
 from mori.data.tokenize import LONG_CHARACTERS, TextEncoder
 from mori.data.words import CannotCut
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 _MARK_CHARACTERS = 1 << 18  # at least this far apart are the marks of a token file; there are a million at most
 _SEGMENT_BYTES = 1 << 28  # of text, which a kill may cost
@@ -92,13 +87,9 @@ def _folder_for(path: Path) -> Iterator[Path]:
 def _lock(file) -> bool:
     """Whether no other process has locked the file; it is locked until it is closed."""
     try:
-        with optional("flock", "two processes that do the same work at once would not notice each other"):
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return True
+        return locks.lock(file, "two processes that do the same work at once would not notice each other")
     except BlockingIOError:
-        pass
-    return False
+        return False
 
 
 def _write(folder: Path, path: Path, corpus: Corpus, tokenizer, identity: dict) -> None:

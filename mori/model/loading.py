@@ -246,7 +246,7 @@ def _can_map(name: str) -> bool:
     if path is None or "disable_mmap" not in inspect.signature(PreTrainedModel.from_pretrained).parameters:
         return True
     with optional("mmap", "files are read whole into memory"), path.open("rb") as file:
-        mmap.mmap(file.fileno(), 1, prot=mmap.PROT_READ).close()
+        mmap.mmap(file.fileno(), 1, access=mmap.ACCESS_READ).close()
         return True
     return False
 

@@ -152,7 +152,7 @@ def read_metrics(path: Path) -> list[dict]:
 
 def _sync(path: Path) -> None:
     with optional("fsync", "a power cut may lose the newest files"):
-        handle = os.open(path, os.O_RDONLY)
+        handle = os.open(path, os.O_RDWR if hasattr(os, "O_BINARY") else os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:

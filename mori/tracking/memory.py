@@ -1,14 +1,18 @@
 """Peak memory of a run."""
 
 import contextlib
-import resource
 import sys
 
 import torch
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory in use so far: PyTorch's on a CUDA device, else that of the process."""
+    """The most memory in use so far: PyTorch's on a CUDA device, else that of the process; 0 where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     # On Linux ru_maxrss starts from the parent's peak, VmHWM from 0.
@@ -16,5 +20,7 @@ def peak_memory_bytes(device: torch.device) -> int:
         for line in status:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
+    if resource is None:
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
