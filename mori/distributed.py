@@ -51,6 +51,11 @@ class Runtime:
         """Whether this is the rank that prints and writes."""
         return self.rank == 0
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the matmuls."""
+        return _DTYPES.get(self.precision, torch.float32)
+
     def autocast(self):
         """The context of every forward pass: mixed precision, or no change in fp32."""
         if self.precision == "fp32":

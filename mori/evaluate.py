@@ -12,6 +12,7 @@ from mori.config import EvaluateConfig, TrainConfig
 from mori.data.windows import ShiftedDataset, Spread, count_targets
 from mori.distributed import BatchSize, Runtime, restored_backends, start
 from mori.model import loading, special_tokens
+from mori.model.adapters.lora import merge
 from mori.model.lm import CausalLMLoss
 from mori.model.variants import build_module
 from mori.prepare import read, scored_text, tokenized
@@ -115,7 +116,7 @@ def evaluate_text(config: EvaluateConfig) -> dict:
     special = special_tokens.decide(tokenizer, document_bos=config.document_bos, parse=config.parse_special_tokens)
     token_file = tokenized(corpus, tokenizer, model_config, special, config, runtime)
     windows, text_bytes = scored_text(token_file, corpus, tokenizer, config.block_size, runtime)
-    model = loading.load_model(config.model, model_config, config.trust_remote_code).to(runtime.device)
+    model = merge(loading.load_model(config.model, model_config, config.trust_remote_code)).to(runtime.device)
     module, _ = build_module(model, TrainConfig(block_size=config.block_size), windows.batch([0]), runtime)
     size = BatchSize(config.per_device_eval_batch_size)
     evaluation = evaluate(module, windows, text_bytes, batch_size=size, runtime=runtime)

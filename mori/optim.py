@@ -46,7 +46,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter, 2019, arXiv:1711.05101) in PyTorch's fused kernel; `RoundingAdamW` for bf16 weights."""
     groups, options = parameter_groups(model, config.weight_decay), _adam_options(config)
-    if any(parameter.dtype == torch.bfloat16 for parameter in model.parameters()):
+    if any(parameter.dtype == torch.bfloat16 for group in groups for parameter in group["params"]):
         return RoundingAdamW(groups, options)
     return torch.optim.AdamW(groups, **options, fused=True)
 

@@ -3,20 +3,29 @@
 `rehearse` tries both before the first step, so that no run fails after hours of training.
 """
 
+import json
 from dataclasses import asdict
+from pathlib import Path
+
+from torch import nn
 
 from mori import distributed
 from mori.checkpoint import checkpoints, files, run_folder
 from mori.checkpoint.files import advice, check_room, publish, rehearse_publication, staging_folder
 from mori.checkpoint.tensors import check_finite
 from mori.cli import RunFailed, UserError, one_line, plural
+from mori.config import TrainConfig
 from mori.generation.generate import model_settings
 from mori.model import saving
+from mori.model.adapters import files as adapter_files
 from mori.run import Run
 from mori.state import State
 from mori.tracking.memory import peak_memory_bytes
 from mori.tracking.monitor import say
 from mori.tracking.overview import results, sample_command
+
+_OF_WHOLE_MODELS = ("config.json", "generation_config.json")
+_SMALL_BYTES = 2 << 30  # of a model that is published whole, with its adapters merged
 
 
 def rehearse(run: Run, state: State) -> None:
@@ -24,14 +33,18 @@ def rehearse(run: Run, state: State) -> None:
 
     Raises UserError if a later save would fail.
     """
-    root, tokenizer = run.run_dir / "checkpoints", run.data.tokenizer
+    root = run.run_dir / "checkpoints"
     try:
         with run.module.as_loaded() as model:
             beside = rehearse_publication(
-                run.output_dir, lambda folder: saving.save(model, tokenizer, folder, rehearsal=True)
+                run.output_dir, lambda folder: _write_model(run, model, folder, rehearsal=True)
             )
         run.model_files = {name: data for name, data in beside.items() if not name.endswith(".safetensors")}
-        size = checkpoints.rehearse(root, model=state.model, optimizer=state.optimizer, beside=run.model_files)
+        if run.config.use_peft:  # transformers takes a folder with a config.json for a whole model
+            settings = json.dumps(adapter_files.adapter_config(state.model, adapter_files.base_of(run.config.model)))
+            run.model_files = {n: data for n, data in run.model_files.items() if n not in _OF_WHOLE_MODELS}
+            run.model_files[adapter_files.CONFIG] = settings.encode()
+        size = checkpoints.rehearse(root, model=state.stored, optimizer=state.optimizer, beside=run.model_files)
     except OSError as error:
         raise UserError(f"cannot save in {run.run_dir} and {run.output_dir}: {advice(error)}") from None
     except checkpoints.SAVE_ERRORS as error:
@@ -57,7 +70,13 @@ def save(run: Run, state: State) -> None:
         run.monitor.sync()
         try:
             checkpoints.save(
-                root, state.step, model=state.model, optimizer=state.optimizer, state=saved, beside=run.model_files
+                root,
+                state.step,
+                model=state.stored,
+                optimizer=state.optimizer,
+                state=saved,
+                beside=run.model_files,
+                weights_file=adapter_files.WEIGHTS if run.config.use_peft else "model.safetensors",
             )
         except checkpoints.SAVE_ERRORS as error:
             if isinstance(error, (RuntimeError, MemoryError)) and not distributed.out_of_memory(error):
@@ -111,7 +130,7 @@ def load_best(run: Run, state: State) -> int:
     folder = checkpoints.folder_of(run.run_dir / "checkpoints", best["step"])
     try:
         checkpoints.verify(folder)
-        checkpoints.load_weights(folder, state.model)
+        checkpoints.load_weights(folder, state.stored)
     except (checkpoints.CorruptCheckpoint, UserError) as error:
         if isinstance(error, checkpoints.CorruptCheckpoint):
             checkpoints.set_damaged_aside(folder, error, say)
@@ -125,13 +144,28 @@ def publish_model(run: Run) -> None:
     """Write the trained model to `output_dir`; an existing model is renamed to `<name>.previous`."""
     with run.module.as_loaded() as model:
         try:
-            check_finite(model.state_dict(), dict(model.named_buffers()))
-            publish(run.output_dir, lambda folder: saving.save(model, run.data.tokenizer, folder))
+            check_finite(adapter_files.stored(model).state_dict(), dict(model.named_buffers()))
+            publish(run.output_dir, lambda folder: _write_model(run, model, folder))
         except FloatingPointError as error:
             raise RunFailed(f"the model is not written: {error}") from None
         except (OSError, UserError) as error:
             reason = f"{advice(error)}: it resumes from the newest checkpoint"
             raise RunFailed(f"cannot write the trained model to {run.output_dir}: {reason}") from None
+
+
+def _write_model(run: Run, model: nn.Module, folder: Path, rehearsal: bool = False) -> None:
+    """Write what `output_dir` holds: the whole model, or its adapters."""
+    if run.config.use_peft and not merges(run.config, model):
+        adapter_files.save(model, run.data.tokenizer, folder, adapter_files.base_of(run.config.model))
+    else:
+        saving.save(model, run.data.tokenizer, folder, rehearsal=rehearsal)
+
+
+def merges(config: TrainConfig, model: nn.Module) -> bool:
+    """Whether the adapters are merged into the published model: as the config says, else if the model is small."""
+    if config.save_merged is not None or config.load_in_4bit:
+        return bool(config.save_merged)
+    return sum(parameter.nbytes for parameter in model.parameters()) < _SMALL_BYTES
 
 
 def summary(run: Run, state: State) -> dict:

@@ -28,6 +28,8 @@ from mori.data.windows import Batches, load_step
 from mori.distributed import Runtime
 from mori.evaluate import windows_to_score
 from mori.model import loading, special_tokens
+from mori.model.adapters import files as adapter_files
+from mori.model.adapters import trainable
 from mori.model.lm import CausalLMLoss
 from mori.model.probes import check_causal, check_positions
 from mori.model.variants import WORTH_COMPILING_SECONDS, build_module, compile_module, may_compile, takes_onednn
@@ -99,6 +101,14 @@ class Run:
         """The hash of the model's configuration as it was loaded."""
         return loading.config_hash(self.data.model_config)
 
+    @functools.cached_property
+    def base_sha256(self) -> str:
+        """What identifies the frozen weights beside adapters; "" if checkpoints hold all weights."""
+        if not self.config.use_peft:
+            return ""
+        commit = getattr(self.data.model_config, "_commit_hash", None)
+        return adapter_files.base_identity(adapter_files.base_of(self.config.model), commit)
+
     def identity(self) -> dict:
         """The settings, data and hardware that a checkpoint records, to be compared with those of a resumed run."""
         runtime = self.runtime
@@ -108,6 +118,7 @@ class Run:
             "world_size": runtime.world_size,
             "device": runtime.device_name,
             "model_sha256": self.model_sha256,
+            "base_sha256": self.base_sha256,
             "document_bos": bool(self.data.special_tokens.begin),
             "parse_special_tokens": self.data.special_tokens.parsed,
             **self.data.hashes,
@@ -207,6 +218,8 @@ def check(config: TrainConfig, locks: contextlib.ExitStack) -> Run:
         raise UserError(
             f"dtype bfloat16 needs bf16 arithmetic, but precision is {runtime.precision}; pass --precision bf16"
         )
+    if config.base_dtype == "bfloat16" and runtime.precision == "fp32":
+        raise UserError("base_dtype bfloat16 needs 16-bit arithmetic, but precision is fp32; pass --precision bf16")
     if runtime.device.type == "cpu":
         keep_freed_memory()
     data = prepare(config, runtime)
@@ -240,10 +253,11 @@ def check(config: TrainConfig, locks: contextlib.ExitStack) -> Run:
 def build(run: Run, locks: contextlib.ExitStack) -> State:
     """Load the model, select its fastest verified variant, build the optimizer, restore a checkpoint, open the run's folder."""
     config, runtime = run.config, run.runtime
-    model = loading.load_model(config.model, run.data.model_config, config.trust_remote_code)
+    four_bit = runtime.dtype if config.load_in_4bit else None
+    model = loading.load_model(config.model, run.data.model_config, config.trust_remote_code, four_bit)
     special_tokens.write_into(model, run.data.tokenizer)
     model = loading.move(model, runtime.device)
-    if config.dtype == "bfloat16":
+    if "bfloat16" in (config.dtype, config.base_dtype):
         loading.store_in_bfloat16(model)
     saved = checkpoints.load_state(run.resumed) if run.resumed else {}
     library = choose_cpu_matmul(run, model, saved)
@@ -251,6 +265,7 @@ def build(run: Run, locks: contextlib.ExitStack) -> State:
     check_positions(model, config.block_size)
     with runtime.autocast():
         other_loss = check_causal(model, config.model, batch[0].to(runtime.device))
+        trains = trainable.select(model, config, batch[0].to(runtime.device))
     if other_loss and runtime.is_main:
         say(f"WARNING: {other_loss}")
     run.module, description = build_module(
@@ -270,13 +285,13 @@ def build(run: Run, locks: contextlib.ExitStack) -> State:
         restore(run.resumed, saved, state)
     run.parallel = runtime.parallel(run.module, lambda: _empty_micro_batch(run))
     run.parallel.train()
-    run.parameters = list(model.parameters())
+    run.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     run.flops_per_token = flops_per_token(model, config.block_size)
     run.peak_flops = peak_flops(runtime.device, runtime.precision)
     if runtime.is_main:
         about = environment(runtime.device, runtime.precision, runtime.world_size)
         _open_folder(run, locks, about)
-        say(_introduction(run, state, description, about))
+        say(_introduction(run, state, description, about, trains))
     run.monitor = Monitor(
         run.run_dir,
         first_step=state.step,
@@ -299,7 +314,7 @@ def build(run: Run, locks: contextlib.ExitStack) -> State:
 def restore(folder: Path, saved: dict, state: State) -> None:
     """Load the tensors in `folder`, and the counters and random state in `saved`. UserError if they do not match this run."""
     try:
-        checkpoints.load_tensors(folder, state.model, state.optimizer)
+        checkpoints.load_tensors(folder, state.stored, state.optimizer)
         state.load_state_dict(saved)
     except (UserError, torch.OutOfMemoryError):
         raise
@@ -341,7 +356,7 @@ def _open_folder(run: Run, locks: contextlib.ExitStack, about: dict) -> None:
         write_json(run.run_dir / "ledger.json", asdict(run.data.ledger))
 
 
-def _introduction(run: Run, state: State, description: str, about: dict) -> str:
+def _introduction(run: Run, state: State, description: str, about: dict, trains: str) -> str:
     """The start-up message."""
     return introduction(
         run.config,
@@ -354,7 +369,7 @@ def _introduction(run: Run, state: State, description: str, about: dict) -> str:
         evaluations=_evaluations(run),
         faster=description,
         special=run.data.special_tokens.describe(state.model, run.data.tokenizer),
-        notes=run.data.ledger.warnings(),
+        notes=[*filter(None, [trains]), *run.data.ledger.warnings()],
         run_dir=run.run_dir,
         resumed=run.resumed and (state.step, run.resumed),
     )

@@ -9,6 +9,7 @@ from torch import nn
 from mori import distributed
 from mori.config import TrainConfig
 from mori.distributed import BatchSize, Runtime
+from mori.model.adapters import files as adapter_files
 from mori.optim import Schedule
 from mori.tracking.throughput import Throughput
 
@@ -60,9 +61,10 @@ class Best:
 
 
 class State:
-    """Everything that the loop changes; a checkpoint holds `state_dict` and the tensors of `model` and `optimizer`.
+    """Everything that the loop changes; a checkpoint holds `state_dict` and the tensors of `stored` and `optimizer`.
 
     Attributes:
+        stored: what checkpoints hold of the model: all of it, or its adapters.
         step: the number of optimizer steps done.
         before, after: the evaluation at step 0, and the latest.
         best: the best evaluation, and how many came after it.
@@ -84,6 +86,7 @@ class State:
     ):
         self.model, self.optimizer, self.scaler = model, optimizer, runtime.grad_scaler()
         self.schedule, self.runtime = schedule, runtime
+        self.stored = adapter_files.stored(model)
         self.step = 0
         self.before: dict | None = None
         self.best = Best(config)

@@ -110,7 +110,7 @@ def test_training_arguments_and_aliases_give_the_same_fields():
         (TrainConfig, "--resume_from_checkpoint False", {"resume_from_checkpoint": "none"}),
         (TrainConfig, "--lr 1e-4 --learning_rate 0.0001", {"learning_rate": 1e-4}),
         (TrainConfig, "--torch_dtype bfloat16 --bf16", {"dtype": "bfloat16", "precision": "bf16"}),
-        (TrainConfig, "--torch_dtype auto --load_in_4bit False --lora_r 0 --fsdp ''", {}),
+        (TrainConfig, "--torch_dtype auto --load_in_4bit False --fsdp ''", {}),
         (TrainConfig, "a.txt b.txt", {"corpus": ["a.txt", "b.txt"]}),
         (TrainConfig, "--extend a.txt", {"corpus": ["a.txt"], "extend": True}),
         (TrainConfig, "--max_steps 5 a.txt --corpus b", {"corpus": ["b", "a.txt"], "max_steps": 5}),

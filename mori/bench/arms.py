@@ -6,7 +6,6 @@ The only module of `mori` that uses Trainer.
 import dataclasses
 import itertools
 import json
-import math
 import os
 import sys
 import time
@@ -15,18 +14,21 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.nn.utils import clip_grad_norm_
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 from mori import distributed
-from mori.cli import RunFailed, UserError
+from mori.bench.trainer_data import CourseBlocks, Order, TrainerWindows, check_shift_labels
 from mori.config import TrainConfig, steps_of
 from mori.data.token_file import text_bytes_from
-from mori.data.windows import Batches, ShiftedDataset
+from mori.data.windows import Batches
 from mori.distributed import Runtime
 from mori.evaluate import evaluate, windows_to_score
 from mori.model import loading, saving
+from mori.model.adapters import files as adapter_files
+from mori.model.adapters import trainable
 from mori.model.lm import CausalLMLoss
 from mori.prepare import Prepared, prepare
 from mori.tracking.loggers import read_metrics
@@ -35,7 +37,7 @@ from mori.tracking.monitor import Monitor
 from mori.train import train
 
 # `mori-exact` does all floating-point operations in Trainer's order.
-_REORDERING = ("torch_compile", "tf32", "chunked_loss", "mask_free_attention", "fused_activations")
+_REORDERING = ("torch_compile", "tf32", "chunked_loss", "mask_free_attention", "fused_activations", "fused_adapters")
 _EXACT = {**dict.fromkeys(_REORDERING, False), "cpu_matmul": "torch"}
 _CHANGES = {"mori-exact": _EXACT, "mori-compiled": {"torch_compile": True}}
 # The fields of the config that Trainer has under the same name and with the same meaning.
@@ -113,6 +115,7 @@ def _mori_arm(arm: str, config: TrainConfig, folder: Path, clock: _Clock) -> dic
         output_dir=str(folder / "model"),
         save_steps=1e9,  # no arm saves during training
         max_new_tokens=1,
+        save_merged=False if config.use_peft else None,
         **_CHANGES.get(arm, {}),
     )
     summary = train(config, on_step=clock.step)
@@ -129,72 +132,6 @@ def _mori_arm(arm: str, config: TrainConfig, folder: Path, clock: _Clock) -> dic
 # ---------------------------------------------------------------------------------------------------------- Trainer
 
 
-class TrainerWindows(Dataset):
-    """The windows of `mori` with the keys that make the model use the labels as they are, without a second shift."""
-
-    def __init__(self, windows: ShiftedDataset):
-        self.windows = windows
-
-    def __len__(self) -> int:
-        return len(self.windows)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        window = self.windows[index]
-        return {"input_ids": window["input_ids"], "labels": window["labels"], "shift_labels": window["labels"]}
-
-
-class CourseBlocks(Dataset):
-    """The course's recipe: one row per line, truncated to `max_length` tokens; the rows are joined and cut into blocks."""
-
-    def __init__(self, text: str, tokenizer, block_size: int, max_length: int = 1024):
-        rows = (tokenizer(line, truncation=True, max_length=max_length)["input_ids"] for line in text.splitlines())
-        ids = torch.tensor(list(itertools.chain.from_iterable(rows)), dtype=torch.long)
-        self.blocks = ids[: len(ids) // block_size * block_size].view(-1, block_size)
-        if not len(self.blocks):
-            raise UserError(
-                f"truncation by the course's recipe leaves {len(ids)} tokens of this corpus, fewer than one block of "
-                f"{block_size}; use a smaller --block_size, or leave course out of --arms"
-            )
-
-    def __len__(self) -> int:
-        return len(self.blocks)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.blocks[index], "labels": self.blocks[index]}
-
-
-class _Order(Sampler):
-    """The order in which `mori` visits the windows of each epoch."""
-
-    def __init__(self, batches: Batches):
-        self.batches, self.epoch = batches, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.batches.windows
-
-    def __iter__(self):
-        yield from self.batches.order(self.epoch, 0, self.batches.windows)
-
-
-def check_shift_labels(model: torch.nn.Module, window: dict[str, torch.Tensor]) -> None:
-    """Raise RunFailed if the model ignores `shift_labels`: it would shift the labels a second time without a warning."""
-    batch = {name: value[None].to(model.device) for name, value in window.items()}
-    with torch.no_grad():
-        model.eval()
-        loss = model(**batch).loss.item()
-        targets = torch.tensor(batch["labels"].numel(), device=model.device)
-        expected = CausalLMLoss(model)(batch["input_ids"], batch["labels"], targets).item()
-        model.train()
-    if not math.isclose(loss, expected, rel_tol=1e-4):
-        raise RunFailed(
-            f"{type(model).__name__} ignores shift_labels (its loss is {loss}, that of the labels as given is "
-            f"{expected}): Trainer would train it on other targets"
-        )
-
-
 def _trainer_arm(arm: str, config: TrainConfig, folder: Path, clock: _Clock) -> dict:
     """Train with `transformers.Trainer`: `course` on the blocks of the course's recipe, the others on the windows of `mori`."""
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder)
@@ -202,7 +139,7 @@ def _trainer_arm(arm: str, config: TrainConfig, folder: Path, clock: _Clock) -> 
 
     runtime = distributed.start(config.device, config.precision)
     prepared = prepare(config, runtime)
-    model = loading.load_model(config.model, prepared.model_config, config.trust_remote_code).to(runtime.device)
+    model = _trainers_model(config, prepared, folder).to(runtime.device)
     if arm == "course":
         dataset = CourseBlocks(_training_text(prepared), prepared.tokenizer, config.block_size)
     else:
@@ -228,7 +165,10 @@ def _trainer_arm(arm: str, config: TrainConfig, folder: Path, clock: _Clock) -> 
     peak = peak_memory_bytes(runtime.device)
 
     trained = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-    saving.save(trained, prepared.tokenizer, folder / "model")
+    if config.use_peft:
+        trained.save_pretrained(folder / "model")
+    else:
+        saving.save(trained, prepared.tokenizer, folder / "model")
     record.write(folder)
     # Trainer's own shift leaves the last input of a block without a target.
     targets = config.block_size - 1 if arm == "course" else config.block_size
@@ -239,6 +179,22 @@ def _trainer_arm(arm: str, config: TrainConfig, folder: Path, clock: _Clock) -> 
         "peak_memory_bytes": peak,
         "settings": settings,
     }
+
+
+def _trainers_model(config: TrainConfig, prepared: Prepared, folder: Path) -> nn.Module:
+    """The model that Trainer trains, frozen as that of `mori`; adapters are PEFT's, with the initial weights of `mori`."""
+
+    def load() -> nn.Module:
+        return loading.load_model(config.model, prepared.model_config, config.trust_remote_code)
+
+    model = load()
+    trainable.select(model, config, prepared.train.batch([0])[0])
+    if not config.use_peft:
+        return model
+    from peft import PeftModel
+
+    adapter_files.save(model, prepared.tokenizer, folder / "adapter", base=config.model)
+    return PeftModel.from_pretrained(load(), folder / "adapter", is_trainable=True)
 
 
 def _training_text(prepared: Prepared) -> str:
@@ -286,7 +242,7 @@ def _trainer_class(batches: Batches):
             loader = DataLoader(
                 self.train_dataset,
                 batch_size=self._train_batch_size,
-                sampler=_Order(batches),
+                sampler=Order(batches),
                 generator=torch.Generator(),  # the loader draws a seed, which must not come from the RNG of dropout
                 collate_fn=self.data_collator,
                 num_workers=self.args.dataloader_num_workers,

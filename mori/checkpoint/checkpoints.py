@@ -1,7 +1,7 @@
 """Checkpoints: complete and on disk, or not there. Staged, synced, described by a manifest, then renamed into place.
 
     step-00000100/
-        model.safetensors      the model's state_dict(), tied tensors once
+        model.safetensors      the model's state_dict(), tied tensors once; of a run with adapters adapter_model.safetensors
         optimizer.safetensors  the optimizer's tensors, "<parameter index>.<name>"
         state.json             everything that is not a tensor
         config.json ...        what `save_pretrained` writes beside the weights, so that transformers loads the folder
@@ -32,7 +32,8 @@ from mori.cli import UserError
 _FORMAT = 1
 _MANIFEST, _LARGEST_MANIFEST = "manifest.json", 1 << 16
 _STEP = re.compile(r"step-\d{8}")
-_FILES = {"model.safetensors", "optimizer.safetensors", "state.json"}
+_FILES = {"optimizer.safetensors", "state.json"}
+_WEIGHTS = ("model.safetensors", "adapter_model.safetensors")
 _REHEARSAL = ".step-00000000.partial"  # `clean` removes it
 
 
@@ -52,11 +53,12 @@ def save(
     optimizer: torch.optim.Optimizer,
     state: dict,
     beside: Mapping[str, bytes] | None = None,
+    weights_file: str = "model.safetensors",
 ) -> Path:
     """Write the checkpoint of `step` under `root` and return its folder, which appears by one rename, complete and synced.
 
     `state` is everything else that the run needs, as JSON values; the keys `step` and `optimizer` are set here. `beside` are
-    further files, by their paths in the folder.
+    further files, by their paths in the folder. `weights_file` is the name of the file with the model's `state_dict()`.
 
     Raises TypeError, before anything is written, for a part of the optimizer's state that cannot be stored (see
     `optimizer_state.pack`), and FloatingPointError if a tensor holds NaN, or infinity and is no buffer. Raises OSError with
@@ -70,7 +72,9 @@ def save(
     check_finite(weights, dict(model.named_buffers()))
     check_finite(moments)
     text = json.dumps({**state, "step": step, "optimizer": plain}).encode()
-    return _write(root, step, weights, moments, {"state.json": text, **(beside or {})})
+    return _write(
+        root, step, {weights_file: weights, "optimizer.safetensors": moments}, {"state.json": text, **(beside or {})}
+    )
 
 
 def rehearse(root: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, beside: Mapping[str, bytes]) -> int:
@@ -88,8 +92,9 @@ def rehearse(root: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, 
     staged = root / _REHEARSAL
     shutil.rmtree(staged, ignore_errors=True)
     try:
-        folder = _write(staged, 0, samples, {}, {"state.json": text, **beside})
-        loaded = _load_tensors_of(folder / "model.safetensors")
+        tensors = {_WEIGHTS[0]: samples, "optimizer.safetensors": {}}
+        folder = _write(staged, 0, tensors, {"state.json": text, **beside})
+        loaded = _load_tensors_of(folder / _WEIGHTS[0])
         if any(loaded[name].dtype != sample.dtype for name, sample in samples.items()):
             raise CorruptCheckpoint(f"{folder} reads back with other types of tensors")
     finally:
@@ -97,17 +102,14 @@ def rehearse(root: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, 
     return sum(tensor.nbytes for tensor in [*weights.values(), *moments.values()]) + sum(map(len, beside.values()))
 
 
-def _write(root: Path, step: int, weights: dict, moments: dict, others: Mapping[str, bytes]) -> Path:
-    """Write, verify and publish the checkpoint of `step`; `others` are its files that hold no tensors."""
+def _write(root: Path, step: int, tensors: Mapping[str, dict], others: Mapping[str, bytes]) -> Path:
+    """Write, verify and publish the checkpoint of `step`: files of tensors, and `others` that hold none, by their names."""
     final, staged = folder_of(root, step), root / f".step-{step:08d}.partial"
     try:
         os.makedirs(root, exist_ok=True)
         shutil.rmtree(staged, ignore_errors=True)
         os.mkdir(staged)
-        files = {
-            "model.safetensors": write(staged / "model.safetensors", serialized(weights)),
-            "optimizer.safetensors": write(staged / "optimizer.safetensors", serialized(moments)),
-        }
+        files = {name: write(staged / name, serialized(content)) for name, content in tensors.items()}
         for name, content in others.items():
             (staged / name).parent.mkdir(parents=True, exist_ok=True)
             files[name] = write(staged / name, [content])
@@ -119,7 +121,9 @@ def _write(root: Path, step: int, weights: dict, moments: dict, others: Mapping[
         rename_folder(staged, final)
         sync(root)
     except OSError as error:
-        needed = sum(t.nbytes for t in [*weights.values(), *moments.values()]) + sum(map(len, others.values()))
+        needed = sum(t.nbytes for content in tensors.values() for t in content.values()) + sum(
+            map(len, others.values())
+        )
         room = f"it needs {needed / 2**20:,.1f} MiB"
         with contextlib.suppress(OSError, StopIteration):
             free = shutil.disk_usage(next(folder for folder in root.absolute().parents if folder.exists())).free
@@ -251,7 +255,7 @@ def load_tensors(folder: Path, model: nn.Module, optimizer: torch.optim.Optimize
 def load_weights(folder: Path, model: nn.Module) -> None:
     """Load the weights of a verified checkpoint into `model`. Raises UserError if they have other names, shapes or types."""
     try:
-        weights = _load_tensors_of(folder / "model.safetensors")
+        weights = _load_tensors_of(next(folder / name for name in _WEIGHTS if (folder / name).exists()))
     except SafetensorError as error:
         raise UserError(f"{folder} cannot be read: {error}") from None
     own = distinct(model.state_dict())
@@ -298,7 +302,11 @@ def _plain_file(path: Path) -> Path:
 def _are_files_of_a_checkpoint(names) -> bool:
     """Whether `names` hold all that a run needs, and nothing outside the folder."""
     paths = map(PurePosixPath, names)
-    return set(names) >= _FILES and not any(path.is_absolute() or ".." in path.parts for path in paths)
+    return (
+        set(names) >= _FILES
+        and not set(names).isdisjoint(_WEIGHTS)
+        and not any(path.is_absolute() or ".." in path.parts for path in paths)
+    )
 
 
 def _holds_its_files_only(folder: Path) -> bool:

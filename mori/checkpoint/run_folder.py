@@ -19,6 +19,7 @@ from mori.config import PRESETS, TrainConfig
 _UNKNOWN = "unknown"
 _IN_EARLIER_VERSIONS = {
     "document_bos": False, "parse_special_tokens": True, "device": _UNKNOWN, "model_sha256": _UNKNOWN, "documents_sha256": _UNKNOWN,
+    "base_sha256": "",
 }  # fmt: skip
 _IN_WORDS = {
     "documents_sha256": "(the corpus has another text now)",
@@ -87,7 +88,8 @@ def check_writable(run_dir: Path, output_dir: Path) -> None:
 
 
 def _is_model(folder: Path) -> bool:
-    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+    configs = ("config.json", "adapter_config.json")
+    return any((folder / name).is_file() for name in configs) and any(folder.glob("*.safetensors"))
 
 
 def lock(run_dir: Path) -> IO:

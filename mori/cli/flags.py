@@ -26,7 +26,8 @@ def flag(default, help: str, *, kind=None, **rules):
         kind: the type of the value, or of a list's items; derived from `default` if omitted. `json_list` reads a whole list
             from one JSON text.
         rules: the range, checked by `Config.mistakes`: `min`, `max` (inclusive), `above`, `below` (exclusive), `choices`,
-            `share` (a whole number, or a share below 1), `path` (not on a Drive that is not mounted). `pretrained` and `scratch` are the values that None stands for.
+            `share` (a whole number, or a share below 1), `path` (not on a Drive that is not mounted). `pretrained`, `scratch`
+            and `adapters` are the values that None stands for.
             `may_change` and `extends` say whether a resumed run, or an extended one, may change the field; `inexact`, that
             a resumed run may, but then no longer equals a run that never stopped to the bit.
     """
@@ -136,9 +137,9 @@ def config_from(cls: type[Config], settings: dict):
 
 
 def _config(cls: type[Config], settings: dict):
-    config = checked(cls(**settings))
+    config = cls(**settings)
     config.given = frozenset(settings)
-    return config
+    return checked(config)
 
 
 _FLAG = re.compile(r"--?[A-Za-z][\w-]*(?:=|$)")
@@ -247,7 +248,8 @@ def _parser(cls: type[Config], description: str, program: str | None) -> _Parser
 def _shown_default(f: dataclasses.Field) -> str:
     """The default of a field as `--help` shows it."""
     if "pretrained" in f.metadata:
-        return f"{f.metadata['pretrained']:g}; {f.metadata['scratch']:g} for a model made from scratch"
+        adapters = f"; {f.metadata['adapters']:g} for adapters" if "adapters" in f.metadata else ""
+        return f"{f.metadata['pretrained']:g}; {f.metadata['scratch']:g} for a model made from scratch{adapters}"
     default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
     if f.metadata["type"] is bool:
         return "unset" if default is None else "on" if default else "off"

@@ -65,6 +65,11 @@ SAME = {
     "optim": "optimizer optimizer_name optimizer_type",
     "precision": "mixed_precision",
     "dropout": "dropout_rate",
+    "use_peft": "use_lora lora",
+    "lora_r": "lora_rank rank",
+    "lora_target_modules": "lora_target target_modules lora_modules",
+    "lora_modules_to_save": "modules_to_save additional_target",
+    "load_in_4bit": "use_4bit qlora",
     "seed": "random_seed random_state rng_seed manual_seed -s",
     "gradient_checkpointing": "use_gradient_checkpointing activation_checkpointing grad_checkpoint checkpoint_activations",
     "torch_compile": "compile compile_model use_compile",
@@ -249,9 +254,11 @@ CHANGES = {
     "context_shift": _context_shift,
 }
 
-_NO_ADAPTER = "adapters such as LoRA are not here, every weight is trained; --gradient_checkpointing, --optim adamw_bnb_8bit and --dtype bfloat16 save memory"
-_NO_QUANTIZATION = (
-    "weights are not quantized here; --gradient_checkpointing, --optim adamw_bnb_8bit and --dtype bfloat16 save memory"
+_ADAPTERS = (
+    "adapters are LoRA here: --use_peft trains them beside the frozen model, and --model takes a folder with one"
+)
+_QUANTIZATION = (
+    "--load_in_4bit holds the frozen weights of a run with --use_peft in NF4; there is no other quantization"
 )
 _NO_SHARDING = (
     "weights are not sharded here: each GPU holds the whole model (torchrun starts one process per GPU); "
@@ -269,9 +276,9 @@ ANSWERS = [
     ("attn_implementation", frozenset({"sdpa", "flash_attention_2", "flash_attention_3", "none", "auto"}), "attention is PyTorch's scaled_dot_product_attention"),
     ("flash_attn flash_attention use_flash_attn use_flash_attention_2 sdp_attention", ON | OFF | {"fa2", "sdpa"}, ""),
     ("xformers_attention xformers", OFF, "attention is PyTorch's scaled_dot_product_attention, which chooses the fastest kernel"),
-    ("use_peft use_lora lora lora_* r peft_* adapter adapter_* finetuning_type use_rslora use_dora loftq_config modules_to_save relora*", OFF | {"full", "lora_off"}, _NO_ADAPTER),
-    ("lora lora_* adapter adapter_*", OFF, "an adapter is not loaded here: merge it into its model first (merge_and_unload in PEFT) and save that"),
-    ("load_in_4bit load_in_8bit use_bnb* bnb_* quantization quantization_* quantize double_quantization qlora gptq", OFF, _NO_QUANTIZATION),
+    ("use_peft use_lora lora lora_* r peft_* adapter adapter_* finetuning_type use_dora loftq_config relora*", OFF | {"full", "lora_off"}, _ADAPTERS),
+    ("lora lora_* adapter adapter_*", OFF, "--model takes the folder of an adapter, which names its base model"),
+    ("load_in_8bit use_bnb* bnb_* quantization quantization_* quantize double_quantization gptq", OFF, _QUANTIZATION),
     ("load_in_4bit load_in_8bit bnb_* quantization quantize", OFF, "weights are not quantized here; they stay in the type in which they are stored"),
     ("fsdp fsdp_* deepspeed deepspeed_* zero_stage zero tensor_parallel* pipeline_parallel* parallelism_config context_parallel*", OFF, _NO_SHARDING),
     ("label_smoothing_factor label_smoothing", OFF, "label smoothing is not here: the loss is plain cross-entropy"),
@@ -286,7 +293,7 @@ ANSWERS = [
     ("dataset_train_split dataset_test_split", NEVER, "--corpus is what is trained on, --validation_file another text to evaluate on"),
     ("max_train_samples max_samples", OFF, "the whole corpus is trained on; --max_steps bounds the run, a shorter file the text"),
     ("eval_iters", NEVER, "--max_eval_windows bounds an evaluation, in windows instead of batches"),
-    ("freeze* unfreeze* num_freeze_layers optim_target_modules", OFF, "every weight is trained: layers cannot be frozen"),
+    ("freeze* unfreeze* num_freeze_layers optim_target_modules", OFF, "--freeze_trainable_layers N trains the last N layers and freezes the others"),
     ("dry_run", OFF, "every mistake is reported before the first step; --max_steps 2 with another --output_dir tries the whole way"),
     ("profile profiler torch_profiler", OFF, "there is no profiler here; perf/tokens_per_second, perf/data_wait and perf/mfu are on TensorBoard, in --logging_dir"),
     ("wandb wandb_* use_wandb project trackio_* comet_* mlflow_* swanlab_*", OFF | {"huggingface"}, "Weights & Biases and the like are not here; a run writes TensorBoard events and metrics.jsonl into its folder in --logging_dir"),

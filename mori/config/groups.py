@@ -143,7 +143,9 @@ class TrainingConfig(Config):
             "adagrad",
         ),
     )
-    learning_rate: float | None = flag(None, "peak learning rate", pretrained=5e-5, scratch=1e-3, above=0)
+    learning_rate: float | None = flag(
+        None, "peak learning rate", pretrained=5e-5, scratch=1e-3, adapters=5e-4, above=0
+    )
     lr_scheduler_type: str = flag(
         "linear",
         "shape of the learning rate after the warm-up, as in Trainer; constant, reduce_lr_on_plateau and greedy have no warm-up, "
@@ -185,6 +187,7 @@ class SpeedConfig(Config):
     mask_free_attention: bool = flag(
         True, "causal attention without a mask, if every layer attends to all earlier tokens"
     )
+    fused_adapters: bool = flag(True, "one matmul that adds an adapter's output in place")
     fused_activations: bool = flag(True, "PyTorch's GELU kernel instead of one written out in Python")
     cpu_matmul: str = flag(
         "auto",

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from mori.config.adapters import AdapterConfig, FreezingConfig
 from mori.config.groups import (
     CorpusConfig,
     LoggingConfig,
@@ -28,6 +29,8 @@ class TrainConfig(
     TrainedModelConfig,
     CorpusConfig,
     TrainingConfig,
+    AdapterConfig,
+    FreezingConfig,
     SpeedConfig,
     TrainDeviceConfig,
     LoggingConfig,
@@ -36,15 +39,22 @@ class TrainConfig(
 ):
     """A run of `scripts/train.py`. Names are those of `TrainingArguments` and `generate()` for the same things."""
 
+    @property
+    def trains_adapters(self) -> bool:
+        """Whether adapters train: as asked for, or because the model is a folder with an adapter."""
+        return self.use_peft or Path(self.model, "adapter_config.json").is_file()
+
     def resolve(self) -> "TrainConfig":
         """A copy in which every default that depends on another field has its value."""
         resolved = dataclasses.replace(self, model=self.model.rstrip("/") or self.model)
-        start = "scratch" if resolved.model in PRESETS else "pretrained"
+        resolved.use_peft = resolved.trains_adapters
+        start = "scratch" if resolved.model in PRESETS else "adapters" if resolved.use_peft else "pretrained"
         if resolved.warmup_steps is None and resolved.lr_scheduler_type in NO_WARMUP:
             resolved.warmup_steps = 0.0
         for f in fields(resolved):
-            if start in f.metadata and getattr(resolved, f.name) is None:
-                setattr(resolved, f.name, f.metadata[start])
+            default = f.metadata.get(start, f.metadata.get("pretrained"))
+            if default is not None and getattr(resolved, f.name) is None:
+                setattr(resolved, f.name, default)
         if not resolved.run_name:
             corpus = "-".join(Path(name).stem.strip("*.-") or "text" for name in resolved.corpus[:2]) or "transcripts"
             name = re.sub(r"[^\w.-]+", "-", f"{Path(resolved.model).name}-{corpus}")
@@ -96,6 +106,27 @@ class TrainConfig(
                 self.optim == "adamw_torch_fused" or self.dtype == "float32",
                 f"optim {self.optim} does not round stochastically: with dtype bfloat16 small updates would be lost; leave one out",
             ),
+            (
+                not (self.use_peft and self.freeze_trainable_layers is not None),
+                "use_peft and freeze_trainable_layers contradict each other; take one of them",
+            ),
+            (
+                not (self.use_peft and self.model in PRESETS),
+                f"use_peft trains adapters of a trained model, and {self.model} starts from random weights; give a --model",
+            ),
+            (
+                not (self.load_in_4bit and self.save_merged),
+                "save_merged would round the trained model to 4 bits; leave it out, and merge the adapter into the unquantized "
+                "model afterwards: mori export --merge",
+            ),
+            (
+                not self.load_in_4bit or importlib.util.find_spec("bitsandbytes") is not None,
+                "load_in_4bit needs bitsandbytes: pip install bitsandbytes",
+            ),
+            (
+                not (self.use_peft and self.dtype != "float32"),
+                "dtype is the type of weights that train; with use_peft the frozen ones have base_dtype",
+            ),
             (bool(self.output_dir), "output_dir is empty"),
             (bool(self.logging_dir), "logging_dir is empty"),
             (
@@ -105,6 +136,10 @@ class TrainConfig(
                 f"run_name {self.run_name!r} must be the name of one folder, of at most 100 letters; its parent is logging_dir",
             ),
         ]
+        given = frozenset() if "use_peft" in self.given else self.given
+        defaults = {f.name: getattr(AdapterConfig(), f.name) for f in fields(AdapterConfig)}
+        unused = [n for n in defaults if (n in given and getattr(self, n)) or getattr(self, n) != defaults[n]]
+        checks.append((self.trains_adapters or not unused, f"{', '.join(unused)} needs use_peft"))
         return [message for ok, message in checks if not ok] + super().contradictions()
 
     def _needs_evaluations(self) -> str:

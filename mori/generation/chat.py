@@ -19,6 +19,7 @@ from torch import nn
 from mori.cli import UserError, parse
 from mori.config import PRESETS, GenerateConfig, SamplingConfig
 from mori.generation.generate import PromptTooLong, check_prompts, generate, model_settings, resolve_settings
+from mori.model.adapters.lora import merge
 from mori.model.loading import load_config, load_model, load_tokenizer
 from mori.model.probes import check_causal
 from mori.model.variants import fuse_activations
@@ -88,7 +89,7 @@ def _load(config: GenerateConfig, device: torch.device) -> tuple[nn.Module, obje
         keep_freed_memory()
     tokenizer = load_tokenizer(config.model, (), config.trust_remote_code)
     model_config = load_config(config.model, tokenizer, trust_remote_code=config.trust_remote_code)
-    model = load_model(config.model, model_config, config.trust_remote_code).to(device).eval()
+    model = merge(load_model(config.model, model_config, config.trust_remote_code)).to(device).eval()
     check_causal(model, config.model, torch.arange(16, device=device)[None] % model_config.get_text_config().vocab_size)
     fuse_activations(model)
     return model, tokenizer

@@ -48,20 +48,25 @@ class Stored:
     tensors: int = 0
 
 
-def check_folder(folder: Path) -> Stored:
-    """Check the files of a model folder that transformers reads; returns the size of its weights.
-
-    Raises UserError for a link that leaves the folder (except to the blobs of the hub's cache), for anything but plain
-    files, for a shard or another file that is named outside the folder, for a missing shard, for an adapter or a
-    distributed checkpoint, and for impossible sizes: of a JSON file, the weights, a header, a tensor, or in config.json.
-    """
+def check_text_files(folder: Path) -> None:
+    """Raise UserError for a link that leaves the folder, and for anything but plain files, among the text files of a model."""
     templates = folder / "additional_chat_templates"
     read = [path for path in folder.iterdir() if _READ.fullmatch(path.name) or path == templates]
     for path in [*sorted(read), *sorted(templates.glob("*.jinja"))]:
         _check_text_file(path, folder)
+
+
+def check_folder(folder: Path) -> Stored:
+    """Check the files of a model folder that transformers reads; returns the size of its weights.
+
+    Raises UserError for a link that leaves the folder (except to the blobs of the hub's cache), for anything but plain
+    files, for a shard or another file that is named outside the folder, for a missing shard, for an adapter beside the
+    model, for a distributed checkpoint, and for impossible sizes: of a JSON file, the weights, a header, a tensor, or in config.json.
+    """
+    check_text_files(folder)
     if (folder / "adapter_config.json").exists():
         raise UserError(
-            f"{folder} holds an adapter (adapter_config.json); merge it into its model (peft: merge_and_unload) and save that"
+            f"{folder} holds a model (config.json) and an adapter (adapter_config.json); move one of them elsewhere"
         )
     for name in _SETTINGS:
         if (folder / name).is_file():

@@ -24,6 +24,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GPT2Config,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -33,6 +34,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from mori.cli import UserError, guarded, interruptible, one_line, optional, plural, print_error
 from mori.config import PRESETS
 from mori.model import files
+from mori.model.adapters import files as adapter_files
 from mori.model.context import context_length
 
 # The base classes of all errors of the HTTP client, which differs between releases of huggingface_hub.
@@ -73,9 +75,14 @@ def mini_config(vocabulary: int) -> GPT2Config:
 
 
 def load_tokenizer(name: str, texts: Iterable[str], trust_remote_code: bool = False):
-    """The tokenizer of the model `name`; for a preset, one learned from `texts`. Raises UserError if it cannot be loaded."""
+    """The tokenizer of the model `name`; for a preset, one learned from `texts`. Raises UserError if it cannot be loaded.
+
+    The tokenizer beside an adapter comes before that of its base model.
+    """
     if name in PRESETS:
         return train_tokenizer(texts)
+    if not (Path(name) / "tokenizer_config.json").is_file():
+        name = adapter_files.base_of(name)
 
     try:
         return _load(name, lambda: AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code))
@@ -110,6 +117,7 @@ def _needs_sentencepiece(name: str) -> bool:
 def load_config(name: str, tokenizer, *, dropout: float | None = None, trust_remote_code: bool = False):
     """The configuration of the model `name`; `dropout`, if given, replaces every dropout probability in it."""
     _quiet_transformers()
+    name = adapter_files.base_of(name)
     if name in PRESETS:
         config = mini_config(len(tokenizer))
     else:
@@ -134,8 +142,14 @@ def config_hash(config) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def load_model(name: str, config, trust_remote_code: bool = False) -> nn.Module:
-    """The model in fp32, in training mode; a preset's weights are drawn from PyTorch's global generator."""
+def load_model(name: str, config, trust_remote_code: bool = False, four_bit: torch.dtype | None = None) -> nn.Module:
+    """The model in fp32, in training mode; a preset's weights are drawn from PyTorch's global generator.
+
+    If `name` is a folder with an adapter, its base model with the adapter added. With `four_bit`, its linear layers but the
+    head hold NF4 (Dettmers et al., 2023, arXiv:2305.14314), with nested constants, by bitsandbytes; `four_bit` is the type in
+    which they compute.
+    """
+    adapter, name = name, adapter_files.base_of(name)
     if name in PRESETS:
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
 
@@ -148,6 +162,7 @@ def load_model(name: str, config, trust_remote_code: bool = False) -> nn.Module:
                 trust_remote_code=trust_remote_code,
                 ignore_mismatched_sizes=True,  # reported below, together with missing tensors
                 output_loading_info=True,
+                **({"quantization_config": _nf4(four_bit)} if four_bit else {}),
                 **({} if _can_map(name) else {"disable_mmap": True}),
                 **options,
             )
@@ -164,7 +179,22 @@ def load_model(name: str, config, trust_remote_code: bool = False) -> nn.Module:
             f"model {name} does not hold all its weights: {plural(len(absent), 'tensor')} missing or of another shape than "
             f"config.json says, such as {', '.join(absent[:3])}; they would be random"
         )
+    if four_bit:  # an evaluation on a CPU would repack the weights in place, and a training step could not read them
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+    if name != adapter:
+        adapter_files.attach(Path(adapter), model)
     return model.train()
+
+
+def _nf4(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
 
 
 def move(model: nn.Module, device: torch.device) -> nn.Module:
@@ -208,6 +238,9 @@ def check_reachable(name: str) -> None:
         return
     if (folder / "config.json").is_file():
         _stored(name)
+        return
+    if (folder / adapter_files.CONFIG).is_file():
+        files.check_text_files(folder)
         return
     if folder.exists():
         raise UserError(

@@ -14,16 +14,19 @@ from transformers import GenerationConfig
 
 from mori.checkpoint.files import write_json
 from mori.cli import UserError, guarded, one_line
+from mori.model.adapters import lora
 
 
 def save(model: nn.Module, tokenizer, folder: Path, *, rehearsal: bool = False) -> None:
     """Write model and tokenizer so that `AutoModelForCausalLM` and `AutoTokenizer` load them from `folder`.
 
-    A `rehearsal` writes one element of each weight, and everything else in full.
+    Adapters are merged into the weights. A `rehearsal` writes one element of each weight, and everything else in full.
 
     Raises OSError if they cannot be written, and UserError for other errors of the libraries.
     """
-    options = {"state_dict": _samples(model.state_dict()), "save_original_format": False} if rehearsal else {}
+    options = {"state_dict": lora.merged_state_dict(model)} if lora.adapted(model) else {}
+    if rehearsal:
+        options = {"state_dict": _samples(model.state_dict()), "save_original_format": False}
     try:
         with _published_generation_config(model, folder):
             model.save_pretrained(folder, **options)

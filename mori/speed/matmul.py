@@ -126,7 +126,10 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, matrix, bias, transposed):
-        ctx.save_for_backward(x, matrix)
+        needs_x, needs_matrix = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(
+            x if needs_matrix else None, matrix if needs_x else None
+        )  # a frozen weight keeps no input
         ctx.transposed = transposed
         return onednn_matmul(x, matrix.t() if transposed else matrix, bias)
 

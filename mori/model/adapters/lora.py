@@ -1,0 +1,185 @@
+"""LoRA: trainable low-rank matrices beside frozen layers (Hu et al., 2021, arXiv:2106.09685)."""
+
+import math
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from mori.cli import UserError
+
+
+@dataclass(frozen=True)
+class LoRASettings:
+    """The shape of the adapters; the names of PEFT's `LoraConfig`.
+
+    Attributes:
+        r, lora_alpha, use_rslora: the rank, and what the scale is computed from.
+        lora_dropout: the dropout in front of the adapters.
+        target_modules: ends of layers' names, or regular expressions; empty for all linear layers but the head.
+        modules_to_save: ends of the names of modules that train whole.
+    """
+
+    r: int
+    lora_alpha: float
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    target_modules: tuple[str, ...] = ()
+    modules_to_save: tuple[str, ...] = ()
+
+
+class LoRA(nn.Module):
+    """The adapter of one linear layer: y + B(A(dropout(x))) * scale, in fp32. B starts at zero, so nothing changes at first.
+
+    Args:
+        layer: an `nn.Linear`, or GPT-2's `Conv1D`, whose weight is transposed.
+        settings: rank, scale and dropout.
+
+    Attributes:
+        fused: multiply and add in one matmul, in place; the last bits may differ from PEFT's.
+    """
+
+    def __init__(self, layer: nn.Module, settings: LoRASettings):
+        super().__init__()
+        inputs, outputs = (layer.nx, layer.nf) if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)
+        options = {"bias": False, "device": layer.weight.device, "dtype": torch.float32}
+        self.lora_A = nn.Linear(inputs, settings.r, **options)
+        self.lora_B = nn.Linear(settings.r, outputs, **options)
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B.weight)
+        self.dropout = nn.Dropout(settings.lora_dropout) if settings.lora_dropout else nn.Identity()
+        self.scale = settings.lora_alpha / (math.sqrt(settings.r) if settings.use_rslora else settings.r)
+        self.settings, self.fused = settings, False
+        self.hook = layer.register_forward_hook(lambda layer, args, output: layer.lora(args[0], output))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """The layer's output `y` `(..., outputs)` with the adapter's added, for its input `x` `(..., inputs)`."""
+        down = self.lora_A(self.dropout(x.to(self.lora_A.weight.dtype)))  # (..., r)
+        if self.fused and down.dtype == y.dtype:
+            up = self.lora_B.weight.t().to(y.dtype)  # (r, outputs)
+            return y.view(-1, y.size(-1)).addmm_(down.flatten(0, -2), up, alpha=self.scale).view(y.shape)
+        return (y + self.lora_B(down) * self.scale).to(y.dtype)
+
+    def delta(self) -> torch.Tensor:
+        """What the adapter adds to the weight `(outputs, inputs)`."""
+        return (self.lora_B.weight @ self.lora_A.weight) * self.scale
+
+
+def add(model: nn.Module, settings: LoRASettings, called: Iterable[str] | None = None) -> list[str]:
+    """Freeze `model` and give its target layers adapters; returns the names of these layers.
+
+    An adapter is the submodule `lora` of its layer and works in a forward hook, so the model's own tensors keep their names.
+
+    Args:
+        called: the names of the layers that a forward pass calls (`called_layers`); a model may read a layer's weight without
+            calling the layer, and an adapter there would never train. None counts every layer as called.
+
+    Raises UserError if a target, or a module to save, matches nothing, and for a target that is tied to the embeddings.
+    """
+    layers = {name: module for name, module in model.named_modules() if is_linear(module)}
+    names = _targets(model, layers, settings.target_modules, set(layers if called is None else called))
+    trained = [name for name, _ in model.named_modules() if _matches(name, settings.modules_to_save)]
+    _check_matched(settings.modules_to_save, [name for name, _ in model.named_modules()], "lora_modules_to_save")
+    model.requires_grad_(False)
+    for name in trained:
+        model.get_submodule(name).requires_grad_(True)
+    for name in names:
+        layer = layers[name]
+        layer.lora = LoRA(layer, settings).train(model.training)
+    return names
+
+
+def adapted(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers of `model` that have an adapter, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(getattr(module, "lora", None), LoRA)}
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether an adapter may stand beside `module`."""
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+@torch.no_grad()
+def called_layers(model: nn.Module, run: Callable[[], object]) -> set[str]:
+    """The names of the linear layers that `run()`, a forward pass, calls."""
+    names: set[str] = set()
+    hooks = [
+        module.register_forward_hook(lambda *_, name=name: names.add(name))
+        for name, module in model.named_modules()
+        if is_linear(module)
+    ]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return names
+
+
+def _targets(model: nn.Module, layers: dict[str, nn.Module], targets: tuple[str, ...], called: set[str]) -> list[str]:
+    """The names of the layers that get adapters."""
+    head = model.get_output_embeddings()
+    if not targets:
+        return [name for name, layer in layers.items() if layer is not head and name in called]
+    names = [name for name in layers if _matches(name, targets)]
+    _check_matched(targets, list(layers), "lora_target_modules")
+    if (
+        head is not None
+        and any(layers[name] is head for name in names)
+        and head.weight is model.get_input_embeddings().weight
+    ):
+        raise UserError(
+            "lora_target_modules: the head shares its weight with the embeddings, so an adapter there could not be merged; "
+            "leave it out, or name the embeddings in --lora_modules_to_save"
+        )
+    silent = [name for name in names if name not in called]
+    if silent:
+        raise UserError(
+            f"lora_target_modules: {silent[0]} would never train, because the model reads its weight directly; leave it out"
+        )
+    return names
+
+
+def _matches(name: str, ends: Iterable[str]) -> bool:
+    return any(name == end or name.endswith(f".{end}") or _fullmatch(end, name) for end in ends)
+
+
+def _fullmatch(pattern: str, name: str) -> bool:
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error:
+        return False
+
+
+def _check_matched(ends: Iterable[str], names: list[str], flag: str) -> None:
+    """Raise UserError for the first of `ends` that matches no name."""
+    for end in ends:
+        if not any(_matches(name, [end]) for name in names):
+            known = ", ".join(
+                sorted({name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()} - {""})
+            )
+            raise UserError(f"{flag}: {end} matches no layer of this model; its layers are named {known}")
+
+
+def merged_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The `state_dict()` of the model with its adapters merged into the weights; tied tensors stay tied."""
+    state = {name: tensor for name, tensor in model.state_dict().items() if ".lora.lora_" not in name}
+    return state | {f"{name}.weight": merged_weight(layer).detach() for name, layer in adapted(model).items()}
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Merge the adapters of `model` into its weights and remove them; a model without adapters stays as it is."""
+    for layer in adapted(model).values():
+        layer.weight.data = merged_weight(layer).detach()
+        layer.lora.hook.remove()
+        del layer.lora
+    return model
+
+
+def merged_weight(layer: nn.Module) -> torch.Tensor:
+    """The weight of `layer` with its adapter's part added, in the layer's own shape and type."""
+    delta = layer.lora.delta()
+    return (layer.weight + (delta.t() if isinstance(layer, Conv1D) else delta)).to(layer.weight.dtype)

@@ -1,0 +1,112 @@
+"""Which weights of a model train: all, some layers (with the names of LLaMA-Factory), or adapters beside frozen ones."""
+
+import re
+
+import torch
+from torch import nn
+
+from mori.cli import UserError
+from mori.config import TrainConfig
+from mori.model.adapters import lora
+
+_LAYER = re.compile(r"^(.*\.)?(\d+)\.")
+
+
+def select(model: nn.Module, config: TrainConfig, input_ids: torch.Tensor) -> str:
+    """Freeze what `config` does not train, and add its adapters; returns what trains, in words, "" if everything does.
+
+    Args:
+        input_ids: `(B, T)`, a few tokens on the model's device, to see which layers the model calls.
+
+    Raises UserError if a setting matches nothing in the model.
+    """
+    if config.freeze_trainable_layers is not None:
+        freeze(model, config.freeze_trainable_layers, config.freeze_trainable_modules, config.freeze_extra_modules)
+    elif config.use_peft and not lora.adapted(model):
+        settings = lora.LoRASettings(
+            r=config.lora_r,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            use_rslora=config.use_rslora,
+            target_modules=tuple(config.lora_target_modules),
+            modules_to_save=tuple(config.lora_modules_to_save),
+        )
+        called = lora.called_layers(model, lambda: model(input_ids=input_ids[:1, :2], use_cache=False))
+        lora.add(model, settings, called=called)
+    for layer in lora.adapted(model).values():
+        layer.lora.fused = config.fused_adapters
+    if all(parameter.requires_grad for parameter in model.parameters()):
+        return ""
+    return table(model)
+
+
+def freeze(model: nn.Module, layers: int, modules: list[str], extra_modules: list[str]) -> None:
+    """Leave gradients on for parts of some layers, and off for all other parameters.
+
+    Args:
+        layers: the number of layers that train: the last ones, or the first ones if it is negative.
+        modules: the modules of these layers that train, by a part of their names; `all` is all of them.
+        extra_modules: modules outside the layers that train too, by a part of their names.
+
+    Raises UserError if the model has no list of layers, or fewer, or if a name matches nothing.
+    """
+    prefix, count = _layers(model)
+    if abs(layers) > count:
+        raise UserError(f"freeze_trainable_layers is {layers}, but the model has {count} layers")
+    chosen = range(count - layers, count) if layers > 0 else range(-layers)
+    inside, outside = {}, {}
+    for name, _ in model.named_parameters():
+        match = _LAYER.match(name)
+        if match and match[1] == prefix:
+            inside[name] = int(match[2]) in chosen, name[match.end() :]
+        else:
+            outside[name] = name
+    _check_matched(
+        "freeze_trainable_modules", [m for m in modules if m != "all"], [rest for _, rest in inside.values()]
+    )
+    _check_matched("freeze_extra_modules", extra_modules, list(outside))
+    for name, parameter in model.named_parameters():
+        if name in inside:
+            is_chosen, rest = inside[name]
+            trains = is_chosen and ("all" in modules or _named(rest, modules))
+        else:
+            trains = _named(name, extra_modules)
+        parameter.requires_grad_(trains)
+
+
+def _layers(model: nn.Module) -> tuple[str, int]:
+    """The prefix of the layers' names in the model, and their number."""
+    wanted = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    lists = [(name, len(module)) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    lists = [(name, length) for name, length in lists if length == wanted] or lists
+    if not lists:
+        raise UserError(f"freeze_trainable_layers: {type(model).__name__} has no list of layers")
+    name, length = min(lists, key=lambda item: item[0].count("."))
+    return f"{name}.", length
+
+
+def _named(name: str, modules: list[str]) -> bool:
+    """Whether a module in the path `name` bears one of the names."""
+    return any(f".{module}." in f".{name}." for module in modules)
+
+
+def _check_matched(flag: str, modules: list[str], names: list[str]) -> None:
+    for module in modules:
+        if not any(_named(name, [module]) for name in names):
+            known = ", ".join(sorted({part for name in names for part in name.split(".")[:-1] if not part.isdigit()}))
+            raise UserError(f"{flag}: {module} matches no module; there are {known}")
+
+
+def table(model: nn.Module) -> str:
+    """How many weights train, of how many, and in which modules; one line for each kind of module."""
+    totals: dict[str, list[int]] = {}
+    for name, parameter in model.named_parameters():
+        kind = re.sub(r"\.\d+\.", ".*.", name.partition(".lora.")[0].removesuffix(".weight").removesuffix(".bias"))
+        numbers = totals.setdefault(kind, [0, 0])
+        numbers[0] += parameter.numel() * parameter.requires_grad
+        numbers[1] += parameter.numel()
+    trained, total = (sum(numbers[i] for numbers in totals.values()) for i in (0, 1))
+    rows = {kind: numbers for kind, numbers in totals.items() if numbers[0]}
+    width = max(map(len, rows), default=0)
+    lines = [f"  {kind:{width}}  {part:>13,} of {whole:,}" for kind, (part, whole) in rows.items()]
+    return "\n".join([f"trains {trained:,} of {total:,} weights ({trained / total:.2%}):", *lines])
