@@ -167,7 +167,7 @@ def read_corpus(files: Iterable[Path], options: ReadOptions = DEFAULT_OPTIONS, c
     measures = _measure(files, options, sum(size for size, *_ in about))
     if path and _is_large(about):
         newest = max(changed for *_, changed in about) / 1e9
-        if newest < started - _SETTLED_SECONDS and _about(files) == about:
+        if newest < started - _SETTLED_SECONDS:
             store_sealed(path, {"files": _digest(about), "measures": asdict(measures)})
     return Corpus(files, options, measures)
 
