@@ -82,6 +82,11 @@ def compare(config: options.CompareConfig) -> None:
 def export(config: ExportConfig) -> None:
     """Write a file for other programs, after a look at the names of the files."""
     find_files(config.corpus)
+    if config.merge:
+        with imports():
+            from mori.export.merged import export_merged
+        export_merged(config)
+        return
     if not importlib.util.find_spec("gguf"):
         raise UserError("format gguf needs the package gguf: python -m pip install gguf")
     with imports():

@@ -351,3 +351,21 @@ def test_best_adapter_is_published(run_train, tmp_path):
     folder = tmp_path / "runs" / "run" / "checkpoints" / f"step-{best:08d}"
     saved, published = (load_file(path / "adapter_model.safetensors") for path in (folder, tmp_path / "brain"))
     assert all(torch.equal(saved[name], published[name]) for name in saved)
+
+
+def test_export_merges_an_adapter_into_its_base(trained_adapter, small_model, tmp_path):
+    out = tmp_path / "merged"
+    done = run_script("export.py", "--model", str(trained_adapter), "--merge", "--output", str(out))
+    assert done.returncode == 0, done.stderr
+    beside = logits_of(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(small_model), trained_adapter))
+    merged = AutoModelForCausalLM.from_pretrained(out)
+    assert (logits_of(merged) - beside).abs().max() <= 1e-6 * beside.abs().max()
+    assert merged.lm_head.weight is merged.transformer.wte.weight
+    for model, output, message in ((small_model, "other", "holds no adapter"), (trained_adapter, "merged", "exists")):
+        done = run_script("export.py", "--model", str(model), "--merge", "--output", str(tmp_path / output))
+        assert done.returncode == 2 and message in done.stderr, done.stderr
+
+
+def test_chunked_and_fused_adapters_train_as_trainer_up_to_rounding(both):  # noqa: F811
+    *_, pair = both(("mori", "trainer"), **{**LORA, "lora_alpha": 7.0})
+    assert pair["max_relative_loss_diff"] < 1e-5

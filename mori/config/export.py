@@ -19,4 +19,10 @@ class ExportConfig(ModelConfig, TextConfig):
         "type of the matrices in the file: f32, f16, or q8_0 (8 bits and a scale for each 32 values)",
         choices=("f32", "f16", "q8_0"),
     )
-    output: str = flag("", "the file; unset is <model>-<outtype>.gguf in the current folder")
+    merge: bool = flag(
+        False,
+        "instead, merge an adapter into its unquantized base model and write a model folder, read back and compared",
+    )
+    output: str = flag(
+        "", "the file or folder; unset is <model>-<outtype>.gguf, or <model>-merged, in the current folder"
+    )

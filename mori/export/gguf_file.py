@@ -21,6 +21,7 @@ from mori.data.files import find_files
 from mori.data.formats import ReadOptions, read_documents
 from mori.export import families, vocabulary
 from mori.model import loading
+from mori.model.adapters.lora import merge
 
 _STORED_AS = {
     "f32": gguf.GGMLQuantizationType.F32,
@@ -62,7 +63,7 @@ def export_gguf(config: ExportConfig) -> Path:
         return itertools.chain.from_iterable(documents)
 
     pre_tokenizer = vocabulary.write(writer, tokenizer, model_config, texts)
-    model = loading.load_model(name, model_config, config.trust_remote_code).eval()
+    model = merge(loading.load_model(name, model_config, config.trust_remote_code)).eval()
     try:
         check_finite(model.state_dict(), dict(model.named_buffers()))
     except FloatingPointError as error:
