@@ -9,6 +9,7 @@ import re
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -335,7 +336,10 @@ class StopSignals:
 @contextlib.contextmanager
 def restored_backends() -> Iterator[None]:
     """The context of a run: PyTorch's global settings are restored after it, for what else this process does."""
-    precision, cudnn_attention = torch.get_float32_matmul_precision(), torch.backends.cuda.cudnn_sdp_enabled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch 2.9 announces another name for this setting
+        precision = torch.get_float32_matmul_precision()
+    cudnn_attention = torch.backends.cuda.cudnn_sdp_enabled()
     try:
         yield
     finally:

@@ -245,7 +245,7 @@ def test_early_stop_and_best_weights_equal_those_of_trainer(run_train, settings,
 
 def test_ranks_stop_together_and_publish_the_best(settings, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "scripts/train.py"]
-    words = flags({**settings, **RISING, "eval_steps": 1, "early_stopping_patience": 2}) + ["--load_best_model_at_end"]
+    words = flags({**settings, **RISING, "eval_steps": 1, "early_stopping_patience": 1}) + ["--load_best_model_at_end"]
     done = subprocess.run(torchrun + words, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     summary = json.loads((tmp_path / "runs/run/summary.json").read_text())
