@@ -19,13 +19,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
     parser.add_argument("--full", action="store_true", help="the whole campaign; without it a few cases of each")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--adapters", action="store_true", help="runs that train LoRA adapters")
     parser.add_argument("--only", nargs="+", default=[], help="names of campaigns")
     parser.add_argument(
         "--output", type=Path, help="JSON of the results; with --full runs/bench/faults.json by default"
     )
     parser.add_argument("--jobs", type=int, default=1, help="campaigns that run side by side")
     options = parser.parse_args()
-    output = options.output or (Path("runs/bench/faults.json") if options.full and not options.only else None)
+    if options.adapters:
+        os.environ["MORI_FAULTS_ADAPTERS"] = "1"
+    output = options.output or (
+        Path("runs/bench/faults.json") if options.full and not (options.only or options.adapters) else None
+    )
 
     import torch
     import transformers

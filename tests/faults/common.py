@@ -34,6 +34,8 @@ from mori.train import train
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, SAVE_STEPS = 12, 4
+ADAPTERS = bool(os.environ.get("MORI_FAULTS_ADAPTERS"))  # set by --adapters: the runs train LoRA adapters
+WEIGHTS = "adapter_model.safetensors" if ADAPTERS else "model.safetensors"  # of a checkpoint
 HUNG = 1000
 APART = (
     "tokens",
@@ -108,7 +110,7 @@ class Lab:
             "model": str(self.model), "corpus": [str(self.text)], "block_size": 16, "held_out_fraction": 0.1, "max_steps": STEPS,
             "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-3, "logging_steps": 1,
             "eval_steps": 6, "save_steps": SAVE_STEPS, "save_total_limit": 2, "max_new_tokens": 2, "prompt": ["Halo"], "device": "cpu",
-            "logging_dir": str(self.folder / name / "runs"), "output_dir": str(self.folder / name / "brain"), "run_name": "run",
+            "logging_dir": str(self.folder / name / "runs"), "output_dir": str(self.folder / name / "brain"), "run_name": "run", **({"use_peft": True, "lora_r": 2} if ADAPTERS else {}),
         } | changed  # fmt: skip
 
     def whole(self, ranks: int = 1, **changed) -> dict:
@@ -141,7 +143,7 @@ class Lab:
         lines = [line for line in lines if any(line[1:])]
         return {
             "brain": files.hashes(self.folder / name / "brain")["model.safetensors"],
-            "model": described["model.safetensors"]["sha256"],
+            "model": described[WEIGHTS]["sha256"],
             "optimizer": described["optimizer.safetensors"]["sha256"],
             "state": {k: v for k, v in state["progress"].items() if isinstance(v, (int, list)) and k not in APART},
             "random": [state["ranks"], state["scaler"]],

@@ -18,9 +18,9 @@ from mori import optim
 from mori.checkpoint import checkpoints as checkpoint
 from mori.checkpoint import files
 
-from .common import STEPS, Case, Ended, Lab, patched, row, run, seeds
+from .common import STEPS, WEIGHTS, Case, Ended, Lab, patched, row, run, seeds
 
-FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
+FILES = (WEIGHTS, "optimizer.safetensors", "state.json", "manifest.json")
 
 
 def _flip(path: Path, draw: random.Random) -> None:

@@ -16,7 +16,7 @@ from mori.checkpoint import checkpoints as checkpoint
 from mori.model import lm
 from mori.tracking.loggers import read_metrics
 
-from .common import STEPS, Case, Lab, patched, row, run, seeds, together
+from .common import STEPS, WEIGHTS, Case, Lab, patched, row, run, seeds, together
 
 _forward = lm.CausalLMLoss.forward
 
@@ -63,7 +63,7 @@ def _not_finite(root: Path) -> list[str]:
     return [
         f"{folder.name}: {name}"
         for folder in checkpoint.published(root)
-        for file in ("model.safetensors", "optimizer.safetensors")
+        for file in (WEIGHTS, "optimizer.safetensors")
         for name, tensor in load_file(folder / file).items()
         if not tensor.isfinite().all()
     ]

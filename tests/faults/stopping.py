@@ -19,6 +19,7 @@ from mori.tracking.loggers import read_metrics
 from .common import (
     SAVE_STEPS,
     STEPS,
+    WEIGHTS,
     Case,
     Lab,
     end,
@@ -357,7 +358,7 @@ def _cut_at(lab: Lab, step: int, name: str, settings: dict, ranks: int) -> Case:
     problem = ended.problem(0)
     for theirs in checkpoint.published(lab.checkpoints(name)) if not problem else []:
         ours = lab.checkpoints(cut) / theirs.name
-        for file in ("model.safetensors", "optimizer.safetensors"):
+        for file in (WEIGHTS, "optimizer.safetensors"):
             if _bytes(ours / file) != _bytes(theirs / file):
                 problem = problem or f"{theirs.name}/{file} differs"
     problem = problem or lab.differs(cut, lab.left_by(name))
