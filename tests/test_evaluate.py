@@ -115,4 +115,4 @@ def test_evaluate_script_gives_the_loss_of_the_training(run_train, settings, tmp
     for name in ("loss", "perplexity", "bits_per_byte"):
         assert result[name] == pytest.approx(after[name], rel=1e-5)
     missing = run_script("evaluate.py", "--model", str(tmp_path / "nothing"), *flags)
-    assert missing.returncode == 2 and missing.stderr.count("\n") == 1 and "nothing" in missing.stderr
+    assert missing.returncode == 2 and missing.stderr.count("\n") == 2 and "nothing" in missing.stderr

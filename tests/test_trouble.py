@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from mori import optim, output
 from mori.checkpoint import checkpoints, files
 from mori.cli import RunFailed
+from mori.model import saving
 from mori.model.lm import CausalLMLoss
 from mori.tracking.loggers import MetricsFile, read_metrics
 
@@ -186,7 +187,8 @@ def test_full_disk_does_not_stop_the_training(run_train, tmp_path, monkeypatch, 
 
     real = output.rehearse
     monkeypatch.setattr(output, "rehearse", lambda *a: (real(*a), monkeypatch.setattr(files.os, "write", full)))
-    monkeypatch.setattr(files, "write_json", lambda *_: None)
+    for module in (files, saving):
+        monkeypatch.setattr(module, "write_json", lambda *_: None)
     with pytest.raises(RunFailed, match="last checkpoint could not be saved"):
         run_train(max_steps=4, save_steps=2)
     said = capsys.readouterr().out

@@ -71,10 +71,11 @@ class Monitor:
                 say(message)
 
     def close(self) -> None:
-        """Close the bar and every logger."""
+        """Close the bar and every logger; what is logged later is dropped."""
         if self._progress:
             self._progress.close()
         self._each(lambda logger: logger.close())
+        self._loggers = []
 
     def _each(self, action: Callable[[Logger], None]) -> None:
         """Call `action` with every logger; the first error of each is reported."""

@@ -121,7 +121,7 @@ def results(summary: dict, command: str, same_text: bool = True) -> str:
     elif best and best["step"] != steps and checkpoint and checkpoint.endswith(f"{best['step']:08d}"):
         lines.append(
             f"better at step {best['step']} (held-out loss {best['loss']:.4f}, last {after['loss']:.4f}): the same command with "
-            f"--load_best_model_at_end publishes it, or python scripts/generate.py {_flag('model', checkpoint)}"
+            f"--load_best_model_at_end publishes it, or {shlex.join([*_program(), *_flag('model', checkpoint)])}"
         )
     if summary["skipped_steps"]:
         warning = f"WARNING: {summary['skipped_steps']} of {steps} steps were skipped, their gradient was not finite"
@@ -129,16 +129,20 @@ def results(summary: dict, command: str, same_text: bool = True) -> str:
     return "\n".join(lines)
 
 
+def _program() -> list[str]:
+    """How `mori generate` is started, in the words in which this program was."""
+    program = Path(sys.argv[0])
+    if program.name == "train.py" and program.parent.name == "scripts":
+        return ["python", str(program.with_name("generate.py"))]
+    return [*(["mori"] if program.name == "mori" else ["python", "-m", "mori"]), "generate"]
+
+
 def sample_command(config: TrainConfig, model_settings: dict) -> str:
     """The command that draws a run's samples again from its trained model, in the words of the run's own command.
 
     `model_settings` are the sampling fields that the model's generation_config.json sets. In fp32 the texts are equal.
     """
-    program = Path(sys.argv[0])
-    if program.name == "train.py" and program.parent.name == "scripts":
-        command = ["python", str(program.with_name("generate.py"))]
-    else:
-        command = [*(["mori"] if program.name == "mori" else ["python", "-m", "mori"]), "generate"]
+    command = _program()
     defaults = {**{f.name: getattr(GenerateConfig(), f.name) for f in fields(GenerateConfig)}, **model_settings}
     wanted = {"prompt": config.prompt, "seed": config.seed, "device": config.device, **config.sampling()}
     changed = {name: value for name, value in wanted.items() if value != defaults[name]}
