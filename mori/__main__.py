@@ -7,6 +7,7 @@ import difflib
 import importlib.util
 import os
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -48,12 +49,24 @@ def train(config: TrainConfig) -> None:
 def generate(config: GenerateConfig) -> None:
     """Answer the prompts, or open the prompt line. Without prompts, each line of a pipe is one."""
     if not (config.interactive or config.given & {"prompt", "prompt_file"} or sys.stdin.isatty()):
-        config.prompt = [line for line in sys.stdin.read().split("\n") if line.strip()] or config.prompt
+        config.prompt = _piped_prompts() or config.prompt
     _announce(f"loading {config.model}")
     with imports():
         from mori.distributed import start
         from mori.generation.chat import answer
     answer(config, start(config.device).device)
+
+
+def _piped_prompts() -> list[str]:
+    """The lines of standard input. After a second it says that it waits, because an open pipe may never end."""
+    notice = "waiting for prompts on standard input, one on each line, until it ends; --prompt TEXT needs none"
+    timer = threading.Timer(1, print_error, [notice])
+    timer.daemon = True
+    timer.start()
+    try:
+        return [line for line in sys.stdin.read().split("\n") if line.strip()]
+    finally:
+        timer.cancel()
 
 
 def evaluate(config: EvaluateConfig) -> None:

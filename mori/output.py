@@ -101,7 +101,8 @@ def finish(run: Run, state: State) -> dict:
         run.monitor.say(
             f"step {state.step}: stops early, {plural(state.best.without_improvement, 'evaluation')} without an improvement"
         )
-    run.monitor.say("\n".join(["after:", *state.samples_after]))
+    if state.samples_after:
+        run.monitor.say("\n".join(["after:", *state.samples_after]))
     run.monitor.close()
     run_summary = summary(run, state)
     if runtime.is_main:
@@ -111,7 +112,8 @@ def finish(run: Run, state: State) -> dict:
         with run.writes():
             run_summary["output_sha256"] = files.hashes(run.output_dir)
             files.write_json(run.run_dir / "summary.json", run_summary)
-        same = runtime.precision == "fp32" and run_summary.get("published_step") in (None, state.step)
+        is_last_step = run_summary["published_step"] == state.step
+        same = runtime.precision == "fp32" and is_last_step and bool(state.samples_after)
         say(results(run_summary, sample_command(config, model_settings(state.model)), same_text=same))
     runtime.barrier()
     runtime.close()

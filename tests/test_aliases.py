@@ -153,6 +153,8 @@ def test_alias_sets_the_same_fields(cls, words, expected):
         (TrainConfig, "--packing False", "packing: windows are always full"),
         (TrainConfig, "--do_train False", "do_train: a run always trains"),
         (TrainConfig, "--learning_rate 1e-4 1e-3", "'1e-3' belongs to no flag"),
+        (TrainConfig, "run.toml --max_steps 3", "'run.toml' belongs to no flag: settings are read with --config FILE"),
+        (TrainConfig, "--max_steps 3 config/train_shakespeare.py", "'config/train_shakespeare.py' belongs to no flag: settings"),
         (TrainConfig, "--batch_size 8", "--per_device_train_batch_size"),
         (GenerateConfig, "--max_length 50", "--max_new_tokens"),
         (GenerateConfig, "--do_sample False --temperature 0.7", "do_sample and temperature give temperature"),

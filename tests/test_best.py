@@ -145,10 +145,12 @@ def test_strategies_by_epoch_fall_on_the_ends_of_epochs(run_train, tmp_path):
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [f"step-{step:08d}" for step in ends]
 
 
-def test_strategy_no_neither_evaluates_nor_saves(run_train, tmp_path):
+def test_strategy_no_neither_evaluates_nor_saves(run_train, tmp_path, capsys):
     summary = run_train(eval_strategy="no", save_strategy="no")
     assert summary["eval"] == {"before": None, "best": None, "after": None}
     assert not list((tmp_path / "runs/run/checkpoints").glob("step-*")) and (tmp_path / "brain/config.json").is_file()
+    shown = capsys.readouterr().out  # no samples are announced
+    assert "after:" not in shown and "; a text from it:\n" in shown
 
 
 def test_save_strategy_best_saves_at_the_best_evaluations_alone(run_train, tmp_path):

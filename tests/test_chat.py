@@ -113,11 +113,33 @@ def test_answer_shows_the_settings_of_the_model(small_model, tmp_path, run):
     assert "generation_config.json: temperature 0.6 (flags take precedence)" in err
 
 
-@pytest.mark.parametrize("model, message", [("mini", "to be trained"), ("./none", "does not exist")])
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        ("mini", "to be trained"),
+        ("./none", "does not exist"),
+        ("mori_brain_final", "mori_brain_final does not exist in .*; mori train writes it"),
+    ],
+)
 def test_answer_model_that_cannot_answer_is_one_line(model, message, run):
     with pytest.raises(UserError, match=message) as error:
         run("--model", model)
     assert "\n" not in str(error.value)
+
+
+def test_script_says_that_it_waits_for_prompts_on_an_open_pipe(small_model):
+    command = [
+        sys.executable,
+        str(ROOT / "scripts" / "generate.py"),
+        "--model",
+        str(small_model),
+        "--max_new_tokens",
+        "2",
+    ]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stderr.readline().startswith(b"waiting for prompts on standard input")
+        out, _ = process.communicate(b"Halo\n")
+    assert process.returncode == 0 and out.startswith(b"Halo")
 
 
 def test_script_mistake_is_one_line():

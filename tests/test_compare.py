@@ -290,6 +290,11 @@ def test_compare_reports_mistakes_before_any_arm_starts(settings, tmp_path):
     for change in ({"eval_on_start": False}, {"document_mask": True}, {"dtype": "bfloat16"}):
         with pytest.raises(UserError, match=next(iter(change))):
             checked(CompareConfig(**change))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("importlib.util.find_spec", lambda name: None)
+        for arm in ("trainer", "trainer-tuned", "course"):
+            with pytest.raises(UserError, match=f"arm {arm} needs accelerate: pip install accelerate"):
+                compare.compare(CompareConfig(**settings, arms=["mori", arm]))
     with pytest.raises(UserError, match="longer than the model's context"):
         compare.compare(CompareConfig(**{**settings, "block_size": 1000}))
     assert not (tmp_path / "runs" / "compare-run").exists()

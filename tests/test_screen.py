@@ -1,6 +1,7 @@
 """What a run shows while it trains: a bar on a terminal or in a notebook, lines of text elsewhere."""
 
 import fcntl
+import io
 import os
 import pty
 import re
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import termios
 import time
+import unicodedata
 
 import pytest
 from conftest import ROOT
@@ -16,7 +18,7 @@ from conftest import ROOT
 import mori.train
 from mori import optim
 from mori.checkpoint import checkpoints
-from mori.cli import clock, plural
+from mori.cli import clock, plural, printable
 from mori.tracking import throughput
 from mori.tracking.loggers import read_metrics
 from mori.tracking.progress import figures
@@ -55,6 +57,18 @@ def test_messages_leave_no_plural_open():
     assert not [str(path) for path, text in texts.items() if re.search(r"\w\(e?s\)", text)]
 
 
+def test_printable_shows_a_terminal_no_control_characters():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    controls = "".join(map(chr, range(0x110000))).translate(dict.fromkeys(range(0xD800, 0xE000)))
+    shown = printable(controls, Terminal())
+    assert {c for c in shown if unicodedata.category(c) == "Cc"} == {"\t", "\n"}
+    assert printable("a\x1b[2J\rHalo \u2014 日\x7f\x9b", Terminal()) == r"a\x1b[2J\rHalo — 日\x7f\x9b"
+    assert printable(controls, io.StringIO()) == controls
+
+
 def test_figures_are_those_that_there_are():
     assert figures({}) == []
     assert figures({"train/loss": float("nan"), "perf/mfu": 0.314, "train/skipped_steps": 1}) == [
@@ -90,17 +104,19 @@ def in_terminal(columns: int, later: int | None = None, **environment: str) -> s
 @pytest.mark.parametrize(
     "columns, shown",
     [
-        (40, "3:20 left"),
-        (60, "3:20 left, loss 3.2096, lr 4.1e-05"),
-        (80, "3:20 left, loss 3.2096, lr 4.1e-05, grad norm 0.931"),
-        (200, "3:20 left, loss 3.2096, lr 4.1e-05, grad norm 0.931, 1,234 tokens/s"),
+        (40, ["3:20 left"]),
+        (60, ["3:20 left", "loss 3.2096", "lr 4.1e-05"]),
+        (80, ["3:20 left", "loss 3.2096", "lr 4.1e-05", "grad norm 0.931"]),
+        (200, ["3:20 left", "loss 3.2096", "lr 4.1e-05", "grad norm 0.931", "1,234 tokens/s"]),
     ],
 )
 def test_progress_draws_a_bar_that_fits_the_terminal(columns, shown):
     drawn = in_terminal(columns)
     bars = [line for line in re.split(r"[\r\n]", drawn) if line.startswith("step ")]
-    assert max(map(len, bars)) <= columns
-    assert bars[0].startswith("step 0/200 |") and re.fullmatch(r"step 40/200 \|[^|]+\| " + re.escape(shown), bars[-1])
+    assert max(map(len, bars)) <= columns - len("^C")
+    assert bars[0].startswith("step 0/200 |")
+    assert any(re.fullmatch(r"step \d+/200 \|[^|]+\| " + re.escape(", ".join(shown)), bar) for bar in bars)
+    assert "left" not in bars[-1] and bars[-1].startswith("step 40/200 |")  # the closed bar
     assert "\na text" in drawn.replace("\r", "\n") and LINE not in drawn
 
 

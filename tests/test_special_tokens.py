@@ -202,7 +202,7 @@ def test_train_counts_the_tokens_around_documents_and_gives_a_beginning_no_held_
     ledger = summary["ledger"]
     n_text = sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
     assert (ledger["bos_tokens"], ledger["eos_tokens"], ledger["tokens"]) == (20, 20, n_text + 40)
-    line = "tokens  documents begin with <s> and end with </s>; answers end at </s>, 50256; those named in the text are"
+    line = "tokens  documents begin with <s> and end with </s>; answers end at </s>, 50256; names of special tokens in the text are"
     assert line in capsys.readouterr().out
     # The loss by hand, over windows of 16: the beginning of a document is given, its end is predicted.
     ids = sum((tokenizer(text)["input_ids"] + [1] for text in texts), [])

@@ -221,7 +221,7 @@ def test_results_say_loss_and_skipped_steps():
     assert place == "the brain is in my brain/; the text above from it:" and command == "python generate"
     evaluations["before"] = {"step": 0, "loss": 5.0}
     warning, cost, *_ = overview.results(summary | {"skipped_steps": 2}, "").splitlines()
-    assert warning.startswith("WARNING: 2 of 12 steps were skipped") and "held-out loss 5.0000 -> 2.0000" in cost
+    assert warning.startswith("WARNING: 2 steps of 12 skipped") and "held-out loss 5.0000 -> 2.0000" in cost
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,9 @@ def compare(config: CompareConfig) -> dict:
     input before any arm starts, RunFailed if every arm fails.
     """
     config = checked(config).resolve()
+    for arm in config.arms:
+        if not arm.startswith("mori"):
+            harness.require("accelerate", arm)
     folder = Path(config.logging_dir).resolve() / f"compare-{config.run_name}"
     check_writable(folder, folder / "initial")
     runtime = distributed.start(config.device, config.precision)

@@ -223,7 +223,7 @@ def find_checkpoint(config: TrainConfig, run_dir: Path, identity: dict, total_st
     differing, inexact = _differences(saved, config, identity, folder)
     if differing:
         only_length = not _differences(saved, replace(config, extend=True), identity, folder)[0]
-        longer = "--extend (to resume up to the new length), " if only_length else ""
+        longer = "--extend (to resume up to the new length), " if only_length and total_steps > saved["step"] else ""
         raise UserError(
             f"{folder} belongs to a run with other settings (there, now): "
             f"{_listed(differing)}. Use those settings, {longer}another --run_name, or --resume_from_checkpoint none (the old run is set aside)"

@@ -21,7 +21,7 @@ from mori.cli.errors import (
     run_script,
 )
 from mori.cli.flags import Config, checked, config_from, flag, parse, same_flag
-from mori.cli.screen import bar_class, clock, plural, progress_bar
+from mori.cli.screen import bar_class, clock, plural, printable, progress_bar
 from mori.cli.values import escaped_text, json_list, json_object
 
 __all__ = [
@@ -50,6 +50,7 @@ __all__ = [
     "parse",
     "plural",
     "print_error",
+    "printable",
     "progress_bar",
     "run_script",
     "run_with",

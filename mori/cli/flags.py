@@ -188,6 +188,10 @@ def _value(values: list[str]):
 def _texts(cls: type[Config], words: list[str]) -> list[str]:
     """The words that belong to no flag, which are files to read if they look like that. Raises UserError for any other."""
     for word in words:
+        if word.lower().endswith((".toml", ".yaml", ".yml", ".py")):
+            raise UserError(
+                f"{word!r} belongs to no flag: settings are read with --config FILE, text with --corpus FILE"
+            )
         names_a_file = os.path.exists(word) or re.search(r"[/\\*]|\.[A-Za-z]\w*$", word)
         if not names_a_file or "corpus" not in {f.name for f in fields(cls)}:
             raise UserError(f"{word!r} belongs to no flag; --help lists the flags")

@@ -1,13 +1,22 @@
 """What a person at a screen sees: numbers with their nouns, times, progress bars."""
 
 import os
+import re
 import sys
 import warnings
+from typing import TextIO
+
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and line feed
 
 
 def plural(count: int, noun: str, nouns: str = "") -> str:
     """The number and its noun: `1 document`, `1,234 documents`; `nouns` is the plural if it is not formed by an s."""
     return f"{count:,} {noun if count == 1 else nouns or noun + 's'}"
+
+
+def printable(text: str, stream: TextIO) -> str:
+    r"""The text as `stream` may show it: control characters, which would move a terminal's cursor, as `\x1b` and the like."""
+    return _CONTROLS.sub(lambda match: repr(match[0])[1:-1], text) if stream.isatty() else text
 
 
 def clock(seconds: float) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mori.cli import UserError, parse
+from mori.cli import UserError, parse, printable
 from mori.config import PRESETS, GenerateConfig, SamplingConfig
 from mori.generation.generate import PromptTooLong, check_prompts, generate, model_settings, resolve_settings
 from mori.model.adapters.lora import merge
@@ -62,7 +62,7 @@ def answer(config: GenerateConfig, device: torch.device) -> None:
         ascii_only = codecs.lookup(sys.stdout.encoding).name != "utf-8"
         json.dump([asdict(completion) for completion in completions], sys.stdout, ensure_ascii=ascii_only)
     elif not streamed:
-        print(f"\n{'-' * 40}\n".join(completion.prompt + completion.text for completion in completions), end="")
+        _print_piece(0, f"\n{'-' * 40}\n".join(completion.prompt + completion.text for completion in completions))
     print()
 
 
@@ -233,5 +233,5 @@ def _random_seed() -> int:
 
 
 def _print_piece(_: int, piece: str) -> None:
-    sys.stdout.write(piece)
+    sys.stdout.write(printable(piece, sys.stdout))
     sys.stdout.flush()

@@ -32,7 +32,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from mori.cli import UserError, guarded, interruptible, one_line, optional, plural, print_error
-from mori.config import PRESETS
+from mori.config import PRESETS, TrainConfig
 from mori.model import files
 from mori.model.adapters import files as adapter_files
 from mori.model.context import context_length
@@ -249,6 +249,11 @@ def check_reachable(name: str) -> None:
     if name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         tilde = "; the shell did not expand ~: write the path out" if name.startswith("~") else ""
         raise UserError(f"model folder {name} does not exist{tilde}")
+    if name == TrainConfig.output_dir:
+        raise UserError(
+            f"model folder {name} does not exist in {Path.cwd()}; mori train writes it: go to the folder of the training, or "
+            "give --model FOLDER"
+        )
     _ask_hub(name)
 
 

@@ -39,14 +39,14 @@ class SpecialTokens:
     def describe(self, model: nn.Module, tokenizer) -> str:
         """The decision in words."""
         begin, end, answer_end = (
-            _names(ids, tokenizer) or "none"
+            _names(ids, tokenizer) or "no token"
             for ids in (self.begin, [] if self.end is None else [self.end], eos_ids(model, tokenizer))
         )
         prompt = "" if self.begin == self.prompt_begin else f" (prompts with {_names(self.prompt_begin, tokenizer)})"
-        named = "are parsed" if self.parsed else "stay text"
+        named = "are tokens too" if self.parsed else "stay text"
         return (
-            f"documents begin with {begin}{prompt} and end with {end}; answers end at {answer_end}; those named in "
-            f"the text {named}"
+            f"documents begin with {begin}{prompt} and end with {end}; answers end at {answer_end}; names of special tokens "
+            f"in the text {named}"
         )
 
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from mori.cli import UserError, guarded
+from mori.cli import UserError, guarded, printable
 from mori.tracking import loggers
 from mori.tracking.loggers import Logger
 from mori.tracking.progress import Progress
@@ -91,6 +91,6 @@ class Monitor:
 def say(message: str) -> None:
     """Print a line at once. Ignores a closed pipe and a full disk."""
     try:
-        print(message, flush=True)
+        print(printable(message, sys.stdout), flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

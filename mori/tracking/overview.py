@@ -110,8 +110,9 @@ def results(summary: dict, command: str, same_text: bool = True) -> str:
         before = f"{evaluation['before']['loss']:.4f} -> " if evaluation["before"] else ""
         lowest = f" (best {best['loss']:.4f} at step {best['step']})" if best else ""
         losses = f"; held-out loss {before}{after['loss']:.4f}{lowest}"
+    speed = f"{summary['tokens_per_second']:,.0f} tokens/s"
     lines = [
-        f"{plural(steps, 'step')} in {summary['wall_seconds']:.0f} s, {summary['tokens_per_second']:,.0f} tokens/s{losses}",
+        _folded(f"{plural(steps, 'step')} in {summary['wall_seconds']:.0f} s, {speed}{losses}"),
         f"the brain is in {summary['output_dir']}/; {'the text above' if same_text else 'a text'} from it:",
         command,
     ]
@@ -124,8 +125,8 @@ def results(summary: dict, command: str, same_text: bool = True) -> str:
             f"--load_best_model_at_end publishes it, or {shlex.join([*_program(), *_flag('model', checkpoint)])}"
         )
     if summary["skipped_steps"]:
-        warning = f"WARNING: {summary['skipped_steps']} of {steps} steps were skipped, their gradient was not finite"
-        lines.insert(0, warning)
+        warning = f"WARNING: {plural(summary['skipped_steps'], 'step')} of {steps:,} skipped for a gradient that was not finite"
+        lines.insert(0, _folded(warning))
     return "\n".join(lines)
 
 

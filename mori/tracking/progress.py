@@ -50,7 +50,8 @@ class Progress:
             yield
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """Leave the bar on the screen, without the time that was left."""
+        self._seconds_left = lambda: None
         if self._bar is not None:
             with contextlib.suppress(OSError):
                 self._bar.close()
@@ -68,7 +69,8 @@ class Progress:
             @property
             def format_dict(self):
                 values = super().format_dict
-                return {**values, "bar_format": layout(self.n, values["ncols"])}
+                columns = values["ncols"] and values["ncols"] - 1  # the terminal shows Ctrl-C as ^C behind the bar
+                return {**values, "ncols": columns, "bar_format": layout(self.n, columns)}
 
         options = {"total": self.total_steps, "initial": first_step, "dynamic_ncols": True, "file": sys.stderr}
         return Bar(**options)
