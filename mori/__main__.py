@@ -93,8 +93,13 @@ def compare(config: options.CompareConfig) -> None:
 
 
 def export(config: ExportConfig) -> None:
-    """Write a file for other programs, after a look at the names of the files."""
+    """Write a file for other programs, after a look at the names of the files, or upload the model's folder."""
     find_files(config.corpus)
+    if config.push_to_hub:
+        with imports():
+            from mori.export.hub import push_folder
+        push_folder(config)
+        return
     if config.merge:
         with imports():
             from mori.export.merged import export_merged
@@ -141,7 +146,9 @@ COMMANDS = Group(
             "Run the same training with mori and with transformers.Trainer; report their differences, speed and memory.",
         ),
         "export": Command(
-            ExportConfig, export, "Write a trained model as a file for other programs, such as llama.cpp."
+            ExportConfig,
+            export,
+            "Write a trained model as a file for other programs, such as llama.cpp, or upload its folder to the hub.",
         ),
         "bench": BENCHMARKS,
     },

@@ -311,9 +311,9 @@ class StopSignals:
                     self._before[number] = signal.signal(number, self._handle)
         return self
 
-    def defer(self) -> None:
-        """From now on the caller reads `received`, and stops when its step is saved."""
-        self._deferred = True
+    def defer(self, deferred: bool = True) -> None:
+        """From now on the caller reads `received`, and stops when its step is saved; or a signal raises KeyboardInterrupt again."""
+        self._deferred = deferred
 
     def __exit__(self, *_) -> None:
         for number, handler in self._before.items():

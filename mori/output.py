@@ -15,6 +15,7 @@ from mori.checkpoint.files import advice, check_room, publish, rehearse_publicat
 from mori.checkpoint.tensors import check_finite
 from mori.cli import RunFailed, UserError, one_line, plural
 from mori.config import TrainConfig
+from mori.export import hub
 from mori.generation.generate import model_settings
 from mori.model import saving
 from mori.model.adapters import files as adapter_files
@@ -94,8 +95,11 @@ def save(run: Run, state: State) -> None:
             run.monitor.say(f"WARNING: could not delete an old checkpoint: {error}")
 
 
-def finish(run: Run, state: State) -> dict:
-    """Publish the trained model, write the summary and return it. Raises RunFailed if the last checkpoint was not saved."""
+def finish(run: Run, state: State, signals: distributed.StopSignals) -> dict:
+    """Publish the trained model, write the summary and return it; then upload the model, if the config says so.
+
+    Raises RunFailed if the upload fails, or if the last checkpoint was not saved, and Interrupted after a signal in the upload.
+    """
     config, runtime = run.config, run.runtime
     if state.stops_early:
         run.monitor.say(
@@ -116,7 +120,10 @@ def finish(run: Run, state: State) -> dict:
         same = runtime.precision == "fp32" and is_last_step and bool(state.samples_after)
         say(results(run_summary, sample_command(config, model_settings(state.model)), same_text=same))
     runtime.barrier()
-    runtime.close()
+    runtime.close()  # the others do not wait for the upload
+    signals.defer(False)
+    if runtime.is_main and config.push_to_hub:
+        hub.push(config, config.output_dir)
     if run.saves_the_end and state.saved_step != state.step:
         raise RunFailed(
             f"the last checkpoint could not be saved (see the warnings above); the brain in {config.output_dir}/ is complete"
@@ -194,7 +201,7 @@ def summary(run: Run, state: State) -> dict:
 
 
 def finished_summary(run: Run) -> dict | None:
-    """Close a run that has nothing left to do, say so, and return its summary; None for any other run."""
+    """Close a run that has nothing left to do, say so, upload its model, and return its summary; None for any other run."""
     config = run.config
     summary = run_folder.finished_summary(config, run.run_dir, run.output_dir, run.resumed, run.total_steps)
     if summary and run.runtime.is_main:
@@ -208,4 +215,6 @@ def finished_summary(run: Run) -> dict | None:
         )
     if summary:
         run.runtime.close()
+    if summary and run.runtime.is_main and config.push_to_hub:
+        hub.push(config, config.output_dir)
     return summary

@@ -27,6 +27,7 @@ from mori.config import TrainConfig, steps_of
 from mori.data.windows import Batches, load_step
 from mori.distributed import Runtime
 from mori.evaluate import windows_to_score
+from mori.export import hub
 from mori.model import loading, special_tokens
 from mori.model.adapters import files as adapter_files
 from mori.model.adapters import trainable
@@ -220,6 +221,10 @@ def check(config: TrainConfig, locks: contextlib.ExitStack) -> Run:
         )
     if config.base_dtype == "bfloat16" and runtime.precision == "fp32":
         raise UserError("base_dtype bfloat16 needs 16-bit arithmetic, but precision is fp32; pass --precision bf16")
+    if config.push_to_hub:
+        silence = runtime.on_main(lambda: hub.check(config, config.output_dir))
+        if silence and runtime.is_main:
+            say(f"WARNING: {silence}; the upload is tried at the end of the run")
     if runtime.device.type == "cpu":
         keep_freed_memory()
     data = prepare(config, runtime)

@@ -55,7 +55,7 @@ def train(config: TrainConfig, on_step: Callable[[int, float], None] = lambda st
             if run.runtime.any(signals.received):
                 stop(run, state, signals.received)
             if run.is_over(state):
-                return output.finish(run, state)
+                return output.finish(run, state, signals)
             state.throughput.start()
             grad_norm, lr = train_step(run, state)
             if run.log_is_due(state):

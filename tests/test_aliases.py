@@ -14,9 +14,9 @@ from mori.bench.options import COMMANDS, CompareConfig
 from mori.cli import UserError, parse
 from mori.cli.aliases import nearest, translated
 from mori.cli.words import ANSWERS, CHANGES, SAME
-from mori.config import EvaluateConfig, GenerateConfig, TrainConfig
+from mori.config import EvaluateConfig, ExportConfig, GenerateConfig, TrainConfig
 
-CONFIGS = (TrainConfig, GenerateConfig, EvaluateConfig, CompareConfig, *COMMANDS.values())
+CONFIGS = (TrainConfig, GenerateConfig, EvaluateConfig, ExportConfig, CompareConfig, *COMMANDS.values())
 # What people type first: the flags, and the fields that they set or the line that answers them.
 GOLDEN = [
     line.split(" -> ") for line in (Path(__file__).parent / "first_flags.txt").read_text(encoding="utf-8").splitlines()

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, run_script
 
 from mori.cli import Config, UserError, checked, flag, parse
-from mori.config import GenerateConfig, SamplingConfig, TrainConfig, steps_of
+from mori.config import ExportConfig, GenerateConfig, SamplingConfig, TrainConfig, steps_of
 
 
 def test_help_shows_every_flag_with_its_default_and_imports_no_torch():
@@ -187,15 +187,18 @@ def test_run_script_ends_in_a_line_whatever_the_streams_are(redirection, code, t
         assert done.stderr.splitlines()[-1].startswith("x.py: failed: standard output") and "No space" in done.stderr
 
 
-@pytest.mark.parametrize("classes, package", [(TrainConfig, "train"), (GenerateConfig, "generate")])
+@pytest.mark.parametrize(
+    "classes, package", [(TrainConfig, "train"), (GenerateConfig, "generate"), (ExportConfig, "export")]
+)
 def test_advice_names_only_flags_that_the_command_has(classes, package):
-    """Of the modules that a command reaches, but not of those whose messages only the other command shows."""
-    others = {"train": {"generation/chat.py"}, "generate": set()}[package]
-    packages = {"train": ("*.py", "*/*.py"), "generate": ("generation/*.py",)}[package]
-    known = {f.name for f in fields(classes)} | {"help", "logdir", "no"}
-    for path in (path for pattern in packages for path in (ROOT / "mori").glob(pattern)):
-        if path.relative_to(ROOT / "mori").parts[0] == "bench" or str(path.relative_to(ROOT / "mori")) in others:
-            continue
+    """Of the modules that a command reaches, but not of those whose messages only another command shows."""
+    modules = {path.relative_to(ROOT / "mori").as_posix() for path in (ROOT / "mori").rglob("*.py")}
+    of_export = {name for name in modules if name.startswith("export/")}
+    of_others = {"generation/chat.py"} | of_export - {"export/hub.py"} | {m for m in modules if m.startswith("bench/")}
+    reached = {"train": modules - of_others, "export": of_export}
+    reached["generate"] = {name for name in modules if name.startswith("generation/")}
+    known = {f.name for f in fields(classes)} | {"help", "config", "logdir", "no"}
+    for path in (ROOT / "mori" / name for name in sorted(reached[package])):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Raise):
                 for flag_name in re.findall(r"--([a-z]\w+)", ast.unparse(node)):

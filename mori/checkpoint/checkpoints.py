@@ -293,6 +293,11 @@ def clean(root: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
+def files_of_the_run(folder: Path) -> list[str]:
+    """The files of a checkpoint that no other program reads; none of another folder."""
+    return sorted({*_FILES, _MANIFEST}) if all((folder / name).is_file() for name in (*_FILES, _MANIFEST)) else []
+
+
 def _plain_file(path: Path) -> Path:
     if not path.is_symlink() and path.is_file():
         return path

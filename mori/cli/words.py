@@ -96,6 +96,8 @@ SAME = {
     "stop_strings": "stop stop_sequences stop_words stop_token reverse_prompt antiprompt -r",
     "interactive": "chat conversation -i -cnv",
     "threads": "num_threads n_threads -t",
+    "hub_model_id": "push_to_hub_model_id hub_repo hub_repo_id hub_path repo_id export_hub_model_id",
+    "hub_private_repo": "private private_repo hub_private export_hub_private_repo",
 }
 
 # Our field: what other programs call its values, in lower case.
@@ -254,6 +256,8 @@ CHANGES = {
     "context_shift": _context_shift,
 }
 
+# What stands for a token in a dump of TrainingArguments, and what asks for the token of the login.
+_NO_TOKEN = ON | OFF | {"<hub_token>", "<push_to_hub_token>"}
 _ADAPTERS = (
     "adapters are LoRA here: --use_peft trains them beside the frozen model, and --model takes a folder with one"
 )
@@ -297,7 +301,11 @@ ANSWERS = [
     ("dry_run", OFF, "every mistake is reported before the first step; --max_steps 2 with another --output_dir tries the whole way"),
     ("profile profiler torch_profiler", OFF, "there is no profiler here; perf/tokens_per_second, perf/data_wait and perf/mfu are on TensorBoard, in --logging_dir"),
     ("wandb wandb_* use_wandb project trackio_* comet_* mlflow_* swanlab_*", OFF | {"huggingface"}, "Weights & Biases and the like are not here; a run writes TensorBoard events and metrics.jsonl into its folder in --logging_dir"),
-    ("push_to_hub push_to_hub_* hub_model_id hub_repo hub_path hub_strategy hub_private_repo hub_always_push hub_revision", OFF | {"every_save"}, "the model is not uploaded; --output_dir is a model folder that `hf upload NAME FOLDER` takes"),
+    ("token hub_token push_to_hub_token hf_token use_auth_token access_token auth_token api_key", _NO_TOKEN, "a token on the command line stays in the shell's history; log in once with `hf auth login`, or set HF_TOKEN"),
+    ("hub_strategy hub_always_push", OFF | {"end", "every_save"}, "checkpoints are not uploaded; --push_to_hub uploads the trained model, once, at the end"),
+    ("hub_revision", OFF | {"main"}, "--push_to_hub writes the branch main"),
+    ("push_to_hub_organization hub_organization", OFF, "the organization is a part of the name: --hub_model_id ORGANIZATION/NAME"),
+    ("push_to_hub push_to_hub_* hub_*", OFF | {"end", "every_save", "main"}, "this command uploads nothing; mori train and mori export do, with push_to_hub"),
     ("early_stopping", OFF, "--early_stopping_patience N ends a run after N evaluations in a row without an improvement"),
     ("evals_per_epoch saves_per_epoch", NEVER, "--eval_strategy epoch and --save_strategy epoch do so once an epoch, --eval_steps 0.1 ten times in the run"),
     ("logging_first_step", OFF, "--logging_steps 1 logs the first step, and each one after it"),
@@ -349,7 +357,7 @@ NEEDLESS = {
     "checkpoints are saved at each interval and after a signal",
     "gradient_checkpointing_kwargs activation_checkpointing_kwargs accelerator_config low_cpu_mem_usage "
     "device_map use_mps_device use_reentrant n_gpu_layers gpu_layers -ngl": "the model is loaded and run in the fastest way that is known here",
-    "cache_dir token use_auth_token hub_token": "the hub's own settings count: HF_HOME and HF_TOKEN",
+    "cache_dir": "the hub's own setting counts: HF_HOME",
     "cache_implementation cache_config max_cache_len prefill_chunk_size compile_config disable_compile continuous_batching_config low_memory "
     "output_attentions output_hidden_states output_scores output_logits return_dict_in_generate transformers_version mmap no_mmap mlock "
     "escape -e color": "the text is the same without it",

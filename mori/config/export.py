@@ -1,13 +1,13 @@
 """A call of `mori export`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from mori.cli import flag
-from mori.config.groups import ModelConfig, TextConfig
+from mori.config.groups import HubConfig, ModelConfig, TextConfig
 
 
 @dataclass
-class ExportConfig(ModelConfig, TextConfig):
+class ExportConfig(ModelConfig, TextConfig, HubConfig):
     """A call of `mori export`."""
 
     group = "export"
@@ -26,3 +26,14 @@ class ExportConfig(ModelConfig, TextConfig):
     output: str = flag(
         "", "the file or folder; unset is <model>-<outtype>.gguf, or <model>-merged, in the current folder"
     )
+
+    def contradictions(self) -> list[str]:
+        """Settings of a file, when the folder is uploaded as it is."""
+        default = {f.name: f.default for f in fields(self)} | {"corpus": []}
+        unused = [name for name in ("outtype", "merge", "output", "corpus") if getattr(self, name) != default[name]]
+        mistakes = [
+            f"push_to_hub uploads the folder of --model as it is; leave {name} out"
+            for name in unused
+            if self.push_to_hub
+        ]
+        return mistakes + super().contradictions()

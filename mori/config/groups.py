@@ -299,7 +299,30 @@ class LoggingConfig(Config):
 
 
 @dataclass
-class OutputConfig(Config):
+class HubConfig(Config):
+    """Whether a model's folder is uploaded to the hub, and under which name."""
+
+    group, may_change = "hub", True
+
+    push_to_hub: bool = flag(
+        False, "upload the model's folder to the hub; log in before with `hf auth login`, or set HF_TOKEN"
+    )
+    hub_model_id: str = flag(
+        "", "its name there: NAME, USER/NAME or ORGANIZATION/NAME; unset takes the name of the folder"
+    )
+    hub_private_repo: bool | None = flag(
+        None, "make a new repository private; unset leaves it to the settings of the account", kind=bool
+    )
+
+    def contradictions(self) -> list[str]:
+        """A name or a visibility for an upload that does not happen."""
+        unused = [name for name in ("hub_model_id", "hub_private_repo") if getattr(self, name) and not self.push_to_hub]
+        mistakes = [f"{name} is for an upload; add --push_to_hub, or leave {name} out" for name in unused]
+        return mistakes + super().contradictions()
+
+
+@dataclass
+class OutputConfig(HubConfig):
     """Where the results go, and what the run continues from."""
 
     group, may_change = "output", True

@@ -122,7 +122,7 @@ def results(summary: dict, command: str, same_text: bool = True) -> str:
     elif best and best["step"] != steps and checkpoint and checkpoint.endswith(f"{best['step']:08d}"):
         lines.append(
             f"better at step {best['step']} (held-out loss {best['loss']:.4f}, last {after['loss']:.4f}): the same command with "
-            f"--load_best_model_at_end publishes it, or {shlex.join([*_program(), *_flag('model', checkpoint)])}"
+            f"--load_best_model_at_end publishes it, or {shlex.join([*command_words('generate'), *flag_words('model', checkpoint)])}"
         )
     if summary["skipped_steps"]:
         warning = f"WARNING: {plural(summary['skipped_steps'], 'step')} of {steps:,} skipped for a gradient that was not finite"
@@ -130,26 +130,26 @@ def results(summary: dict, command: str, same_text: bool = True) -> str:
     return "\n".join(lines)
 
 
-def _program() -> list[str]:
-    """How `mori generate` is started, in the words in which this program was."""
-    program = Path(sys.argv[0])
-    if program.name == "train.py" and program.parent.name == "scripts":
-        return ["python", str(program.with_name("generate.py"))]
-    return [*(["mori"] if program.name == "mori" else ["python", "-m", "mori"]), "generate"]
-
-
 def sample_command(config: TrainConfig, model_settings: dict) -> str:
     """The command that draws a run's samples again from its trained model, in the words of the run's own command.
 
     `model_settings` are the sampling fields that the model's generation_config.json sets. In fp32 the texts are equal.
     """
-    command = _program()
+    command = command_words("generate")
     defaults = {**{f.name: getattr(GenerateConfig(), f.name) for f in fields(GenerateConfig)}, **model_settings}
     wanted = {"prompt": config.prompt, "seed": config.seed, "device": config.device, **config.sampling()}
     changed = {name: value for name, value in wanted.items() if value != defaults[name]}
     for name, value in {"model": config.output_dir, **changed}.items():
-        command += [word for text in _texts(name, value) for word in _flag(name, text)]
+        command += [word for text in _texts(name, value) for word in flag_words(name, text)]
     return shlex.join(command)
+
+
+def command_words(name: str) -> list[str]:
+    """How to call the command `name`, in the way in which this process was called."""
+    program = Path(sys.argv[0])
+    if program.suffix == ".py" and program.parent.name == "scripts":
+        return ["python", str(program.with_name(f"{name}.py"))]
+    return [*(["mori"] if program.name == "mori" else ["python", "-m", "mori"]), name]
 
 
 def _texts(name: str, value) -> list[str]:
@@ -163,6 +163,6 @@ def _texts(name: str, value) -> list[str]:
     return texts
 
 
-def _flag(name: str, text: str) -> list[str]:
+def flag_words(name: str, text: str) -> list[str]:
     """The words of a flag; a value that looks like a flag follows an equals sign."""
     return [f"--{name}={text}"] if text.startswith("-") else [f"--{name}", text]
