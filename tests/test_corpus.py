@@ -238,3 +238,12 @@ def test_the_real_corpus_loses_no_text(tmp_path):
     tokens = make_token_file(read, tokenizer, tmp_path)
     assert tokenizer.decode(tokens.ids[:-1].tolist()) == text
     assert tokens.header["count"] == len(tokens) > 400_000
+
+
+def test_find_files_leaves_out_models_and_runs_in_a_folder(run_train, text_file, tmp_path):
+    """A second run on the same folder reads the same text, although the first one has written into it."""
+    text = tmp_path / "a.txt"
+    text.write_text(text_file.read_text(encoding="utf-8"), encoding="utf-8")
+    ledgers = [run_train(corpus=[str(tmp_path)], run_name=name, max_steps=1)["ledger"] for name in ("first", "second")]
+    assert ledgers[0] == ledgers[1]
+    assert find_files([str(tmp_path)]) == [text]

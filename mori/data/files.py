@@ -21,10 +21,10 @@ _WANTED = "a text file, a folder, a glob, or - for standard input"
 def find_files(corpus: list[str]) -> list[Path]:
     """The files that the values of `--corpus` name, in a fixed order, each once; the shipped transcripts for an empty list.
 
-    A folder gives every file in it and in its subfolders whose format is known (`formats`), except hidden ones; a glob
-    gives every file that it matches; both are sorted by path; `-` gives a temporary copy of standard input. Raises UserError
-    for a value that gives no file, for a file that no format reads, and for a link in a folder that leads out of it: a file
-    elsewhere is read only when it is named.
+    A folder gives every file in it and in its subfolders whose format is known (`formats`), except hidden ones, models and
+    runs; a glob gives every file that it matches; both are sorted by path; `-` gives a temporary copy of standard input.
+    Raises UserError for a value that gives no file, for a file that no format reads, and for a link in a folder that leads
+    out of it: a file elsewhere is read only when it is named.
     """
     paths = []
     for name in corpus or [str(SHIPPED)]:
@@ -60,9 +60,12 @@ def _files_of(name: str) -> list[Path]:
 
 
 def _files_in(folder: Path) -> list[Path]:
-    files = sorted(
-        path for path in folder.rglob("*") if has_format(path) and path.is_file() and not _is_hidden(path, folder)
-    )
+    paths = (path for path in folder.rglob("*") if has_format(path) and path.is_file() and not _is_hidden(path, folder))
+    inside = {
+        path: [parent for parent in path.parents if parent != folder and folder in parent.parents] for path in paths
+    }
+    written = {parent for parents in inside.values() for parent in parents if _is_of_a_run(parent)}
+    files = sorted(path for path, parents in inside.items() if written.isdisjoint(parents))
     for file in files:
         if leads_out(file, folder):
             raise UserError(
@@ -114,6 +117,13 @@ def _check_plain_text(path: Path) -> None:
         raise UserError(
             "standard input is read as plain text, and this is JSON; save it as a file with the suffix .jsonl, and name that"
         )
+
+
+def _is_of_a_run(folder: Path) -> bool:
+    """Whether `folder` holds a model, a run or a comparison: its JSON files are settings and no corpus."""
+    return any(
+        (folder / name).is_file() for name in ("config.json", "adapter_config.json", "metrics.jsonl", "compare.json")
+    )
 
 
 def _is_hidden(path: Path, folder: Path) -> bool:
