@@ -128,7 +128,7 @@ def test_interruptible_ends_a_native_call_at_once():
 
     def derive():
         try:
-            hashlib.pbkdf2_hmac("sha256", b"", b"", 5_000_000)  # seconds that no signal handler interrupts
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 20_000_000)  # seconds that no signal handler interrupts
         finally:
             finished.append(True)
 
