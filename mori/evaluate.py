@@ -127,7 +127,9 @@ def print_evaluation(config: EvaluateConfig) -> None:
     """Print what `evaluate_text` returns."""
     result = evaluate_text(config)
     evaluation = Evaluation(**{f.name: result[f.name] for f in fields(Evaluation)})
-    print(json.dumps(result) if config.json else f"{config.model}: {evaluation} on {plural(result['tokens'], 'token')}")
+    text = ", ".join(config.corpus) or "the transcripts that ship with mori"
+    line = f"{config.model}: {evaluation} on {plural(result['tokens'], 'token')} of {text}"
+    print(json.dumps(result) if config.json else line)
 
 
 def first_nonfinite_tensor(

@@ -160,7 +160,7 @@ def test_alias_sets_the_same_fields(cls, words, expected):
         (GenerateConfig, "--do_sample False --temperature 0.7", "do_sample and temperature give temperature"),
         (GenerateConfig, "--num_beams 4", "beam"),
         (GenerateConfig, "--lr 1", "unknown flag --lr: this command has no --learning_rate"),
-        (GenerateConfig, "a.txt", "'a.txt' belongs to no flag"),
+        (GenerateConfig, "a.txt", "'a.txt' belongs to no flag; a text to continue follows --prompt, in quotes"),
         (EvaluateConfig, "--num_epoch 1", "unknown flag --num_epoch; --help lists the flags"),
         (TrainConfig, "--num_epoch 1", "unknown flag --num_epoch; did you mean --num_train_epochs?"),
         (TrainConfig, "-max_steps 1", "unknown flag -max_steps; did you mean --max_steps?"),

@@ -127,6 +127,16 @@ def test_answer_model_that_cannot_answer_is_one_line(model, message, run):
     assert "\n" not in str(error.value)
 
 
+def test_answer_names_a_checkpoint_of_a_run_folder(run_train, run, tmp_path):
+    run_train(max_steps=2)
+    folder = tmp_path / "runs" / "run"
+    with pytest.raises(
+        UserError, match=f"{folder} is the folder of a run; .*such as {folder}/checkpoints/step-00000002$"
+    ):
+        run("--model", folder, "--prompt", "Halo")
+    assert "\nHalo" in run("--model", folder / "checkpoints" / "step-00000002", "--prompt", "Halo")[0]
+
+
 def test_script_says_that_it_waits_for_prompts_on_an_open_pipe(small_model):
     command = [
         sys.executable,
@@ -244,7 +254,7 @@ def test_prompt_line_commands_and_history(terminal):
     terminal.reply("/top_k 3")
     assert "top_k" not in terminal.reply("/reset") and "top_k" not in terminal.reply("/settings")
     assert "top_p is 7.0" in terminal.reply("/top_p 7")
-    assert "invalid" in terminal.reply("/top_k many")
+    assert "must be a whole number" in terminal.reply("/top_k many")
     assert "/again" in terminal.reply("/help")
     terminal.send("\x04")
     assert terminal.process.wait(30) == 0

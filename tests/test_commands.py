@@ -58,7 +58,10 @@ def test_bench_help_lists_the_benchmarks(monkeypatch, capsys):
         (["--corpus", "x"], "mori: error: '--corpus' comes before a command; type: mori train --corpus ..."),
         (["bench", "decod"], "mori bench: error: 'decod' is no command; did you mean decode?"),
         (["train", "--max_steps", "0"], "mori train: error: max_steps is 0, must be above 0, or -1 to count epochs"),
-        (["train", "--corpus", "gone.txt"], "mori train: error: corpus gone.txt does not exist; give a text file, "),
+        (
+            ["train", "--corpus", "gone.txt"],
+            f"mori train: error: corpus gone.txt does not exist in {Path.cwd()}; give a text file, ",
+        ),
         (["chat", "--json"], "mori chat: error: interactive contradicts json and prompt_file"),
     ],
 )

@@ -112,6 +112,7 @@ def test_resolve_fills_in_defaults():
     assert TrainConfig(model="some/name").resolve().learning_rate == 5e-5
     assert TrainConfig(model="some/name", corpus=["dir/mori_corpus.txt"]).resolve().run_name == "name-mori_corpus"
     assert TrainConfig().resolve().run_name == "mini-transcripts"
+    assert TrainConfig(corpus=["a/d.jsonl.gz", "v1.2/e.f.txt"]).resolve().run_name == "mini-d-e.f"
 
 
 def test_steps_of_takes_a_share():
@@ -153,8 +154,10 @@ def test_parse_leaves_a_text_that_begins_with_a_dash_as_it_is(text):
 
 
 def test_parse_shows_a_wrong_value_as_it_was_typed():
-    with pytest.raises(UserError, match="invalid int value: '- 3'$"):
+    with pytest.raises(UserError, match="^top_k is '- 3', must be a whole number$"):
         parse(GenerateConfig, "", ["--top_k", "- 3"])
+    with pytest.raises(UserError, match="^num_train_epochs is 'tiga', must be a number$"):
+        parse(TrainConfig, "", ["--num_train_epochs", "tiga"])
     with pytest.raises(UserError, match="^unknown flag --foo_bar"):
         parse(GenerateConfig, "", ["--foo-bar"])
 

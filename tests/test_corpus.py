@@ -64,6 +64,18 @@ def test_find_files_refuses_a_name_without_files(tmp_path, name, message):
         find_files([str(tmp_path / name)])
 
 
+def test_find_files_says_where_it_looked_and_names_the_nearest_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "texts" / "mori_corpus.txt", "halo")
+    with pytest.raises(
+        UserError,
+        match=f"^corpus texts/mori_korpus.txt does not exist in {tmp_path}; did you mean texts/mori_corpus.txt",
+    ):
+        find_files(["texts/mori_korpus.txt"])
+    with pytest.raises(UserError, match="/none/a.txt does not exist; give a text file"):
+        find_files([str(tmp_path / "none" / "a.txt")])
+
+
 @pytest.mark.parametrize("name", ["", "x" * 5000, "a/" * 3000, "~nobody-of-that-name/x"])
 def test_find_files_refuses_an_impossible_name_in_one_line(name):
     with pytest.raises(UserError) as error:

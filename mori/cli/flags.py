@@ -15,7 +15,7 @@ from mori import __version__
 from mori.cli.aliases import is_boolean, translated, unknown
 from mori.cli.drive import unmounted
 from mori.cli.errors import UserError
-from mori.cli.values import fits, fitted, json_list, read_settings, value_mistakes
+from mori.cli.values import TYPE_NAMES, fits, fitted, json_list, read_settings, value_mistakes
 
 
 def flag(default, help: str, *, kind=None, **rules):
@@ -193,14 +193,23 @@ def _texts(cls: type[Config], words: list[str]) -> list[str]:
                 f"{word!r} belongs to no flag: settings are read with --config FILE, text with --corpus FILE"
             )
         names_a_file = os.path.exists(word) or re.search(r"[/\\*]|\.[A-Za-z]\w*$", word)
-        if not names_a_file or "corpus" not in {f.name for f in fields(cls)}:
-            raise UserError(f"{word!r} belongs to no flag; --help lists the flags")
+        names = {f.name for f in fields(cls)}
+        if not names_a_file or "corpus" not in names:
+            hint = (
+                "a text to continue follows --prompt, in quotes; "
+                if "prompt" in names and "corpus" not in names
+                else ""
+            )
+            raise UserError(f"{word!r} belongs to no flag; {hint}--help lists the flags")
     return words
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise UserError(message.replace(_VALUE, "").replace(repr(_VALUE)[1:-1], ""))
+        message = message.replace(_VALUE, "").replace(repr(_VALUE)[1:-1], "")
+        if wrong := re.fullmatch(r"argument --(\w+): invalid (int|float) value: (.*)", message):
+            message = f"{wrong[1]} is {wrong[3]}, must be {TYPE_NAMES[{'int': int, 'float': float}[wrong[2]]][0]}"
+        raise UserError(message)
 
 
 def _reader(kind: Callable) -> Callable:

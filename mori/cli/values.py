@@ -37,7 +37,7 @@ def escaped_text(text: str) -> str:
 
 # The types of fields whose flags are read by a function.
 _TYPES = {json_list: list, json_object: dict, escaped_text: str}
-_TYPE_NAMES = {
+TYPE_NAMES = {
     str: ("text", "text or a list of texts"),
     int: ("a whole number", "whole numbers"),
     float: ("a number", "numbers"),
@@ -67,7 +67,7 @@ def fits(f: dataclasses.Field, value) -> bool:
 def value_mistakes(f: dataclasses.Field, value) -> list[str]:
     """What is wrong with the value of one field: its type, or its range by the rules of its declaration."""
     if not fits(f, value):
-        return [f"{f.name} is {_shown(value)}, must be {_TYPE_NAMES[_type(f)][f.metadata['is_list']]}"]
+        return [f"{f.name} is {_shown(value)}, must be {TYPE_NAMES[_type(f)][f.metadata['is_list']]}"]
     return _range_mistakes(f, _fit(f, value))
 
 

@@ -56,7 +56,8 @@ class TrainConfig(
             if default is not None and getattr(resolved, f.name) is None:
                 setattr(resolved, f.name, default)
         if not resolved.run_name:
-            corpus = "-".join(Path(name).stem.strip("*.-") or "text" for name in resolved.corpus[:2]) or "transcripts"
+            names = [re.sub(r"\.(gz|bz2|xz|zst|zip)$", "", name, flags=re.IGNORECASE) for name in resolved.corpus[:2]]
+            corpus = "-".join(Path(name).stem.strip("*.-") or "text" for name in names) or "transcripts"
             name = re.sub(r"[^\w.-]+", "-", f"{Path(resolved.model).name}-{corpus}")
             resolved.run_name = name.encode()[:200].decode(errors="ignore")  # a folder's name has at most 255 bytes
         return resolved

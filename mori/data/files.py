@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import tempfile
+from difflib import get_close_matches
 from pathlib import Path
 
 from mori.cli import UserError, print_error
@@ -52,7 +53,12 @@ def _files_of(name: str) -> list[Path]:
     if path.exists():
         raise UserError(f"corpus {name} is neither a file nor a folder; text from a pipe is read with --corpus -")
     if not glob.has_magic(name):
-        raise UserError(f"corpus {name} does not exist; give {_WANTED}")
+        place = "" if path.is_absolute() else f" in {Path.cwd()}"
+        siblings = os.listdir(path.parent) if path.parent.is_dir() else []
+        nearest = "".join(
+            f"; did you mean {path.with_name(name)}?" for name in get_close_matches(path.name, siblings, 1)
+        )
+        raise UserError(f"corpus {name} does not exist{place}{nearest or f'; give {_WANTED}'}")
     files = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
     if not files:
         raise UserError(f"corpus pattern {name} matches no file")

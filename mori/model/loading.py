@@ -236,6 +236,11 @@ def check_reachable(name: str) -> None:
     folder = Path(name)
     if name in PRESETS:
         return
+    if (folder / "checkpoints").is_dir() and (folder / "environment.json").is_file():
+        checkpoints = "".join(f", such as {path}" for path in sorted(folder.glob("checkpoints/step-*"))[-1:])
+        raise UserError(
+            f"model {name} is the folder of a run; give --model the run's output_dir, or one of its checkpoints{checkpoints}"
+        )
     if (folder / "config.json").is_file():
         _stored(name)
         return
