@@ -52,12 +52,13 @@ def test_adapters_train_as_with_peft_and_trainer(both, family, model_of):  # noq
     *_, pair = both(
         model=str(model_of(family)),
         use_peft=True,
+        max_steps=100,
         lora_r=4,
         lora_alpha=7.0,
         lora_dropout=0.1,
         gradient_accumulation_steps=2,
     )
-    assert_equal_to_the_bit(pair, steps=40)
+    assert_equal_to_the_bit(pair, steps=100)
 
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8.0, "lora_dropout": 0.1, "learning_rate": 1e-2}
