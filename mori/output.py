@@ -55,7 +55,7 @@ def rehearse(run: Run, state: State) -> None:
     # The first step of AdamW adds two moments.
     if not state.optimizer.state and run.config.optim == "adamw_torch_fused":
         size += 2 * sum(parameter.nbytes for parameter in run.parameters)
-    weights = sum(parameter.nbytes for parameter in run.parameters)
+    weights = sum(parameter.nbytes for parameter in _published(run, state.model))
     size *= not (run.is_over(state) and state.saved_step == state.step)
     check_room({root: size, staging_folder(run.output_dir).parent: weights})
 
@@ -160,6 +160,11 @@ def publish_model(run: Run) -> None:
         except (OSError, UserError) as error:
             reason = f"{advice(error)}: it resumes from the newest checkpoint"
             raise RunFailed(f"cannot write the trained model to {run.output_dir}: {reason}") from None
+
+
+def _published(run: Run, model: nn.Module) -> list[nn.Parameter]:
+    """The weights that `output_dir` holds: those of the whole model, or of its adapters."""
+    return list(model.parameters()) if not run.config.use_peft or merges(run.config, model) else run.parameters
 
 
 def _write_model(run: Run, model: nn.Module, folder: Path, rehearsal: bool = False) -> None:

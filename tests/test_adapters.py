@@ -337,6 +337,25 @@ def test_adapter_folders_that_do_not_fit_are_told(change, message, trained_adapt
         run_train(model=str(trained_adapter), run_name="next", output_dir=str(tmp_path / "next"))
 
 
+def test_adapter_continues_in_fp32_beside_a_bf16_base_and_with_its_settings(trained_adapter, run_train, tmp_path):
+    options = {"model": str(trained_adapter), "run_name": "next", "output_dir": str(tmp_path / "next"), "max_steps": 2}
+    run_train(**options, base_dtype="bfloat16", precision="bf16", save_merged=False)
+    tensors = load_file(tmp_path / "next" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    for changed in ({"lora_r": 3}, {"lora_alpha": 5.0}, {"lora_target_modules": ["c_fc"]}, {"use_rslora": True}):
+        with pytest.raises(UserError, match=f"{next(iter(changed))} is .* but the adapter that continues has"):
+            run_train(**{**options, "run_name": "other"}, **changed)
+
+
+def test_freeze_counts_the_layers_and_not_lists_inside_them(small_model):
+    model = AutoModelForCausalLM.from_pretrained(small_model)
+    for layer in model.transformer.h:
+        layer.experts = torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)])
+    freeze(model, 1, ["all"], [])
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {f"transformer.h.1.{name}" for name, _ in model.transformer.h[1].named_parameters()}
+
+
 def test_best_adapter_is_published(run_train, tmp_path):
     options = {
         **LORA,

@@ -10,7 +10,7 @@ from mori.cli.flags import Config, config_from
 
 
 def run_with(cls: type[Config], action: Callable, positional: tuple[str, ...], values: tuple, settings: dict):
-    """Return `action(config)`, with a config of class `cls` made of the arguments of a call.
+    """Return `action(config)`, with a config of class `cls` from the arguments of a call.
 
     Args:
         positional: the settings that the call may give without their names, in this order.
@@ -43,7 +43,7 @@ def run_with(cls: type[Config], action: Callable, positional: tuple[str, ...], v
 def callable_module(name: str, cls: type[Config], action: Callable) -> None:
     """Let the module `name` be called with the fields of `cls` as keywords: the call returns `action(config)`.
 
-    So `mori.train` is the module and the command, in whatever order they are imported (Python's data model, "Customizing module
+    So `mori.train` is the module and the command, in any order of imports (Python's data model, "Customizing module
     attribute access").
     """
 

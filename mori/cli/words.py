@@ -176,7 +176,7 @@ def _batch_size(known, name, value):
 
 
 def _dataset(known, name, value):
-    """A text at hand is a corpus; a name on the hub has to be made one."""
+    """A path of a text is a corpus; a data set on the hub is refused."""
     first = str(value[0] if isinstance(value, list) else value)
     if os.path.exists(first) or os.path.splitext(first)[1] or "*" in first:
         return {"corpus": value}

@@ -211,9 +211,9 @@ def move(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def store_in_bfloat16(model: nn.Module) -> None:
-    """Convert the matrices of `model` to bf16; biases and norms are small and stay in fp32."""
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
+    """Convert the matrices of `model` to bf16; biases, norms and adapters are small and stay in fp32."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 and parameter.is_floating_point() and ".lora.lora_" not in name:
             parameter.data = parameter.data.bfloat16()
 
 

@@ -43,7 +43,7 @@ def base_of(name: str) -> str:
     return base
 
 
-def adapter_config(model: nn.Module, base: str, revision: str | None = None) -> dict:
+def adapter_config(model: nn.Module, base: str) -> dict:
     """The adapter_config.json of `model`; `base` is the name or folder of the model that the adapters belong to."""
     layers = adapted(model)
     settings = next(iter(layers.values())).lora.settings
@@ -51,8 +51,8 @@ def adapter_config(model: nn.Module, base: str, revision: str | None = None) -> 
         **_PLAIN,
         **asdict(settings),
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "revision": revision,
+        "base_model_name_or_path": str(Path(base).resolve()) if Path(base).is_dir() else base,
+        "revision": getattr(model.config, "_commit_hash", None),
         "inference_mode": True,
         "init_lora_weights": True,
         "fan_in_fan_out": any(isinstance(layer, Conv1D) for layer in layers.values()),
@@ -140,16 +140,14 @@ def read_settings(folder: Path) -> tuple[LoRASettings, dict]:
             raise UserError(f"{path}: {name} is {json.dumps(value)[:60]}, and mori reads plain LoRA adapters only")
     try:
         targets = saved.get("target_modules") or ()
+        if isinstance(targets, str):
+            targets = () if targets == "all-linear" else (targets,)
         return LoRASettings(
             r=int(saved["r"]),
             lora_alpha=float(saved["lora_alpha"]),
             lora_dropout=float(saved.get("lora_dropout", 0.0)),
             use_rslora=bool(saved.get("use_rslora", False)),
-            target_modules=(targets,)
-            if isinstance(targets, str) and targets != "all-linear"
-            else ()
-            if isinstance(targets, str)
-            else tuple(targets),
+            target_modules=tuple(targets),
             modules_to_save=tuple(saved.get("modules_to_save") or ()),
         ), saved
     except (KeyError, TypeError, ValueError) as error:

@@ -1,15 +1,15 @@
 """Which weights of a model train: all, some layers (with the names of LLaMA-Factory), or adapters beside frozen ones."""
 
 import re
+from dataclasses import fields
 
 import torch
 from torch import nn
 
 from mori.cli import UserError
 from mori.config import TrainConfig
+from mori.config.adapters import AdapterConfig
 from mori.model.adapters import lora
-
-_LAYER = re.compile(r"^(.*\.)?(\d+)\.")
 
 
 def select(model: nn.Module, config: TrainConfig, input_ids: torch.Tensor) -> str:
@@ -22,8 +22,8 @@ def select(model: nn.Module, config: TrainConfig, input_ids: torch.Tensor) -> st
     """
     if config.freeze_trainable_layers is not None:
         freeze(model, config.freeze_trainable_layers, config.freeze_trainable_modules, config.freeze_extra_modules)
-    elif config.use_peft and not lora.adapted(model):
-        settings = lora.LoRASettings(
+    elif config.use_peft:
+        wanted = lora.LoRASettings(
             r=config.lora_r,
             lora_alpha=config.lora_alpha,
             lora_dropout=config.lora_dropout,
@@ -31,13 +31,28 @@ def select(model: nn.Module, config: TrainConfig, input_ids: torch.Tensor) -> st
             target_modules=tuple(config.lora_target_modules),
             modules_to_save=tuple(config.lora_modules_to_save),
         )
-        called = lora.called_layers(model, lambda: model(input_ids=input_ids[:1, :2], use_cache=False))
-        lora.add(model, settings, called=called)
+        if layers := list(lora.adapted(model).values()):
+            _check_same(layers[0].lora.settings, wanted)
+        else:
+            called = lora.called_layers(model, lambda: model(input_ids=input_ids[:1, :2], use_cache=False))
+            lora.add(model, wanted, called=called)
     for layer in lora.adapted(model).values():
         layer.lora.fused = config.fused_adapters
     if all(parameter.requires_grad for parameter in model.parameters()):
         return ""
     return table(model)
+
+
+def _check_same(loaded: lora.LoRASettings, wanted: lora.LoRASettings) -> None:
+    """Raise UserError for a setting that was asked for and that the loaded adapter does not have."""
+    for member in fields(AdapterConfig):
+        name = member.name if member.name in ("lora_alpha", "lora_dropout") else member.name.removeprefix("lora_")
+        if not hasattr(wanted, name):
+            continue
+        default = getattr(AdapterConfig(), member.name)
+        ours, theirs = (getattr(settings, name) for settings in (wanted, loaded))
+        if ours not in (theirs, tuple(default) if isinstance(default, list) else default):
+            raise UserError(f"{member.name} is {ours}, but the adapter that continues has {theirs}; leave it out")
 
 
 def freeze(model: nn.Module, layers: int, modules: list[str], extra_modules: list[str]) -> None:
@@ -54,11 +69,10 @@ def freeze(model: nn.Module, layers: int, modules: list[str], extra_modules: lis
     if abs(layers) > count:
         raise UserError(f"freeze_trainable_layers is {layers}, but the model has {count} layers")
     chosen = range(count - layers, count) if layers > 0 else range(-layers)
-    inside, outside = {}, {}
+    layer, inside, outside = re.compile(rf"{re.escape(prefix)}(\d+)\."), {}, {}
     for name, _ in model.named_parameters():
-        match = _LAYER.match(name)
-        if match and match[1] == prefix:
-            inside[name] = int(match[2]) in chosen, name[match.end() :]
+        if match := layer.match(name):
+            inside[name] = int(match[1]) in chosen, name[match.end() :]
         else:
             outside[name] = name
     _check_matched(
@@ -78,7 +92,7 @@ def _layers(model: nn.Module) -> tuple[str, int]:
     """The prefix of the layers' names in the model, and their number."""
     wanted = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     lists = [(name, len(module)) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    lists = [(name, length) for name, length in lists if length == wanted] or lists
+    lists = [(name, length) for name, length in lists if length == wanted]
     if not lists:
         raise UserError(f"freeze_trainable_layers: {type(model).__name__} has no list of layers")
     name, length = min(lists, key=lambda item: item[0].count("."))
