@@ -61,6 +61,18 @@ def test_adapters_train_as_with_peft_and_trainer(both, family, model_of):  # noq
     assert_equal_to_the_bit(pair, steps=100)
 
 
+def test_rank_stabilized_adapters_of_some_layers_train_as_with_peft(both):  # noqa: F811
+    *_, pair = both(
+        use_peft=True,
+        lora_r=4,
+        lora_alpha=7.0,
+        use_rslora=True,
+        lora_target_modules=["c_attn"],
+        lora_modules_to_save=["ln_f"],
+    )
+    assert_equal_to_the_bit(pair, steps=40)
+
+
 LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8.0, "lora_dropout": 0.1, "learning_rate": 1e-2}
 
 
@@ -345,6 +357,16 @@ def test_adapter_continues_in_fp32_beside_a_bf16_base_and_with_its_settings(trai
     for changed in ({"lora_r": 3}, {"lora_alpha": 5.0}, {"lora_target_modules": ["c_fc"]}, {"use_rslora": True}):
         with pytest.raises(UserError, match=f"{next(iter(changed))} is .* but the adapter that continues has"):
             run_train(**{**options, "run_name": "other"}, **changed)
+
+
+def test_layers_whose_weight_is_read_without_a_call_get_no_adapter(model_of, run_train, tmp_path):
+    """Mamba multiplies by the weight of dt_proj itself: an adapter there would never train."""
+    mamba = str(model_of("mamba"))
+    run_train(**LORA, model=mamba, max_steps=1, save_merged=False)
+    tensors = load_file(tmp_path / "brain" / "adapter_model.safetensors")
+    assert any("x_proj" in name for name in tensors) and not any("dt_proj" in name for name in tensors)
+    with pytest.raises(UserError, match="dt_proj would never train"):
+        run_train(**LORA, model=mamba, lora_target_modules=["dt_proj"], run_name="named")
 
 
 def test_freeze_counts_the_layers_and_not_lists_inside_them(small_model):
