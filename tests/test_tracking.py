@@ -1,5 +1,6 @@
 """Loggers, throughput, the overview of a run."""
 
+import html
 import json
 import shlex
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 import torch
 from conftest import flags, run_script, stop_after
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugin_util import markdown_to_safe_html
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import SummaryWriter
 
@@ -37,7 +39,7 @@ def notebook(monkeypatch):
         def scalars(self, step, values):
             entries.append(("scalars", step, dict(values)))
 
-        def text(self, step, tag, text):
+        def text(self, step, tag, text, marked=()):
             entries.append(("text", step, tag, text))
 
         def sync(self):
@@ -144,6 +146,29 @@ def test_tensorboard_reads_what_is_written_after_a_failed_write(tmp_path, monkey
         board.scalars(step, {"a": float(step)})
     board.close()
     assert [step for step, _ in on_the_board(tmp_path)] == [1, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "text, marked, shown",
+    [
+        ("Halo <b> & *semua*", [], "Halo <b> & *semua*"),
+        ("Halo semua", [(5, 10)], "Halo **semua**"),
+        ("aa bb cc", [(3, 5), (0, 2)], "**aa** **bb** cc"),
+        ("aa bb cc", [(0, 4), (2, 7)], "**aa b****b c**c"),
+        ("a\n\n- b\n\n# c", [(0, 6)], "**a\n\n- b**\n\n# c"),
+        ("a\ufdd0b\ufdd1c", [(0, 1)], "**a**\ufffdb\ufffdc"),
+        ("ab", [(1, 1), (1, 99)], "a**b**"),
+        ("a " * 80, [(0, 2)], "**a **" + " ".join(["a"] * 53) + "\n" + " ".join(["a"] * 26)),
+    ],
+)
+def test_tensorboard_shows_a_text_word_for_word_with_marked_spans_in_bold(tmp_path, text, marked, shown):
+    """Through TensorBoard's own conversion of Markdown to HTML."""
+    board = TensorBoard(tmp_path, 0)
+    board.text(1, "a", text, marked)
+    board.close()
+    events = EventAccumulator(str(tmp_path)).Reload().Tensors("a/text_summary")
+    page = markdown_to_safe_html(events[0].tensor_proto.string_val[0])
+    assert html.unescape(page.strip().replace("<strong>", "**").replace("</strong>", "**")) == f"<pre>{shown}</pre>"
 
 
 def test_metrics_file_drops_lost_lines_before_it_writes(tmp_path):

@@ -1,11 +1,13 @@
 """Where a run's numbers go. A new logger is one class here and one entry in `LOGGERS`."""
 
 import contextlib
+import html
 import json
 import os
 import re
 import textwrap
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from mori.cli import optional
@@ -34,8 +36,8 @@ class Logger:
         """Write `values`, keyed by tag (`train/loss`), at `step`."""
         raise NotImplementedError
 
-    def text(self, step: int, tag: str, text: str) -> None:
-        """Write a text, such as a sample, at `step`."""
+    def text(self, step: int, tag: str, text: str, marked: Sequence[tuple[int, int]] = ()) -> None:
+        """Write a text, such as a sample, at `step`; `marked` are the spans of it to highlight, `(start, end)` in characters."""
 
     def sync(self) -> None:
         """Wait until everything written so far is on disk."""
@@ -57,12 +59,11 @@ class TensorBoard(Logger):
 
         self._write(step, [scalar(tag, value) for tag, value in values.items()])
 
-    def text(self, step: int, tag: str, text: str) -> None:
-        """Show `text` word for word, as an indented block with long lines folded (a Markdown code fence does not fold)."""
+    def text(self, step: int, tag: str, text: str, marked: Sequence[tuple[int, int]] = ()) -> None:
+        """Show `text` word for word, with long lines folded and the `marked` spans in bold."""
         from torch.utils.tensorboard.summary import text as text_summary
 
-        folded = [part for line in text.splitlines() for part in textwrap.wrap(line, 110) or [""]]
-        self._write(step, [text_summary(tag, "\n".join("    " + line for line in folded))])
+        self._write(step, [text_summary(tag, preformatted(text, marked))])
 
     def close(self) -> None:
         """Close the events file."""
@@ -137,6 +138,27 @@ class MetricsFile(Logger):
 
 
 LOGGERS: list[type[Logger]] = [TensorBoard, MetricsFile]
+
+
+_BOLD = {
+    "\ufdd0": "<strong>",
+    "\ufdd1": "</strong>",
+}  # noncharacters of Unicode, which stand for the tags until the text is escaped
+
+
+def preformatted(text: str, marked: Iterable[tuple[int, int]] = ()) -> str:
+    """`text` as HTML that shows it word for word: escaped, folded at 110 columns, the `marked` spans in bold."""
+    begin, end = _BOLD
+    text, parts, position = text.replace(begin, "\ufffd").replace(end, "\ufffd"), [], 0
+    for first, last in sorted(marked):
+        first = max(first, position)
+        if first < last:
+            parts += [text[position:first], begin, text[first:last], end]
+            position = last
+    text = "".join([*parts, text[position:]])
+    folded = "\n".join(part for line in text.splitlines() for part in textwrap.wrap(line, 110) or [""])
+    escaped = html.escape(folded, quote=False)
+    return f"<pre>{escaped.translate(str.maketrans(_BOLD))}</pre>"
 
 
 def read_metrics(path: Path) -> list[dict]:

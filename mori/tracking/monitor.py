@@ -3,7 +3,7 @@
 import contextlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mori.cli import UserError, guarded, printable
@@ -46,9 +46,9 @@ class Monitor:
         """Log `values`, keyed by tag (`train/loss`), at `step`."""
         self._each(lambda logger: logger.scalars(step, values))
 
-    def text(self, step: int, tag: str, text: str) -> None:
-        """Log a text, such as a sample, at `step`."""
-        self._each(lambda logger: logger.text(step, tag, text))
+    def text(self, step: int, tag: str, text: str, marked: Sequence[tuple[int, int]] = ()) -> None:
+        """Log a text, such as a sample, at `step`; `marked` are the spans of it to highlight, `(start, end)` in characters."""
+        self._each(lambda logger: logger.text(step, tag, text, marked))
 
     def sync(self) -> None:
         """Wait until everything logged is on disk, because a checkpoint must not outlive the lines before it."""
