@@ -293,12 +293,15 @@ def build(run: Run, locks: contextlib.ExitStack) -> State:
     run.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     run.flops_per_token = flops_per_token(model, config.block_size)
     run.peak_flops = peak_flops(runtime.device, runtime.precision)
+    tables = {}
     if runtime.is_main:
         about = environment(runtime.device, runtime.precision, runtime.world_size)
-        _open_folder(run, locks, about)
+        tables = _open_folder(run, locks, about)
         say(_introduction(run, state, description, about, trains))
     run.monitor = Monitor(
         run.run_dir,
+        report_to=config.loggers,
+        about=tables,
         first_step=state.step,
         total_steps=run.total_steps,
         seconds_left=lambda: run.seconds_left(state),
@@ -344,8 +347,8 @@ def _empty_micro_batch(run: Run) -> tuple[torch.Tensor, ...]:
     return input_ids.to(device), labels.to(device), torch.tensor(1.0, device=device)
 
 
-def _open_folder(run: Run, locks: contextlib.ExitStack, about: dict) -> None:
-    """Create and lock the run's folder; write its config, environment and ledger."""
+def _open_folder(run: Run, locks: contextlib.ExitStack, about: dict) -> dict[str, dict]:
+    """Create and lock the run's folder; write its config, environment and ledger, and return them by name."""
     with run.writes():
         if run.config.resume_from_checkpoint == "none":
             if os.name == "nt":  # Windows renames no folder in which a file is open
@@ -356,9 +359,10 @@ def _open_folder(run: Run, locks: contextlib.ExitStack, about: dict) -> None:
         locks.enter_context(run_folder.lock(run.run_dir))  # set_aside renamed the locked folder
         # The settings of the run alone, for `--config`, and not how this call came to it.
         settings = {k: v for k, v in asdict(run.config).items() if k not in ("resume_from_checkpoint", "extend")}
-        write_json(run.run_dir / "config.json", settings)
-        write_json(run.run_dir / "environment.json", about)
-        write_json(run.run_dir / "ledger.json", asdict(run.data.ledger))
+        tables = {"config": settings, "environment": about, "ledger": asdict(run.data.ledger)}
+        for name, table in tables.items():
+            write_json(run.run_dir / f"{name}.json", table)
+        return tables
 
 
 def _introduction(run: Run, state: State, description: str, about: dict, trains: str) -> str:

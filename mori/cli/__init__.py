@@ -18,6 +18,7 @@ from mori.cli.errors import (
     one_line,
     optional,
     print_error,
+    record,
     run_script,
 )
 from mori.cli.flags import Config, checked, config_from, flag, parse, same_flag
@@ -52,6 +53,7 @@ __all__ = [
     "print_error",
     "printable",
     "progress_bar",
+    "record",
     "run_script",
     "run_with",
     "same_flag",

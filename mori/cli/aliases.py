@@ -93,7 +93,11 @@ def _own_value(field, name: str, value):
     """The value of one of our own fields, which other programs may spell otherwise."""
     if isinstance(value, Otherwise):
         return value
-    spelled = VALUES.get(field.name, {}).get(str(value).lower(), value)
+    spellings = VALUES.get(field.name, {})
+    if field.metadata["is_list"] and "choices" in field.metadata and value is not True:  # also a,b and None
+        words = value if isinstance(value, list) else str(value or "none").split(",")
+        return [spellings.get(str(word).lower(), str(word).lower()) for word in words]
+    spelled = spellings.get(str(value).lower(), value)
     if field.metadata["type"] is bool and isinstance(spelled, str):
         return boolean(name, spelled)
     return spelled

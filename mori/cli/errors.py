@@ -5,6 +5,7 @@ import errno
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 
@@ -52,17 +53,18 @@ def interruptible(action: Callable, seconds: float | None = None):
     Raises TimeoutError if it takes longer than `seconds`.
     """
     result = Future()
-
-    def call() -> None:
-        try:
-            result.set_result(action())
-        except BaseException as error:
-            result.set_exception(error)
-
-    threading.Thread(target=call, daemon=True).start()
+    threading.Thread(target=record, args=[result, action], daemon=True).start()
     if not wait([result], seconds).done:
         raise TimeoutError(f"no answer in {seconds:g} seconds")
     return result.result()
+
+
+def record(result: Future, action: Callable) -> None:
+    """Call `action` and keep what it returns or raises, even SystemExit, in `result`."""
+    try:
+        result.set_result(action())
+    except BaseException as error:
+        result.set_exception(error)
 
 
 def one_line(error: BaseException) -> str:
@@ -101,7 +103,18 @@ def run_script(name: str, main: Callable[[], int | None]) -> None:
         sys.stdout.flush()
     except OSError:  # a closed pipe or a full disk: Python would flush again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    threading.Thread(target=_exit_at_last, args=[code], daemon=True).start()
     sys.exit(code)
+
+
+_EXIT_SECONDS = 30
+
+
+def _exit_at_last(code: int) -> None:
+    """Exit some time after the main thread has ended, if an exit hook or a thread of a library still hangs then."""
+    threading.main_thread().join()
+    time.sleep(_EXIT_SECONDS)
+    os._exit(code)
 
 
 # How file systems and systems refuse a call that they do not have.

@@ -118,11 +118,8 @@ def _range_mistakes(f: dataclasses.Field, value) -> list[str]:
     if value is None:
         return []
     if "choices" in rules:
-        return (
-            []
-            if value in rules["choices"]
-            else [f"{f.name} is {value!r}, must be one of {', '.join(rules['choices'])}"]
-        )
+        wrong = [item for item in (value if rules["is_list"] else [value]) if item not in rules["choices"]]
+        return [f"{f.name} is {item!r}, must be one of {', '.join(rules['choices'])}" for item in wrong]
     if isinstance(value, float) and not math.isfinite(value):
         return [f"{f.name} is {value}, must be a finite number"]
     lower = f"above {rules['above']}" if "above" in rules else f"{rules['min']} or more" if "min" in rules else ""

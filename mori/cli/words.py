@@ -117,6 +117,7 @@ VALUES = {
     "resume_from_checkpoint": {"true": "auto", "latest": "auto", "last": "auto", "false": "none"},
     "device": {"gpu": "cuda"},
     "eval_strategy": {"steps": "steps", "false": "no"},
+    "report_to": {"all": "tensorboard", "true": "tensorboard", "tb": "tensorboard", "false": "none", "": "none"},
 }  # fmt: skip
 
 
@@ -186,14 +187,9 @@ def _dataset(known, name, value):
     )
 
 
-def _report_to(known, name, value):
-    loggers = {word.lower() for word in (value if isinstance(value, list) else str(value or "none").split(","))}
-    if loggers - {"tensorboard", "none", "all", "true"}:
-        raise UserError(
-            f"{name}: {', '.join(sorted(loggers - {'tensorboard', 'none', 'all', 'true'}))} is not here; a run writes TensorBoard events and "
-            "metrics.jsonl into its folder in --logging_dir"
-        )
-    return {}
+def _wandb(known, name, value):
+    """nanoGPT and nanochat: whether to log to Weights & Biases too."""
+    return {"report_to": ["tensorboard", "wandb"]} if boolean(name, value) else {}
 
 
 def _do_eval(known, name, value):
@@ -246,7 +242,9 @@ CHANGES = {
     "data": _dataset,
     "dataset_name": _dataset,
     "dataset_path": _dataset,
-    "report_to": _report_to,
+    "wandb": _wandb,
+    "wandb_log": _wandb,
+    "use_wandb": _wandb,
     "do_eval": _do_eval,
     "do_sample": _sample,
     "greedy": _sample,
@@ -300,7 +298,9 @@ ANSWERS = [
     ("freeze* unfreeze* num_freeze_layers optim_target_modules", OFF, "--freeze_trainable_layers N trains the last N layers and freezes the others"),
     ("dry_run", OFF, "every mistake is reported before the first step; --max_steps 2 with another --output_dir tries the whole way"),
     ("profile profiler torch_profiler", OFF, "there is no profiler here; perf/tokens_per_second, perf/data_wait and perf/mfu are on TensorBoard, in --logging_dir"),
-    ("wandb wandb_* use_wandb project trackio_* comet_* mlflow_* swanlab_*", OFF | {"huggingface"}, "Weights & Biases and the like are not here; a run writes TensorBoard events and metrics.jsonl into its folder in --logging_dir"),
+    ("wandb_mode", OFF | {"online"}, "set WANDB_MODE=offline, or disabled; --report_to wandb sends a run to Weights & Biases"),
+    ("wandb_project wandb_entity wandb_* project", OFF | {"huggingface", "online"}, "--report_to wandb sends a run to Weights & Biases; its own variables hold the rest, such as WANDB_PROJECT, WANDB_ENTITY and WANDB_RUN_GROUP"),
+    ("trackio_* comet_* mlflow_* swanlab_* clearml_*", OFF, "--report_to knows TensorBoard and Weights & Biases; metrics.jsonl in the run's folder is there for all others"),
     ("token hub_token push_to_hub_token hf_token use_auth_token access_token auth_token api_key", _NO_TOKEN, "a token on the command line stays in the shell's history; log in once with `hf auth login`, or set HF_TOKEN"),
     ("hub_strategy hub_always_push", OFF | {"end", "every_save"}, "checkpoints are not uploaded; --push_to_hub uploads the trained model, once, at the end"),
     ("hub_revision", OFF | {"main"}, "--push_to_hub writes the branch main"),

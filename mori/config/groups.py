@@ -3,6 +3,7 @@
 import codecs
 import difflib
 import encodings.aliases
+import importlib.util
 import re
 from dataclasses import dataclass
 
@@ -10,6 +11,13 @@ from mori.cli import Config, flag, json_object
 
 # The figures of an evaluation that may name the best one; lower is better for all of them.
 METRICS = tuple(prefix + name for prefix in ("", "eval_") for name in ("loss", "perplexity", "bits_per_byte"))
+
+# Where a run's numbers go, besides metrics.jsonl: the package that is needed, and the class that writes to it.
+LOGGERS = {
+    "tensorboard": "mori.tracking.tensorboard:TensorBoard",
+    "wandb": "mori.tracking.loggers:WandbRun",
+    "none": "",
+}
 
 
 @dataclass
@@ -247,6 +255,12 @@ class LoggingConfig(Config):
 
     group, may_change = "logging", True
 
+    report_to: list[str] = flag(
+        ["tensorboard"],
+        "where the numbers and samples go, besides metrics.jsonl: TensorBoard events in the run's folder, Weights & Biases "
+        "(WANDB_PROJECT names the project, WANDB_MODE=offline needs no network), or none",
+        choices=LOGGERS,
+    )
     logging_strategy: str = flag(
         "steps", "log every logging_steps, or at the end of each epoch", choices=("steps", "epoch")
     )
@@ -296,6 +310,21 @@ class LoggingConfig(Config):
     early_stopping_threshold: float = flag(
         0.0, "an improvement, for the patience, is a difference of more than this to the best evaluation", min=0
     )
+
+    def contradictions(self) -> list[str]:
+        """Loggers that contradict each other, or whose package is missing."""
+        specs = {name: importlib.util.find_spec(name) for name in self.report_to if name != "none"}
+        # A folder of that name is a package without an origin.
+        missing = [name for name, spec in specs.items() if spec is None or spec.origin is None]
+        mistakes = [f"report_to {name} needs {name}: pip install {name}" for name in missing]
+        if "none" in self.report_to and specs:
+            mistakes.append(f"report_to none and {', '.join(specs)} contradict each other; leave one out")
+        return mistakes + super().contradictions()
+
+    @property
+    def loggers(self) -> list[str]:
+        """The names of the loggers to report to."""
+        return [name for name in dict.fromkeys(self.report_to) if name != "none"]
 
 
 @dataclass

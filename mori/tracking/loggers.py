@@ -1,18 +1,20 @@
-"""Where a run's numbers go. A new logger is one class here and one entry in `LOGGERS`."""
+"""Where a run's numbers go. A new logger is one class and one entry in `mori.config.groups.LOGGERS`."""
 
 import contextlib
 import html
 import json
+import netrc
 import os
-import re
-import textwrap
-import time
-from collections.abc import Iterable, Sequence
+import queue
+import secrets
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
+from urllib.parse import urlsplit
 
-from mori.cli import optional
-
-_EVENTS_NAME = re.compile(r"events\.out\.tfevents\.(\d{10})\b")
+from mori.cli import UserError, guarded, one_line, optional, record
 
 
 class Logger:
@@ -22,15 +24,22 @@ class Logger:
         run_dir: the run's folder.
         first_lost_step: earlier attempts may have logged this step and later ones; that work was lost, so a logger drops
             those entries.
+        about: what is known before the first step: tables of names and values, by title ("config", "environment", "ledger").
 
     A logger opens its output at the first write: importing a client does not delay the first step, and a disk or a server
     that fails is tried again at the next write. Errors may leave every method; `Monitor` reports the first.
+
+    Attributes:
+        in_background: whether a thread calls the methods, so that one that hangs does not delay the training; True except
+            for files that must be on disk before a checkpoint is.
+        notes: lines to print on the screen, each once.
     """
 
-    name = "the log"
+    name, in_background = "the log", True
 
-    def __init__(self, run_dir: Path, first_lost_step: int):
-        self.run_dir, self.first_lost_step = run_dir, first_lost_step
+    def __init__(self, run_dir: Path, first_lost_step: int, about: dict[str, dict]):
+        self.run_dir, self.first_lost_step, self.about = run_dir, first_lost_step, about
+        self.notes: list[str] = []
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Write `values`, keyed by tag (`train/loss`), at `step`."""
@@ -39,6 +48,9 @@ class Logger:
     def text(self, step: int, tag: str, text: str, marked: Sequence[tuple[int, int]] = ()) -> None:
         """Write a text, such as a sample, at `step`; `marked` are the spans of it to highlight, `(start, end)` in characters."""
 
+    def histogram(self, step: int, tag: str, edges: Sequence[float], counts: Sequence[int]) -> None:
+        """Write a histogram at `step`: `counts[i]` values lie between `edges[i]` and `edges[i + 1]`."""
+
     def sync(self) -> None:
         """Wait until everything written so far is on disk."""
 
@@ -46,62 +58,10 @@ class Logger:
         """Flush and close."""
 
 
-class TensorBoard(Logger):
-    """TensorBoard events in the run's folder."""
-
-    name = "TensorBoard"
-    _records = None
-    _started = False
-
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Write `values` at `step` and flush."""
-        from torch.utils.tensorboard.summary import scalar
-
-        self._write(step, [scalar(tag, value) for tag, value in values.items()])
-
-    def text(self, step: int, tag: str, text: str, marked: Sequence[tuple[int, int]] = ()) -> None:
-        """Show `text` word for word, with long lines folded and the `marked` spans in bold."""
-        from torch.utils.tensorboard.summary import text as text_summary
-
-        self._write(step, [text_summary(tag, preformatted(text, marked))])
-
-    def close(self) -> None:
-        """Close the events file."""
-        if self._records:
-            self._records.close()
-
-    def _write(self, step: int, summaries: list) -> None:
-        """Append an event for each summary. After an error, the next write starts a new file: this one may end in a part."""
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
-        events = [Event(step=step, summary=summary) for summary in summaries]
-        if not self._records:
-            first = [Event(file_version="brain.Event:2")]
-            if not self._started:  # TensorBoard forgets the events of this step and later ones that it has read before
-                first.append(Event(step=self.first_lost_step, session_log=SessionLog(status=SessionLog.START)))
-            events = first + events
-            self._records = RecordWriter((self.run_dir / self._new_name()).open("xb"))
-        try:
-            for event in events:
-                event.wall_time = time.time()
-                self._records.write(event.SerializeToString())
-            self._records.flush()
-            self._started = True
-        except OSError:
-            self._records = None
-            raise
-
-    def _new_name(self) -> str:
-        """The name of a file that TensorBoard reads after those present: it sorts them by name, and a clock may go back."""
-        times = [int(name[1]) for path in self.run_dir.glob("events*") if (name := _EVENTS_NAME.match(path.name))]
-        return f"events.out.tfevents.{max([int(time.time()), *(latest + 1 for latest in times)]):010d}.mori"
-
-
 class MetricsFile(Logger):
     """`metrics.jsonl`: one JSON object a line, with `step` and the scalars."""
 
-    name = "metrics.jsonl"
+    name, in_background = "metrics.jsonl", False
     _cut = _incomplete = False
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
@@ -137,28 +97,154 @@ class MetricsFile(Logger):
         self._cut = True
 
 
-LOGGERS: list[type[Logger]] = [TensorBoard, MetricsFile]
+class WandbRun(Logger):
+    """A run of Weights & Biases; a resumed run continues the same one.
+
+    Without a login, or if the server cannot be reached, everything is kept in the run's folder for `wandb sync`.
+    """
+
+    name = "wandb"
+    _run, _started = None, False
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Log `values` over the axis `step`. wandb's own step cannot go back to where a killed run resumes."""
+        self._log(step, values)
+
+    def text(self, step: int, tag: str, text: str, marked: Sequence[tuple[int, int]] = ()) -> None:
+        """Show a text word for word, with the `marked` spans highlighted."""
+        import wandb
+
+        parts = [(html.escape(part), is_marked) for part, is_marked in spans(text, marked)]
+        page = "".join(f"<mark>{part}</mark>" if is_marked else part for part, is_marked in parts)
+        self._log(step, {tag: wandb.Html(f'<pre style="white-space: pre-wrap">{page}</pre>')})
+
+    def histogram(self, step: int, tag: str, edges: Sequence[float], counts: Sequence[int]) -> None:
+        """Log a histogram."""
+        import wandb
+
+        self._log(step, {tag: wandb.Histogram(np_histogram=(list(counts), list(edges)))})
+
+    def close(self) -> None:
+        """Send what is left; this may take long."""
+        if self._run:
+            self._run.finish()
+
+    def _log(self, step: int, values: dict) -> None:
+        if not self._started:
+            self._started = True  # a second start, after an error, would take as long
+            self._run = self._start()
+        if self._run:
+            self._run.log({"step": step, **values})
+
+    def _start(self):
+        import wandb
+
+        settings = wandb.Settings(silent=True, console="off", init_timeout=20, login_timeout=1)
+        options = {
+            "project": os.environ.get("WANDB_PROJECT", "mori"), "name": self.run_dir.name, "dir": str(self.run_dir),
+            "id": self._identity(), "resume": "allow", "config": self.about, "settings": settings,
+        }  # fmt: skip
+        later = f"wandb sync {self.run_dir / 'wandb'}/offline-run-* uploads it"
+        run = None
+        if os.environ.get("WANDB_MODE", "online") != "online":
+            run = wandb.init(**options)
+        elif not _logged_in_to(wandb.setup(settings).settings):
+            self.notes.append(f"wandb: not logged in (wandb login), so the run is kept in its folder; {later}")
+        else:
+            try:
+                run = guarded("wandb", lambda: wandb.init(**options))
+                self.notes.append(f"wandb: {run.url}")
+            except UserError as error:
+                self.notes.append(f"WARNING: {error}; the run is kept in its folder; {later}")
+                wandb.teardown()  # frees the id
+        run = run or wandb.init(mode="offline", **options)
+        run.define_metric("*", step_metric="step")
+        return run
+
+    def _identity(self) -> str:
+        """The id of this run at wandb: kept in its folder, so that a resumed run has it and a run that starts over does not."""
+        path = self.run_dir / "wandb_id"
+        identity = path.read_text(encoding="ascii") if path.exists() else ""
+        if not identity:
+            identity = secrets.token_hex(4)
+            path.write_text(identity, encoding="ascii")
+        return identity
 
 
-_BOLD = {
-    "\ufdd0": "<strong>",
-    "\ufdd1": "</strong>",
-}  # noncharacters of Unicode, which stand for the tags until the text is escaped
+def _logged_in_to(settings) -> bool:
+    """Whether wandb has a key, as its documentation says: it would ask for one on the terminal otherwise."""
+    if settings.api_key or os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    for path in filter(None, (os.environ.get("NETRC"), "~/.netrc", "~/_netrc")):
+        with contextlib.suppress(OSError, netrc.NetrcParseError):
+            if netrc.netrc(os.path.expanduser(path)).authenticators(urlsplit(settings.base_url).hostname or ""):
+                return True
+    return False
 
 
-def preformatted(text: str, marked: Iterable[tuple[int, int]] = ()) -> str:
-    """`text` as HTML that shows it word for word: escaped, folded at 110 columns, the `marked` spans in bold."""
-    begin, end = _BOLD
-    text, parts, position = text.replace(begin, "\ufffd").replace(end, "\ufffd"), [], 0
-    for first, last in sorted(marked):
-        first = max(first, position)
-        if first < last:
-            parts += [text[position:first], begin, text[first:last], end]
-            position = last
-    text = "".join([*parts, text[position:]])
-    folded = "\n".join(part for line in text.splitlines() for part in textwrap.wrap(line, 110) or [""])
-    escaped = html.escape(folded, quote=False)
-    return f"<pre>{escaped.translate(str.maketrans(_BOLD))}</pre>"
+def spans(text: str, marked: Iterable[tuple[int, int]]) -> list[tuple[str, bool]]:
+    """The parts of `text` in their order, each with whether it is in one of the `marked` spans."""
+    parts, position = [], 0
+    for start, end in sorted(marked):
+        start = max(start, position)
+        if start < min(end, len(text)):
+            parts += [(text[position:start], False), (text[start:end], True)]
+            position = end
+    return [part for part in [*parts, (text[position:], False)] if part[0]]
+
+
+class Background:
+    """A logger whose methods a thread calls, so that nothing waits for it. If it does not keep up, calls are dropped.
+
+    Args:
+        make: the logger's constructor, without arguments.
+    """
+
+    _LONGEST_QUEUE = 1000  # calls
+
+    def __init__(self, name: str, make: Callable[[], Logger]):
+        self.name, self.notes = name, []
+        self._calls: queue.Queue[tuple[str, tuple]] = queue.Queue(self._LONGEST_QUEUE)
+        self._errors: list[str] = []
+        self._thread = threading.Thread(target=self._work, args=[make], daemon=True)
+        self._thread.start()
+
+    def call(self, method: str, *values) -> None:
+        """Queue a call. Raises RuntimeError for the first error of an earlier one, or if the queue is full."""
+        try:
+            self._calls.put_nowait((method, values))
+        except queue.Full:
+            self._errors.append("it does not keep up, and calls are dropped")
+            if method == "close":  # make room for it
+                self._calls.get()
+                self._calls.put((method, values))
+        self._raise()
+
+    def wait(self, seconds: float) -> None:
+        """Wait for the end of the thread after `close` is called. Raises RuntimeError for an error, or if it takes longer."""
+        self._thread.join(seconds)
+        if self._thread.is_alive():
+            self._errors.append("it does not end, and is left behind")
+        self._raise()
+
+    def _raise(self) -> None:
+        if self._errors:
+            raise RuntimeError(self._errors[0])
+
+    def _work(self, make: Callable[[], Logger]) -> None:
+        logger, method = None, ""
+        while method != "close":
+            method, values = self._calls.get()
+            result = Future()
+            if logger is None:
+                record(result, make)
+                if result.exception() is None:
+                    logger, result = result.result(), Future()
+                    logger.notes = self.notes
+            if logger is not None:
+                record(result, partial(getattr(logger, method), *values))
+            if error := result.exception():
+                self._errors.append(one_line(error))
 
 
 def read_metrics(path: Path) -> list[dict]:

@@ -1,24 +1,32 @@
 """What the training loop calls to show and log its progress: the loggers, the progress, lines of text."""
 
 import contextlib
+import importlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+import time
+import types
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from mori.cli import UserError, guarded, printable
-from mori.tracking import loggers
-from mori.tracking.loggers import Logger
+from mori.config.groups import LOGGERS
+from mori.tracking.loggers import Background, Logger, MetricsFile
 from mori.tracking.progress import Progress
+
+_CLOSE_SECONDS = 30  # that the end of a run waits for loggers in the background
 
 
 class Monitor:
     """Passes one run's numbers to every logger and shows the progress. Numbers arrive already reduced over ranks.
 
-    A logger that fails is reported once and never stops the training.
+    `metrics.jsonl` is always written. A logger that fails or hangs is reported once and never stops the training.
 
     Args:
         run_dir: the run's folder.
+        report_to: further loggers, by their names in `LOGGERS`.
+        about: what is known before the first step: tables of names and values, by title.
         first_step: the step that the run starts or resumes from; entries of later steps belong to lost work.
         total_steps: the last step of the run.
         seconds_left: called for the seconds until the run ends; None while they are unknown.
@@ -30,6 +38,8 @@ class Monitor:
         self,
         run_dir: Path,
         *,
+        report_to: Sequence[str] = ("tensorboard",),
+        about: Mapping[str, dict] = types.MappingProxyType({}),
         first_step: int,
         total_steps: int,
         seconds_left: Callable[[], float | None] = lambda: None,
@@ -39,20 +49,27 @@ class Monitor:
         self.enabled, self._run_dir = enabled, run_dir
         self._reported: set[str] = set()
         first_lost_step = first_step + 1 if resumed else 0
-        self._loggers = [logger(run_dir, first_lost_step) for logger in loggers.LOGGERS] if enabled else []
+        self._loggers: list[Logger | Background] = []
+        for name in ["metrics.jsonl", *report_to] if enabled else []:
+            make = partial(_logger_class(name), run_dir, first_lost_step, dict(about))
+            self._loggers.append(Background(name, make) if make.func.in_background else make())
         self._progress = Progress(first_step, total_steps, seconds_left) if enabled else None
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Log `values`, keyed by tag (`train/loss`), at `step`."""
-        self._each(lambda logger: logger.scalars(step, values))
+        self._each("scalars", step, values)
 
     def text(self, step: int, tag: str, text: str, marked: Sequence[tuple[int, int]] = ()) -> None:
         """Log a text, such as a sample, at `step`; `marked` are the spans of it to highlight, `(start, end)` in characters."""
-        self._each(lambda logger: logger.text(step, tag, text, marked))
+        self._each("text", step, tag, text, marked)
+
+    def histogram(self, step: int, tag: str, edges: Sequence[float], counts: Sequence[int]) -> None:
+        """Log a histogram at `step`: `counts[i]` values lie between `edges[i]` and `edges[i + 1]`."""
+        self._each("histogram", step, tag, edges, counts)
 
     def sync(self) -> None:
         """Wait until everything logged is on disk, because a checkpoint must not outlive the lines before it."""
-        self._each(lambda logger: logger.sync())
+        self._each("sync")
 
     def move(self, step: int) -> None:
         """Move the progress bar to `step`."""
@@ -74,18 +91,37 @@ class Monitor:
         """Close the bar and every logger; what is logged later is dropped."""
         if self._progress:
             self._progress.close()
-        self._each(lambda logger: logger.close())
+        self._each("close")
+        deadline = time.monotonic() + _CLOSE_SECONDS
+        for logger in self._loggers:
+            if isinstance(logger, Background):
+                self._report(logger, partial(logger.wait, max(0.0, deadline - time.monotonic())))
         self._loggers = []
 
-    def _each(self, action: Callable[[Logger], None]) -> None:
-        """Call `action` with every logger; the first error of each is reported."""
+    def _each(self, method: str, *values) -> None:
+        """Call a method of every logger."""
         for logger in self._loggers:
-            try:
-                guarded(f"{logger.name} in {self._run_dir} cannot be written", lambda logger=logger: action(logger))
-            except UserError as error:
-                if logger.name not in self._reported:
-                    self._reported.add(logger.name)
-                    self.say(f"WARNING: {error}; training goes on without it")
+            call = partial(logger.call, method) if isinstance(logger, Background) else getattr(logger, method)
+            self._report(logger, partial(call, *values))
+
+    def _report(self, logger: "Logger | Background", action: Callable[[], None]) -> None:
+        """Call `action`; say the first error of a logger, and its notes."""
+        try:
+            guarded(f"{logger.name} in {self._run_dir} cannot be written", action)
+        except UserError as error:
+            if logger.name not in self._reported:
+                self._reported.add(logger.name)
+                self.say(f"WARNING: {error}; training goes on without it")
+        while logger.notes:
+            self.say(logger.notes.pop(0))
+
+
+def _logger_class(name: str) -> type[Logger]:
+    """The class of a logger by its name."""
+    if name == "metrics.jsonl":
+        return MetricsFile
+    module, _, cls = LOGGERS[name].partition(":")
+    return getattr(importlib.import_module(module), cls)
 
 
 def say(message: str) -> None:

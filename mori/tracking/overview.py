@@ -67,6 +67,7 @@ def introduction(
     batch = [plural(config.per_device_train_batch_size, "window")]
     batch += [plural(accumulation, "micro-batch", "micro-batches")] * (accumulation > 1)
     batch += [plural(ranks, "rank")] * (ranks > 1) + [plural(config.block_size, "token")]
+    board = f" (tensorboard --logdir {shlex.quote(config.logging_dir)})" * ("tensorboard" in config.loggers)
     rows = {
         "reads": text,
         "model": f"{config.model}, {parameters / 1e6:.1f} M parameters",
@@ -74,7 +75,7 @@ def introduction(
         "checks": evaluations,
         "faster": faster,
         "tokens": special,
-        "writes": f"{_short(run_dir)}/ (tensorboard --logdir {shlex.quote(config.logging_dir)}), the brain to {config.output_dir}/",
+        "writes": f"{_short(run_dir)}/{board}, the brain to {config.output_dir}/",
     }
     versions = (
         f"mori {environment['mori']}, torch {environment['torch']}, transformers {environment['transformers']}; "
