@@ -37,7 +37,7 @@ from mori.model.variants import WORTH_COMPILING_SECONDS, build_module, compile_m
 from mori.prepare import Prepared, prepare
 from mori.speed.matmul import choose_library
 from mori.speed.peak import flops_per_token, peak_flops
-from mori.speed.startup import keep_freed_memory
+from mori.speed.startup import keep_freed_memory, return_freed_memory
 from mori.speed.step_graph import StepGraph
 from mori.state import State
 from mori.tracking.monitor import Monitor, say
@@ -316,6 +316,7 @@ def build(run: Run, locks: contextlib.ExitStack) -> State:
     )
     if state.micro_batch.size < config.per_device_train_batch_size:
         run.monitor.say(f"{plural(state.micro_batch.size, 'window')} at a time: more did not fit in memory before")
+    return_freed_memory()
     return state
 
 

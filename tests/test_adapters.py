@@ -1,5 +1,6 @@
 """LoRA against PEFT: the same numbers, the same files; freezing; runs that train adapters."""
 
+import copy
 import json
 import shutil
 
@@ -12,6 +13,7 @@ from families import small_model as model_of_family
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_compare import assert_equal_to_the_bit, both  # noqa: F401
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mori.cli import UserError
@@ -179,6 +181,42 @@ def test_fused_adapters_equal_peft_up_to_rounding(run_train, tmp_path):
         for fused in (True, False)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25])
+def test_fused_adapter_has_autograds_output_and_gradients(p):
+    layer = nn.Linear(6, 5, dtype=torch.float64).requires_grad_(False)
+    base = copy.deepcopy(layer)  # the adapter works in a hook of its layer
+    adapter = lora.LoRA(layer, lora.LoRASettings(r=3, lora_alpha=4.0, lora_dropout=p)).double()
+    nn.init.normal_(adapter.lora_B.weight)
+    x = torch.randn(2, 7, 6, dtype=torch.float64, requires_grad=True)
+    results = []
+    for fused in (False, True):
+        adapter.fused = fused
+        torch.manual_seed(1)
+        y = adapter(x, base(x))
+        gradients = torch.autograd.grad(y.sin().sum(), [x, *adapter.parameters()])
+        results.append([y, *gradients])
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_fused_adapters_of_one_input_keep_it_once():
+    x = torch.randn(64, 32, requires_grad=True)
+    adapters = [lora.LoRA(nn.Linear(32, 32), lora.LoRASettings(r=2, lora_alpha=4.0)) for _ in range(3)]
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    y = torch.zeros(64, 32)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        for adapter in adapters:
+            adapter.fused = True
+            adapter(x, y)
+    narrow = 3 * (64 * 2 + 32 * 2 + 2 * 32) * 4  # the low-rank product, A and B
+    assert sum(kept.values()) == x.nbytes + narrow
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from mori.cli import Config, flag
 
 @dataclass
 class AdapterConfig(Config):
-    """LoRA adapters, with the names and defaults of TRL's `ModelConfig`."""
+    """LoRA adapters, with the names of TRL's `ModelConfig`."""
 
     group = "adapters"
 
@@ -16,7 +16,9 @@ class AdapterConfig(Config):
     )
     lora_r: int = flag(16, "rank of the adapters", above=0)
     lora_alpha: float = flag(32.0, "scale of the adapters: alpha / r, or alpha / sqrt(r) with --use_rslora", above=0)
-    lora_dropout: float = flag(0.05, "dropout in front of the adapters", min=0, below=1)
+    lora_dropout: float = flag(
+        0.0, "dropout in front of the adapters; on a CPU its random numbers take a good part of a step", min=0, below=1
+    )
     lora_target_modules: list[str] = flag(
         [],
         "layers that get adapters, by the ends of their names (q_proj v_proj) or by a regular expression; unset takes all "

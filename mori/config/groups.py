@@ -195,7 +195,7 @@ class SpeedConfig(Config):
     mask_free_attention: bool = flag(
         True, "causal attention without a mask, if every layer attends to all earlier tokens"
     )
-    fused_adapters: bool = flag(True, "one matmul that adds an adapter's output in place")
+    fused_adapters: bool = flag(True, "compute an adapter in one function, which keeps fewer tensors")
     fused_activations: bool = flag(True, "PyTorch's GELU kernel instead of one written out in Python")
     cpu_matmul: str = flag(
         "auto",

@@ -24,9 +24,10 @@ def save(model: nn.Module, tokenizer, folder: Path, *, rehearsal: bool = False) 
 
     Raises OSError if they cannot be written, and UserError for other errors of the libraries.
     """
-    options = {"state_dict": lora.merged_state_dict(model)} if lora.adapted(model) else {}
     if rehearsal:
         options = {"state_dict": _samples(model.state_dict()), "save_original_format": False}
+    else:
+        options = {"state_dict": lora.merged_state_dict(model)} if lora.adapted(model) else {}
     try:
         with _published_generation_config(model, folder):
             model.save_pretrained(folder, **options)

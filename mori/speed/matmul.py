@@ -34,6 +34,11 @@ def matmul_context(library: str) -> contextlib.AbstractContextManager:
     return OneDNNMatmul() if library == "onednn" else contextlib.nullcontext()
 
 
+def library_in_use() -> str:
+    """The library of the `matmul_context` around this call, for a backward pass, which runs outside of it."""
+    return "onednn" if OneDNNMatmul.entered else "torch"
+
+
 class SplitMatvec(TorchFunctionMode):
     """Inside this context, `linear` and `addmm` of few rows with a large fp32 matrix are split into a batch, one part a core.
 
@@ -92,6 +97,16 @@ def split_addmm(bias: torch.Tensor, x: torch.Tensor, matrix: torch.Tensor) -> to
 
 class OneDNNMatmul(TorchFunctionMode):
     """Inside this context, oneDNN computes `linear`, `addmm`, and gradient-free `mm` and `addmm_` of many fp32 rows."""
+
+    entered = 0  # the number of these contexts around the code that runs
+
+    def __enter__(self):
+        OneDNNMatmul.entered += 1
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        OneDNNMatmul.entered -= 1
+        return super().__exit__(*error)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}

@@ -1,4 +1,4 @@
-"""Faster imports, and a C library that keeps freed memory."""
+"""Faster imports, and a C library that keeps the memory that training frees."""
 
 import contextlib
 import ctypes
@@ -34,3 +34,10 @@ def keep_freed_memory() -> bool:
     if not hasattr(libc, "mallopt"):
         return False
     return bool(libc.mallopt(_M_MMAP_MAX, 0) and libc.mallopt(_M_TRIM_THRESHOLD, -1))
+
+
+def return_freed_memory() -> None:
+    """Return to the system what was freed so far (malloc_trim(3)): threads that loaded the model keep it, and no step reuses it."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)

@@ -10,6 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from mori.cli import UserError
+from mori.speed.matmul import library_in_use, matmul_context
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class LoRA(nn.Module):
         settings: rank, scale and dropout.
 
     Attributes:
-        fused: multiply and add in one matmul, in place; the last bits may differ from PEFT's.
+        fused: compute the adapter in one autograd function (`_LowRank`); the last bits may differ from PEFT's.
     """
 
     def __init__(self, layer: nn.Module, settings: LoRASettings):
@@ -57,15 +58,50 @@ class LoRA(nn.Module):
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """The layer's output `y` `(..., outputs)` with the adapter's added, for its input `x` `(..., inputs)`."""
+        if self.fused:
+            p = self.settings.lora_dropout if self.training else 0.0
+            rows = x.flatten(0, -2), y.flatten(0, -2)
+            return _LowRank.apply(*rows, self.lora_A.weight, self.lora_B.weight, self.scale, p).view(y.shape)
         down = self.lora_A(self.dropout(x.to(self.lora_A.weight.dtype)))  # (..., r)
-        if self.fused and down.dtype == y.dtype:
-            up = self.lora_B.weight.t().to(y.dtype)  # (r, outputs)
-            return y.view(-1, y.size(-1)).addmm_(down.flatten(0, -2), up, alpha=self.scale).view(y.shape)
         return (y + self.lora_B(down) * self.scale).to(y.dtype)
 
     def delta(self) -> torch.Tensor:
         """What the adapter adds to the weight `(outputs, inputs)`."""
         return (self.lora_B.weight @ self.lora_A.weight) * self.scale
+
+
+class _LowRank(torch.autograd.Function):
+    """y + B(A(dropout(x))) * scale, for x `(N, I)`, y `(N, O)`, A `(r, I)` and B `(O, r)`, in the type of y.
+
+    It keeps x, which the layers that share an input have in common, and a mask of one byte an element, where autograd would
+    keep several products of both.
+    """
+
+    @staticmethod
+    def forward(ctx, x, y, a, b, scale, p):
+        mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p) if p else None
+        ctx.scale, ctx.library = scale / (1 - p), library_in_use()
+        with torch.autocast(x.device.type, enabled=False):
+            down = torch.mm(_masked(x, mask, y.dtype), a.to(y.dtype).t()) * ctx.scale  # (N, r)
+            ctx.save_for_backward(x, mask, down, a, b)
+            return torch.mm(down, b.to(y.dtype).t()).add_(y)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, mask, down, a, b = ctx.saved_tensors
+        grad_x = None
+        with matmul_context(ctx.library):
+            grad_down = torch.mm(grad, b.to(grad.dtype)) * ctx.scale  # (N, r)
+            grad_a = torch.mm(grad_down.t(), _masked(x, mask, grad.dtype))
+            grad_b = torch.mm(down.t(), grad).t()
+            if ctx.needs_input_grad[0]:
+                grad_x = _masked(torch.mm(grad_down, a.to(grad.dtype)), mask, x.dtype)
+        return grad_x, grad, grad_a.to(a.dtype), grad_b.to(b.dtype), None, None
+
+
+def _masked(x: torch.Tensor, mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    return x.to(dtype) if mask is None else x.to(dtype) * mask.to(dtype)
 
 
 def add(model: nn.Module, settings: LoRASettings, called: Iterable[str] | None = None) -> list[str]:
