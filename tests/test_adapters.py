@@ -197,8 +197,7 @@ def test_fused_adapter_has_autograds_output_and_gradients(p):
         y = adapter(x, base(x))
         gradients = torch.autograd.grad(y.sin().sum(), [x, *adapter.parameters()])
         results.append([y, *gradients])
-    for expected, actual in zip(*results, strict=True):
-        torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(results[1], results[0])
 
 
 def test_fused_adapters_of_one_input_keep_it_once():
