@@ -15,7 +15,7 @@ from functools import partial
 from mori import __version__
 from mori.bench import options
 from mori.cli import Config, UserError, parse, print_error, run_script
-from mori.config import ChatConfig, EvaluateConfig, ExportConfig, GenerateConfig, TrainConfig
+from mori.config import ChatConfig, EvaluateConfig, ExportConfig, GenerateConfig, ReportConfig, TrainConfig
 from mori.data.files import find_files
 from mori.speed.startup import imports
 
@@ -112,6 +112,13 @@ def export(config: ExportConfig) -> None:
     export_gguf(config)
 
 
+def report(config: ReportConfig) -> None:
+    """Write the reports of runs, from their files alone."""
+    from mori.tracking.report.write import report
+
+    report(config)
+
+
 def bench(name: str, config: options.BenchConfig) -> None:
     """Run the benchmark `name`."""
     if name == "decode":
@@ -150,6 +157,7 @@ COMMANDS = Group(
             export,
             "Write a trained model as a file for other programs, such as llama.cpp, or upload its folder to the hub.",
         ),
+        "report": Command(ReportConfig, report, "Write the report of a run, or compare all runs of a folder."),
         "bench": BENCHMARKS,
     },
     "mori fine-tunes causal language models on your own text.",

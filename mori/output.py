@@ -116,6 +116,7 @@ def finish(run: Run, state: State, signals: distributed.StopSignals) -> dict:
         with run.writes():
             run_summary["output_sha256"] = files.hashes(run.output_dir)
             files.write_json(run.run_dir / "summary.json", run_summary)
+        run.monitor.report(run_summary, finished=True)
         is_last_step = run_summary["published_step"] == state.step
         same = runtime.precision == "fp32" and is_last_step and bool(state.samples_after)
         say(results(run_summary, sample_command(config, model_settings(state.model)), same_text=same))
@@ -188,6 +189,9 @@ def summary(run: Run, state: State) -> dict:
     return {
         "run_name": run.config.run_name,
         "model": run.config.model,
+        "parameters": sum(parameter.numel() for parameter in state.model.parameters()),
+        "trained_parameters": sum(parameter.numel() for parameter in run.parameters),
+        "sha256": {**run.data.hashes, "model_sha256": run.model_sha256},
         "ledger": asdict(run.data.ledger),
         "eval": {"before": state.before, "best": state.best.evaluation, "after": state.after},
         "samples": {"before": state.samples_before, "after": state.samples_after},

@@ -47,6 +47,7 @@ def train(config: TrainConfig, on_step: Callable[[int, float], None] = lambda st
                 # Some models draw random numbers in evaluation mode.
                 with state.throughput.apart("evaluations"), run.runtime.unchanged_random_state():
                     evaluate_and_sample(run, state, signals)
+                    run.monitor.report(output.summary(run, state))
                 if state.stops_early and state.losses:
                     log(run, state, grad_norm, lr)
             if run.save_is_due(state):

@@ -26,8 +26,8 @@ def flag(default, help: str, *, kind=None, **rules):
         kind: the type of the value, or of a list's items; derived from `default` if omitted. `json_list` reads a whole list
             from one JSON text.
         rules: the range, checked by `Config.mistakes`: `min`, `max` (inclusive), `above`, `below` (exclusive), `choices`,
-            `share` (a whole number, or a share below 1), `path` (not on a Drive that is not mounted). `pretrained`, `scratch`
-            and `adapters` are the values that None stands for.
+            `share` (a whole number, or a share below 1), `path` (not on a Drive that is not mounted). `loose` fields take the
+            words that belong to no flag. `pretrained`, `scratch` and `adapters` are the values that None stands for.
             `may_change` and `extends` say whether a resumed run, or an extended one, may change the field; `inexact`, that
             a resumed run may, but then no longer equals a run that never stopped to the bit.
     """
@@ -111,8 +111,8 @@ def parse(cls: type[Config], description: str, argv: list[str] | None = None, pr
     """Read a config of class `cls` from the command line (`sys.argv` by default) and the files that `--config` names.
 
     Flags are the names of the fields, or what other programs call them (`mori.cli.aliases`); `-` and `_` are the same. A file
-    without a flag is part of the corpus. All invalid values are reported together. A flag takes precedence over a file of
-    `--config`, a later file over an earlier one. `program` is the name that --help shows.
+    without a flag is part of the corpus, or of the field that takes `loose` words. All invalid values are reported together.
+    A flag takes precedence over a file of `--config`, a later file over an earlier one. `program` is the name that --help shows.
     Raises UserError for an unknown flag, with our way of doing it or the nearest existing flag, and for invalid values.
     """
     argv = sys.argv[1:] if argv is None else argv
@@ -124,7 +124,9 @@ def parse(cls: type[Config], description: str, argv: list[str] | None = None, pr
         settings |= read_settings(path, cls)
     settings |= flags
     if loose:
-        settings["corpus"] = [*flags.get("corpus", []), *_texts(cls, loose)]
+        taker = next((f.name for f in fields(cls) if f.metadata.get("loose")), None)
+        loose, taker = (loose, taker) if taker else (_texts(cls, loose), "corpus")
+        settings[taker] = [*flags.get(taker, []), *loose]
     return _config(cls, settings)
 
 

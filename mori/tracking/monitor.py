@@ -14,6 +14,7 @@ from mori.cli import UserError, guarded, printable
 from mori.config.groups import LOGGERS
 from mori.tracking.loggers import Background, Logger, MetricsFile
 from mori.tracking.progress import Progress
+from mori.tracking.report.write import Reporter
 
 _CLOSE_SECONDS = 30  # that the end of a run waits for loggers in the background
 
@@ -54,6 +55,7 @@ class Monitor:
             make = partial(_logger_class(name), run_dir, first_lost_step, dict(about))
             self._loggers.append(Background(name, make) if make.func.in_background else make())
         self._progress = Progress(first_step, total_steps, seconds_left) if enabled else None
+        self._reporter = Reporter(run_dir)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Log `values`, keyed by tag (`train/loss`), at `step`."""
@@ -87,6 +89,11 @@ class Monitor:
             with contextlib.suppress(OSError), self._progress.interrupted():
                 say(message)
 
+    def report(self, results: dict, finished: bool = False) -> None:
+        """Write the report of the run so far, so that a killed run has one; `results` has the fields of summary.json."""
+        if self.enabled:
+            self._attempt(self._reporter, partial(self._reporter.write, results, finished))
+
     def close(self) -> None:
         """Close the bar and every logger; what is logged later is dropped."""
         if self._progress:
@@ -95,16 +102,16 @@ class Monitor:
         deadline = time.monotonic() + _CLOSE_SECONDS
         for logger in self._loggers:
             if isinstance(logger, Background):
-                self._report(logger, partial(logger.wait, max(0.0, deadline - time.monotonic())))
+                self._attempt(logger, partial(logger.wait, max(0.0, deadline - time.monotonic())))
         self._loggers = []
 
     def _each(self, method: str, *values) -> None:
         """Call a method of every logger."""
         for logger in self._loggers:
             call = partial(logger.call, method) if isinstance(logger, Background) else getattr(logger, method)
-            self._report(logger, partial(call, *values))
+            self._attempt(logger, partial(call, *values))
 
-    def _report(self, logger: "Logger | Background", action: Callable[[], None]) -> None:
+    def _attempt(self, logger: "Logger | Background | Reporter", action: Callable[[], None]) -> None:
         """Call `action`; say the first error of a logger, and its notes."""
         try:
             guarded(f"{logger.name} in {self._run_dir} cannot be written", action)

@@ -1,0 +1,145 @@
+"""The page that compares all runs of a folder."""
+
+from pathlib import Path
+from urllib.parse import quote
+
+from mori.cli import clock, plural
+from mori.tracking.report.charts import Chart, Series, drawable
+from mori.tracking.report.content import (
+    best_evaluation,
+    changed_settings,
+    first_evaluation,
+    shown_setting,
+)
+from mori.tracking.report.data import RunFiles, number, text
+from mori.tracking.report.page import Code, Figure, Headline, Link, Page, Table, change, count, fixed, memory
+
+_COLOURS = 8  # that the style sheet has for runs; the others are grey
+_MOST_RUNS = 40  # of a chart
+# They differ between any two runs, or only say where and when files are written.
+_NOT_COMPARED = frozenset(
+    {"run_name", "output_dir", "logging_dir", "resume_from_checkpoint", "extend", "hub_model_id", "push_to_hub"}
+)
+
+
+def folder_page(folder: Path, runs: list[RunFiles]) -> Page:
+    """The page of a folder of runs, the best first."""
+    damaged = [f"{run.name}: {line}" for run in runs for line in run.damage]
+    runs = sorted((run for run in runs if run.config or run.metrics), key=_rank)
+    measure = (
+        "bits_per_byte"
+        if all(_best(run, "bits_per_byte") is not None for run in runs if _best(run, "loss") is not None)
+        else "loss"
+    )
+    best = runs[0] if runs and _best(runs[0], "loss") is not None else None
+    warnings = damaged
+    if len(texts := {_held_out(run) for run in runs if _best(run, "loss") is not None}) > 1:
+        warnings = [
+            f"The runs have {len(texts)} different held-out texts, so their losses cannot all be compared.",
+            *damaged,
+        ]
+    return Page(
+        title=folder.resolve().name,
+        kind=plural(len(runs), "run"),
+        summary="Each run's lowest held-out loss, what it took, and the settings in which the runs differ.",
+        headline=_headline(best, measure) if best else None,
+        figures=_figures(runs, best),
+        warnings=warnings,
+        charts=_charts(runs, measure),
+        tables=[table for table in (_runs(runs, best), _settings(runs)) if table.rows],
+        end="Written by mori report from the files of the runs.",
+    )
+
+
+def _best(run: RunFiles, name: str) -> float | None:
+    value = number(best_evaluation(run), name)
+    return value if value is not None and drawable(value) else None
+
+
+def _rank(run: RunFiles) -> tuple:
+    """Bits per byte compare across tokenizers; the loss, among runs without them."""
+    bits, loss = _best(run, "bits_per_byte"), _best(run, "loss")
+    return (bits is None, loss is None, bits or 0.0, loss or 0.0, run.name)
+
+
+def _held_out(run: RunFiles) -> tuple:
+    """What identifies the text that a run is evaluated on, as far as its files tell."""
+    return (
+        text(run.results, "sha256", "documents_sha256") or number(run.ledger, "bytes"),
+        str(run.config.get("validation_file")),
+        number(run.config, "held_out_fraction"),
+    )
+
+
+def _headline(run: RunFiles, measure: str) -> Headline:
+    first, last = number(first_evaluation(run), measure), _best(run, measure)
+    label, digits = ("bits per byte", 3) if measure == "bits_per_byte" else ("held-out loss", 4)
+    shown = "" if first is None else fixed(first, digits)
+    step = count(number(best_evaluation(run), "step"))
+    note = " · ".join(filter(None, (f"{run.name}, step {step}", change(first, last))))
+    return Headline(f"The lowest {label}", shown, fixed(last, digits), note)
+
+
+def _figures(runs: list[RunFiles], best: RunFiles | None) -> list[Figure]:
+    seconds = [s for run in runs if (s := number(run.results, "wall_seconds")) and drawable(s)]
+    finished = sum(run.finished for run in runs)
+    figures = [Figure("Runs", count(len(runs)), f"{finished} finished" if finished < len(runs) else "all finished")]
+    figures += [Figure("Best run", best.name)] if best else []
+    return figures + ([Figure("Time together", clock(sum(seconds)))] if seconds else [])
+
+
+def _charts(runs: list[RunFiles], measure: str) -> list[Chart]:
+    """The curves of the runs in one picture each; the worst are drawn first, so that the best lie above them."""
+    name = "bits per byte" if measure == "bits_per_byte" else "loss"
+    charts = []
+    for title, tag, smooth in ((f"Held-out {name}", f"eval/{measure}", False), ("Training loss", "train/loss", True)):
+        series = [
+            Series(run.name, run.points(tag), _colour(index), dots=not smooth and index < _COLOURS, smooth=smooth)
+            for index, run in enumerate(runs[:_MOST_RUNS])
+        ]
+        charts.append(Chart(title, series))
+    return [chart for chart in charts if chart.series]
+
+
+def _colour(index: int) -> str:
+    return f"c{index}" if index < _COLOURS else "rest"
+
+
+def _runs(runs: list[RunFiles], best: RunFiles | None) -> Table:
+    rows = []
+    for run in runs:
+        evaluation, last_loss = best_evaluation(run), run.last("eval/loss")
+        total, seconds = number(run.results, "total_steps"), number(run.results, "wall_seconds")
+        steps = count(run.step) + (f" of {count(total)}" if not run.finished and total else "")
+        rows.append(
+            [
+                Link(run.name, quote(f"{run.name}/report.html", errors="replace")),
+                steps if run.finished else f"{steps}, not finished",
+                fixed(number(evaluation, "loss"), 4),
+                fixed(number(evaluation, "bits_per_byte"), 4),
+                count(number(evaluation, "step")),
+                fixed(last_loss, 4),
+                fixed(run.last("train/loss"), 4),
+                count(number(run.results, "tokens_per_second") or run.last("perf/tokens_per_second")),
+                memory(number(run.results, "peak_memory_bytes") or (run.last("perf/peak_memory_gib") or 0) * 2**30),
+                "–" if seconds is None or not drawable(seconds) else clock(seconds),
+            ]
+        )
+    columns = [
+        "Run", "#Steps", "#Best held-out loss", "#Bits per byte", "#At step", "#Last held-out loss", "#Training loss",
+        "#Tokens/s", "#Memory", "#Time",
+    ]  # fmt: skip
+    return Table("Runs", columns, rows, marked=0 if best else None)
+
+
+def _settings(runs: list[RunFiles]) -> Table:
+    """The settings in which the runs differ, a row each; those of a run's own model count as its default."""
+    names = dict.fromkeys(name for run in runs for name in changed_settings(run))
+    shown = {
+        name: [shown_setting(run, run.config[name]) if name in run.config else "–" for run in runs]
+        for name in names
+        if name not in _NOT_COMPARED
+    }
+    differing = {name: values for name, values in shown.items() if len(set(values)) > 1}
+    rows = [[Code(run.name), *(values[index] for values in differing.values())] for index, run in enumerate(runs)]
+    return Table("Settings that differ", ["Run", *(f"#{name}" for name in differing)], rows if differing else [])
