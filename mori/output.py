@@ -184,7 +184,13 @@ def merges(config: TrainConfig, model: nn.Module) -> bool:
 
 
 def summary(run: Run, state: State) -> dict:
-    """What the run did; its summary.json. `best_checkpoint` is the folder of the best weights, if they are still there."""
+    """What the run did; its summary.json.
+
+    `best_checkpoint` is the folder of the best weights, if they are still there. `samples.copied` (`samples.copied_before`) holds,
+    for each sample after (before) the training, the ranges of characters that stand word for word in the training text.
+    """
+    evaluations = {"before": state.before, "best": state.best.evaluation, "after": state.after}
+    copying = {name: (evaluation or {}).get("copying", {}) for name, evaluation in evaluations.items()}
     checkpoint = state.best.saved and checkpoints.folder_of(run.run_dir / "checkpoints", state.best.saved["step"])
     return {
         "run_name": run.config.run_name,
@@ -193,8 +199,14 @@ def summary(run: Run, state: State) -> dict:
         "trained_parameters": sum(parameter.numel() for parameter in run.parameters),
         "sha256": {**run.data.hashes, "model_sha256": run.model_sha256},
         "ledger": asdict(run.data.ledger),
-        "eval": {"before": state.before, "best": state.best.evaluation, "after": state.after},
-        "samples": {"before": state.samples_before, "after": state.samples_after},
+        "eval": {name: evaluation and _without("copying", evaluation) for name, evaluation in evaluations.items()},
+        "copying": {name: _without("spans", figures) or None for name, figures in copying.items()},
+        "samples": {
+            "before": state.samples_before,
+            "after": state.samples_after,
+            "copied_before": copying["before"].get("spans", []),
+            "copied": copying["after"].get("spans", []),
+        },
         "steps": state.step,
         "total_steps": run.total_steps,
         "stopped_early": state.step < run.total_steps,
@@ -207,6 +219,10 @@ def summary(run: Run, state: State) -> dict:
         "peak_memory_bytes": peak_memory_bytes(run.runtime.device),
         "output_dir": run.config.output_dir,
     }
+
+
+def _without(name: str, values: dict) -> dict:
+    return {key: value for key, value in values.items() if key != name}
 
 
 def finished_summary(run: Run) -> dict | None:

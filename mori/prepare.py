@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy
+
 from mori import distributed
 from mori.cli import UserError
 from mori.config import EvaluateConfig, TrainConfig
@@ -11,10 +13,12 @@ from mori.data.files import find_files
 from mori.data.formats import ReadOptions
 from mori.data.token_file import TokenFile, text_bytes_from
 from mori.data.token_writer import make_token_file
+from mori.data.tokenize import special_ids
 from mori.data.windows import ShiftedDataset, split
 from mori.distributed import Runtime
 from mori.generation.generate import check_prompts
 from mori.model import loading, special_tokens
+from mori.tracking.copying import CopyingMeter, Text
 
 _LEARNED_CHARACTERS = 1 << 26  # a preset's tokenizer is learned from the beginning of a longer text
 
@@ -36,6 +40,7 @@ class Prepared:
     held_out: ShiftedDataset | None
     held_out_bytes: int | None
     ledger: Ledger
+    copying: CopyingMeter
 
     @property
     def hashes(self) -> dict[str, str]:
@@ -79,12 +84,16 @@ def prepare(config: TrainConfig, runtime: Runtime) -> Prepared:
         eos_tokens=measures.documents * len(header["end"]) + len(header["final"]),
         **header["text"],
     )
-    held_out = held_out_bytes = None
+    held_out = held_out_bytes = held_out_text = None
     if validation:
         validation_tokens = tokenized(validation, tokenizer, model_config, special, config, runtime)
         held_out, held_out_bytes = scored_text(validation_tokens, validation, tokenizer, config.block_size, runtime)
+        held_out_text = Text(held_out.ids, validation_tokens.first_tokens)
     elif held_out_fraction:
         held_out, held_out_bytes = scored_text(token_file, corpus, tokenizer, config.block_size, runtime, boundary)
+        firsts = token_file.first_tokens
+        held_out_text = Text(held_out.ids, firsts[numpy.searchsorted(firsts, boundary) :] - boundary)
+    trained_text = Text(train.ids[: boundary - train.dropped], token_file.first_tokens)
     return Prepared(
         corpus=corpus,
         tokenizer=tokenizer,
@@ -95,6 +104,7 @@ def prepare(config: TrainConfig, runtime: Runtime) -> Prepared:
         held_out=held_out,
         held_out_bytes=held_out_bytes,
         ledger=ledger,
+        copying=CopyingMeter(trained_text, held_out_text, special_ids(tokenizer)),
     )
 
 

@@ -18,9 +18,10 @@ from mori.cli import Interrupted, RunFailed, UserError, callable_module, guarded
 from mori.config import TrainConfig
 from mori.data.windows import load_step
 from mori.evaluate import evaluate, first_nonfinite_tensor
-from mori.generation.generate import Completion, generate
+from mori.generation.generate import generate
 from mori.run import Run, build, check
 from mori.state import State
+from mori.tracking import copying
 from mori.tracking.memory import peak_memory_bytes
 
 
@@ -161,25 +162,33 @@ def evaluate_and_sample(run: Run, state: State, signals: distributed.StopSignals
     if state.step > 0 and evaluation.loss is not None:
         state.schedule.observe(evaluation.loss)
         state.best.observe(state.after)
-    monitor.scalars(state.step, evaluation.scalars())
-    if runtime.is_main:
-        try:
-            completions = guarded("no sample", lambda: draw_samples(run))
-            state.samples_after = [completion.prompt + completion.text for completion in completions]
-        except UserError as error:  # a model that cannot be sampled is still worth training
-            state.samples_after = [f"({error})"]
-        for number, sample in enumerate(state.samples_after):
-            monitor.text(state.step, f"samples/{number}", sample)
     monitor.say(f"step {state.step}: {evaluation}")
+    copied = draw_samples(run, state) if runtime.is_main else {}
+    monitor.scalars(state.step, {**evaluation.scalars(), **copied})
     if state.step == 0:
         state.before, state.samples_before = state.after, state.samples_after
         monitor.say("\n".join(["before:", *state.samples_before]))
 
 
-def draw_samples(run: Run) -> list[Completion]:
-    """Continue the prompts of the config with the model as it is now."""
-    with run.module.as_loaded() as model, run.runtime.autocast():
-        return generate(model, run.data.tokenizer, run.config.prompt, seed=run.config.seed, **run.config.sampling())
+def draw_samples(run: Run, state: State) -> dict[str, float]:
+    """Continue the prompts of the config with the model as it is now; returns, by tag, how much of the text is copied."""
+    config, tokenizer = run.config, run.data.tokenizer
+    try:
+        with run.module.as_loaded() as model, run.runtime.autocast():
+            draw = partial(generate, model, tokenizer, config.prompt, seed=config.seed, **config.sampling())
+            completions = guarded("no sample", draw)
+    except UserError as error:  # a model that cannot be sampled is still worth training
+        state.samples_after = [f"({error})"]
+        run.monitor.text(state.step, "samples/0", state.samples_after[0])
+        return {}
+    state.samples_after = [completion.prompt + completion.text for completion in completions]
+    figures, spans = run.data.copying.measure([c.new_token_ids for c in completions], at_the_end=run.is_over(state))
+    copied = [c.characters(tokenizer, ranges) for c, ranges in zip(completions, spans, strict=True)]
+    state.after["copying"] = {**figures, "spans": copied}
+    run.monitor.say(f"step {state.step}: {copying.sentence(figures)}")
+    for number, sample in enumerate(state.samples_after):
+        run.monitor.text(state.step, f"samples/{number}", sample)
+    return copying.scalars(figures)
 
 
 def log(run: Run, state: State, grad_norm: torch.Tensor | None, lr: float | None) -> None:

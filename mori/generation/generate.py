@@ -1,8 +1,9 @@
 """Prompts -> completions: settings, batches, and the end of each text."""
 
 import inspect
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -26,7 +27,7 @@ class PromptTooLong(UserError):
 
 @dataclass
 class Completion:
-    """A prompt, the text that follows it, and the text's token ids without the end-of-text token.
+    """A prompt, the text that follows it, and the token ids of both; those of the text without the end-of-text token.
 
     `finish_reason` is "eos", "stop_string", "length", "context" or "time". The text ends before a stop string, the ids end
     with the token that completed it.
@@ -35,7 +36,19 @@ class Completion:
     prompt: str
     text: str
     new_token_ids: list[int]
+    prompt_ids: list[int]
     finish_reason: str = ""
+
+    def characters(self, tokenizer, spans: Iterable[tuple[int, int]]) -> list[list[int]]:
+        """The ranges of characters, in `prompt + text`, of some ranges of `new_token_ids`; a part of a character is left out."""
+        before = before_answer(tokenizer, self.prompt_ids, self.new_token_ids)
+        n_before = len(decode_text(tokenizer, before))
+
+        def position(n_tokens: int) -> int:
+            text = decode_text(tokenizer, before + self.new_token_ids[:n_tokens])[n_before:]
+            return len(self.prompt) + len(os.path.commonprefix([text, self.text]))
+
+        return [[position(start), position(stop)] for start, stop in spans]
 
 
 def generate(
@@ -184,7 +197,7 @@ class _Text:
         text = decode_text(self.tokenizer, before + self.ids)[len(decode_text(self.tokenizer, before)) :]
         if self.stream and self.stream.stopped:
             text = "".join(self.pieces)
-        return Completion(prompt, text, self.ids, self.finish_reason)
+        return Completion(prompt, text, self.ids, self.prompt_ids, self.finish_reason)
 
     def _emit(self, piece: str) -> None:
         self.pieces.append(piece)
