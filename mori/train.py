@@ -186,8 +186,8 @@ def draw_samples(run: Run, state: State) -> dict[str, float]:
     copied = [c.characters(tokenizer, ranges) for c, ranges in zip(completions, spans, strict=True)]
     state.after["copying"] = {**figures, "spans": copied}
     run.monitor.say(f"step {state.step}: {copying.sentence(figures)}")
-    for number, sample in enumerate(state.samples_after):
-        run.monitor.text(state.step, f"samples/{number}", sample)
+    for number, (sample, marked) in enumerate(zip(state.samples_after, copied, strict=True)):
+        run.monitor.text(state.step, f"samples/{number}", sample, marked)
     return copying.scalars(figures)
 
 

@@ -5,6 +5,7 @@ import json
 import numpy
 import pytest
 from conftest import CPU, stop_after
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
 from mori.config import TrainConfig
@@ -182,6 +183,8 @@ def test_run_marks_what_its_samples_copy(settings, run_train, memorizing, tmp_pa
     run = tmp_path / "runs" / "run"
     lines = {line["step"]: line for line in read_metrics(run / "metrics.jsonl") if "eval/loss" in line}
     assert sorted(lines) == [0, 40, 80] and copying.scalars(after).items() <= lines[80].items()
+    texts = EventAccumulator(str(run)).Reload().Tensors("samples/0/text_summary")
+    assert [b"<strong>" in text.tensor_proto.string_val[0] for text in texts][::2] == [False, True]
     assert f"step 80: {copying.sentence(after)}" in capsys.readouterr().out
     assert json.loads((run / "summary.json").read_text())["copying"] == summary["copying"]
 
