@@ -7,6 +7,7 @@ A new optimizer is a function in `OPTIMIZERS` and its name among the choices of 
 import json
 import math
 import re
+import warnings
 from collections.abc import Callable
 from functools import partial
 
@@ -61,14 +62,15 @@ def _plain(optimizer: type[torch.optim.Optimizer], model: nn.Module, config: Tra
     return optimizer(parameter_groups(model, config.weight_decay), lr=config.learning_rate)
 
 
-def adamw_8bit(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW with 8-bit moments by bitsandbytes (Dettmers et al., 2022, arXiv:2110.02861); embeddings keep 32-bit moments.
+def adamw_bitsandbytes(kind: str, model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW by bitsandbytes, as Trainer sets it up; `kind` is its class there.
 
-    Trainer sets up `optim="adamw_bnb_8bit"` in the same way.
+    With 8-bit moments (Dettmers et al., 2022, arXiv:2110.02861) embeddings keep 32-bit ones. On a GPU, the paged kinds move moments
+    to host memory when memory runs out (Dettmers et al., 2023, arXiv:2305.14314); on a CPU they are the same as the others.
     """
-    from bitsandbytes.optim import AdamW8bit, GlobalOptimManager
+    import bitsandbytes.optim
 
-    class EightBitAdamW(AdamW8bit):
+    class TensorStateAdamW(getattr(bitsandbytes.optim, kind)):
         def state_dict(self) -> dict:
             """Tensors only; bitsandbytes wraps some of them for FSDP and counts steps in an int."""
             own = torch.optim.Optimizer.state_dict(self)
@@ -79,14 +81,23 @@ def adamw_8bit(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
             return {**own, "state": state}
 
         def load_state_dict(self, state_dict: dict) -> None:
-            """Load the result of `state_dict`."""
+            """Load the result of `state_dict`; paged moments are pages again."""
             state = {index: {**values, "step": int(values["step"])} for index, values in state_dict["state"].items()}
             super().load_state_dict({**state_dict, "state": state})
+            for parameter, values in self.state.items() if self.is_paged else ():
+                for name in {"state1", "state2"} & values.keys():
+                    values[name] = self.get_state_buffer(parameter, dtype=values[name].dtype).copy_(values[name])
+
+        def get_state_buffer(self, p: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            with warnings.catch_warnings():  # one for each tensor on a CPU, which has no pages
+                warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
+                return super().get_state_buffer(p, dtype)
 
     for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            GlobalOptimManager.get_instance().register_module_override(module, "weight", {"optim_bits": 32})
-    return EightBitAdamW(parameter_groups(model, config.weight_decay), **_adam_options(config))
+        if isinstance(module, nn.Embedding) and kind.endswith("8bit"):
+            manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
+            manager.register_module_override(module, "weight", {"optim_bits": 32})
+    return TensorStateAdamW(parameter_groups(model, config.weight_decay), **_adam_options(config))
 
 
 def adafactor(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -207,7 +218,9 @@ def round_stochastically(values: torch.Tensor, generator: torch.Generator) -> to
 OPTIMIZERS: dict[str, Callable[[nn.Module, TrainConfig], torch.optim.Optimizer]] = {
     "adamw_torch_fused": adamw,
     "adamw_torch": adamw_unfused,
-    "adamw_bnb_8bit": adamw_8bit,
+    "adamw_bnb_8bit": partial(adamw_bitsandbytes, "AdamW8bit"),
+    "paged_adamw_8bit": partial(adamw_bitsandbytes, "PagedAdamW8bit"),
+    "paged_adamw_32bit": partial(adamw_bitsandbytes, "PagedAdamW32bit"),
     "muon": muon,
     "adafactor": adafactor,
     "sgd": partial(_plain, torch.optim.SGD),

@@ -108,7 +108,8 @@ def test_mori_exact_equals_trainer_on_a_pretrained_model(both):
     assert_equal_to_the_bit(pair, 20)
 
 
-def test_mori_exact_equals_trainer_with_8_bit_moments(both, settings, tmp_path):
+@pytest.mark.parametrize("optim", ["adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit"])
+def test_mori_exact_equals_trainer_with_bitsandbytes(optim, both, settings, tmp_path):
     pytest.importorskip("bitsandbytes")
     config = AutoConfig.from_pretrained(settings["model"])
     config.n_embd = 64  # bitsandbytes keeps small tensors in 32 bits
@@ -116,7 +117,7 @@ def test_mori_exact_equals_trainer_with_8_bit_moments(both, settings, tmp_path):
     saving.save(
         AutoModelForCausalLM.from_config(config), AutoTokenizer.from_pretrained(settings["model"]), tmp_path / "wide"
     )
-    _, _, pair = both(model=str(tmp_path / "wide"), optim="adamw_bnb_8bit", max_steps=20)
+    _, _, pair = both(model=str(tmp_path / "wide"), optim=optim, max_steps=20)
     assert_equal_to_the_bit(pair, 20)
 
 

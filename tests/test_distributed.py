@@ -15,10 +15,12 @@ from mori.distributed import restarted, start
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "scripts/train.py"]
 
 
+@pytest.mark.parametrize("adapters", [{}, {"use_peft": True, "lora_r": 4}, {"freeze_trainable_layers": 1}])
 def test_two_ranks_train_a_model_with_unused_parameters_as_one_rank_does(
-    run_train, settings, model_with_unused_parameters, tmp_path
+    adapters, run_train, settings, model_with_unused_parameters, tmp_path
 ):
     options = {
+        **adapters,
         "model": str(model_with_unused_parameters),
         "dropout": 0.0,
         "max_steps": 4,

@@ -104,7 +104,7 @@ SAME = {
 VALUES = {
     "optim": {
         "adamw": "adamw_torch", "adamw_hf": "adamw_torch", "adam": "adamw_torch", "fused_adamw": "adamw_torch_fused",
-        "adamw_8bit": "adamw_bnb_8bit", "paged_adamw_8bit": "adamw_bnb_8bit", "adamw8bit": "adamw_bnb_8bit",
+        "adamw_8bit": "adamw_bnb_8bit", "adamw8bit": "adamw_bnb_8bit", "paged_adamw": "paged_adamw_32bit",
     },
     "lr_scheduler_type": {"wsd": "warmup_stable_decay", "cosine_with_warmup": "cosine", "linear_with_warmup": "linear"},
     "precision": {

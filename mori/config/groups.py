@@ -138,12 +138,14 @@ class TrainingConfig(Config):
     optim: str = flag(
         "adamw_torch_fused",
         "optimizer, as in Trainer: AdamW in PyTorch's fused kernel, or without it; AdamW with 8-bit moments by bitsandbytes (2 "
-        "bytes a weight instead of 8; results differ); adafactor (factored second moments); sgd, rmsprop and adagrad with "
+        "bytes a weight instead of 8; results differ), paged if a GPU's memory runs out; adafactor (factored second moments); sgd, rmsprop and adagrad with "
         "PyTorch's defaults. Also muon (torch.optim.Muon for the hidden matrices, AdamW for the rest)",
         choices=(
             "adamw_torch_fused",
             "adamw_torch",
             "adamw_bnb_8bit",
+            "paged_adamw_8bit",
+            "paged_adamw_32bit",
             "muon",
             "adafactor",
             "sgd",

@@ -100,8 +100,8 @@ class TrainConfig(
                 "extend resumes a run, resume_from_checkpoint none starts one: they contradict each other",
             ),
             (
-                self.optim != "adamw_bnb_8bit" or importlib.util.find_spec("bitsandbytes") is not None,
-                "optim adamw_bnb_8bit needs bitsandbytes: pip install bitsandbytes",
+                "bit" not in self.optim or importlib.util.find_spec("bitsandbytes") is not None,
+                f"optim {self.optim} needs bitsandbytes: pip install bitsandbytes",
             ),
             (
                 self.optim == "adamw_torch_fused" or self.dtype == "float32",
