@@ -17,6 +17,7 @@ from mori.config.groups import (
     TrainedModelConfig,
     TrainingConfig,
 )
+from mori.config.recipes import RECIPES, RecipeConfig
 from mori.config.sampling import TrainSamplingConfig
 
 PRESETS = ("mini",)
@@ -28,6 +29,7 @@ NO_WARMUP = ("constant", *FOLLOW_EVALUATIONS)  # those without a warm-up
 class TrainConfig(
     TrainedModelConfig,
     CorpusConfig,
+    RecipeConfig,
     TrainingConfig,
     AdapterConfig,
     FreezingConfig,
@@ -45,14 +47,15 @@ class TrainConfig(
         return self.use_peft or Path(self.model, "adapter_config.json").is_file()
 
     def resolve(self) -> "TrainConfig":
-        """A copy in which every default that depends on another field has its value."""
+        """A copy in which every default that depends on another field has its value: the recipe's, or that of the model's start."""
         resolved = dataclasses.replace(self, model=self.model.rstrip("/") or self.model)
         resolved.use_peft = resolved.trains_adapters
+        recipe = RECIPES.get(resolved.recipe, {})
         start = "scratch" if resolved.model in PRESETS else "adapters" if resolved.use_peft else "pretrained"
         if resolved.warmup_steps is None and resolved.lr_scheduler_type in NO_WARMUP:
             resolved.warmup_steps = 0.0
         for f in fields(resolved):
-            default = f.metadata.get(start, f.metadata.get("pretrained"))
+            default = recipe.get(f.name, f.metadata.get(start, f.metadata.get("pretrained")))
             if default is not None and getattr(resolved, f.name) is None:
                 setattr(resolved, f.name, default)
         if not resolved.run_name:
