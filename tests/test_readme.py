@@ -7,6 +7,7 @@ A measured figure is a link to the file in runs/bench/ that holds it; the link's
 import inspect
 import json
 import re
+import runpy
 import shlex
 import textwrap
 from pathlib import Path
@@ -29,6 +30,7 @@ TRAINING_STEP = re.compile(
 
 BENCHMARKS = {name: command.config for name, command in COMMANDS.members["bench"].members.items()}
 CONFIGS = {name: command.config for name, command in COMMANDS.members.items() if name != "bench"}
+CONFIGS["sweep"] = runpy.run_path(str(ROOT / "scripts" / "sweep.py"))["SweepConfig"]
 OTHER_PROGRAMS_FLAGS = {"help", "version", "config", "logdir", "nproc_per_node", "max_restarts", "full", "jobs"}
 LAUNCHERS = ([], ["python"], ["python", "-m"], ["torchrun", "--nproc-per-node=2"])
 
