@@ -269,6 +269,33 @@ def test_copied_spans_are_marked_and_malformed_ones_left_out(tmp_path):
     assert pages(folder)["md"].count("<mark>") == 3
 
 
+def test_copying_is_shown_beside_the_held_out_text(tmp_path):
+    metrics = [
+        {
+            "step": step,
+            "copying/share_of_8_tokens": step / 100,
+            "copying/longest_run": step,
+            "copying/baseline_share_of_8_tokens": 0.02,
+        }
+        for step in (0, 20, 40)
+    ]
+    folder = made_run(tmp_path / "run", metrics=metrics)
+    write_run(read_run(folder))
+    for page in pages(folder).values():
+        assert "40.0 %" in page and "held-out text 2.0 %, at most 40 tokens" in page
+
+
+def test_plan_stands_beside_what_happened(tmp_path):
+    plan = {"step": 0, "seconds": {"total": 50.0}, "peak_memory_bytes": {"host": 1 << 30}}
+    folder = made_run(tmp_path / "run", preflight=plan)
+    write_run(read_run(folder))
+    cells = Html(pages(folder)["html"], "td").texts
+    assert [cells[i : i + 4] for i, cell in enumerate(cells) if cell in ("Time", "Peak memory")] == [
+        ["Time", "0:50", "1:05", "30.4 % higher"],
+        ["Peak memory", "1.00 GiB", "1.50 GiB", "50.0 % higher"],
+    ]
+
+
 def test_values_that_are_not_finite_break_the_line_and_are_named(tmp_path):
     metrics = [
         {

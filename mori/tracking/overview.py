@@ -1,5 +1,6 @@
 """A run in a few printed lines, before its first step and after its last, and `environment.json`."""
 
+import contextlib
 import json
 import platform
 import shlex
@@ -27,12 +28,22 @@ def environment(device: torch.device, precision: str, world_size: int) -> dict:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if gpu else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name(device) if gpu else _processor(),
         "precision": precision,
         "threads": torch.get_num_threads(),
         "world_size": world_size,
         "command": sys.argv,
     }
+
+
+def _processor() -> str:
+    """The processor's name as its maker gives it, or else its architecture."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            name, _, value = line.partition(":")
+            if name.strip() == "model name" and value.strip():
+                return value.strip()
+    return platform.processor() or platform.machine()
 
 
 def introduction(

@@ -3,7 +3,7 @@
 import html
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 _SIZE = 1000  # of the drawing, in both directions; the page stretches it
 _MOST_POINTS = 500  # of a line: more are thinner than a pixel
@@ -26,7 +26,6 @@ class Series:
         colour: a name of the page's style sheet.
         dots: mark every point, with its value as a tooltip.
         smooth: draw a moving mean over the values of a long line.
-        link: where the name in the legend leads.
     """
 
     name: str
@@ -34,7 +33,6 @@ class Series:
     colour: str
     dots: bool = False
     smooth: bool = False
-    link: str = ""
 
 
 @dataclass
@@ -44,6 +42,7 @@ class Chart:
     Attributes:
         digits: the format of the values.
         logarithmic: allow a logarithmic axis, which is taken if the values differ enough.
+        crowded: of so many lines that only the moving mean of each is drawn, the first line above the others, without dots.
         lost: which values are not drawn, in words; "" if all are.
     """
 
@@ -51,6 +50,7 @@ class Chart:
     series: list[Series]
     digits: str = ".4f"
     logarithmic: bool = False
+    crowded: bool = False
     lost: str = ""
     axis: "Axis" = field(init=False)
     steps: "Axis" = field(init=False)
@@ -62,6 +62,8 @@ class Chart:
                 f"Not finite, so not drawn: step {', '.join(f'{s:,}' for s in steps[:8])}{', …' * (len(steps) > 8)}"
             )
         self.series = [series for series in self.series if any(drawable(value) for _, value in series.points)]
+        if self.crowded:
+            self.series = [replace(s, points=smoothed(s.points)) if s.smooth else s for s in self.series]
         values = [value for series in self.series for _, value in series.points if drawable(value)]
         steps = [step for series in self.series for step, _ in series.points]
         logarithmic = self.logarithmic and bool(values) and 0 < _LOGARITHMIC_FROM * min(values) < max(values)
@@ -146,8 +148,7 @@ def smoothed(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
         sums.append(sums[-1] + value)
     result = []
     for index, (step, _) in enumerate(finite):
-        near = min(reach, index, len(finite) - 1 - index)
-        low, high = index - near, index + near + 1
+        low, high = max(0, index - reach), min(len(finite), index + reach + 1)
         result.append((step, (sums[high] - sums[low]) / (high - low)))
     return result
 
@@ -155,7 +156,7 @@ def smoothed(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
 def svg(chart: Chart) -> str:
     """The chart as HTML: an inline SVG that fills its box, and the labels of its axes. The box has a size from the style sheet."""
     lines = [f'<path class="gridline" d="M0 {_y(place)}H{_SIZE}"/>' for place, _ in chart.axis.ticks()]
-    for series in chart.series:
+    for series in reversed(chart.series):
         lines += _line(chart, series)
     across = "".join(
         f'<span style="bottom:{place * 100:.2f}%">{label}</span>'
@@ -187,7 +188,7 @@ def _in_words(chart: Chart) -> str:
 
 def _line(chart: Chart, series: Series) -> list[str]:
     """The paths of a series: its line, broken where values are not finite, and its dots with their values."""
-    smooth = series.smooth and len(series.points) >= _SMOOTHED_FROM
+    smooth = series.smooth and not chart.crowded and len(series.points) >= _SMOOTHED_FROM
     style = f'style="stroke:var(--{series.colour})"'
     paths = [f'<path class="line{" faint" if smooth else ""}" {style} d="{_path(chart, thinned(series.points))}"/>']
     if smooth:

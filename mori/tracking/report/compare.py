@@ -89,7 +89,7 @@ def _figures(runs: list[RunFiles], best: RunFiles | None) -> list[Figure]:
 
 
 def _charts(runs: list[RunFiles], measure: str) -> list[Chart]:
-    """The curves of the runs in one picture each; the worst are drawn first, so that the best lie above them."""
+    """The curves of the runs in one picture each."""
     name = "bits per byte" if measure == "bits_per_byte" else "loss"
     charts = []
     for title, tag, smooth in ((f"Held-out {name}", f"eval/{measure}", False), ("Training loss", "train/loss", True)):
@@ -97,7 +97,7 @@ def _charts(runs: list[RunFiles], measure: str) -> list[Chart]:
             Series(run.name, run.points(tag), _colour(index), dots=not smooth and index < _COLOURS, smooth=smooth)
             for index, run in enumerate(runs[:_MOST_RUNS])
         ]
-        charts.append(Chart(title, series))
+        charts.append(Chart(title, series, crowded=True))
     return [chart for chart in charts if chart.series]
 
 
@@ -107,14 +107,14 @@ def _colour(index: int) -> str:
 
 def _runs(runs: list[RunFiles], best: RunFiles | None) -> Table:
     rows = []
-    for run in runs:
+    for index, run in enumerate(runs):
         evaluation, last_loss = best_evaluation(run), run.last("eval/loss")
         total, seconds = number(run.results, "total_steps"), number(run.results, "wall_seconds")
-        steps = count(run.step) + (f" of {count(total)}" if not run.finished and total else "")
+        steps = count(run.step) + ("" if run.finished else f" of {count(total)}" if total else " …")
         rows.append(
             [
-                Link(run.name, quote(f"{run.name}/report.html", errors="replace")),
-                steps if run.finished else f"{steps}, not finished",
+                Link(run.name, quote(f"{run.name}/report.html", errors="replace"), _colour(index)),
+                steps,
                 fixed(number(evaluation, "loss"), 4),
                 fixed(number(evaluation, "bits_per_byte"), 4),
                 count(number(evaluation, "step")),

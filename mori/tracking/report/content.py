@@ -56,7 +56,15 @@ def run_page(run: RunFiles) -> Page:
         ],
         tables=[
             table
-            for table in (_evaluations(run), _text(run), _model(run), _hashes(run), _machine(run), _settings(run))
+            for table in (
+                _evaluations(run),
+                _text(run),
+                _model(run),
+                _planned(run),
+                _machine(run),
+                _hashes(run),
+                _settings(run),
+            )
             if table.rows
         ],
         commands=_commands(run),
@@ -138,7 +146,11 @@ def _figures(run: RunFiles, before: dict, after: dict) -> list[Figure]:
             digits = 4 if name == "loss" else 1
             changed = first is not None and number(before, "step") != number(after, "step")
             figures.append(
-                Figure(f"Held-out {name}", fixed(value, digits), f"from {fixed(first, digits)}" if changed else "")
+                Figure(
+                    "Held-out loss" if name == "loss" else "Perplexity",
+                    fixed(value, digits),
+                    f"from {fixed(first, digits)}" if changed else "",
+                )
             )
     if step is not None:
         epochs = run.last("train/epoch")
@@ -153,11 +165,23 @@ def _figures(run: RunFiles, before: dict, after: dict) -> list[Figure]:
     speed = number(results, "tokens_per_second") or run.last("perf/tokens_per_second")
     if speed:
         mfu = run.last("perf/mfu")
-        figures.append(Figure("Tokens per second", count(speed), f"MFU {fixed(mfu * 100, 0)} %" if mfu else ""))
+        figures.append(Figure("Tokens/s", count(speed), f"MFU {fixed(mfu * 100, 0)} %" if mfu else ""))
     peak = number(results, "peak_memory_bytes") or (run.last("perf/peak_memory_gib") or 0) * 2**30
     if peak:
         figures.append(Figure("Peak memory", memory(peak)))
+    share, longest = run.last("copying/share_of_8_tokens"), run.last("copying/longest_run")
+    if share is not None:
+        beside = run.last("copying/baseline_share_of_8_tokens")
+        notes = [
+            "" if beside is None else f"held-out text {_percent(beside)}",
+            f"at most {count(longest)} tokens" if longest else "",
+        ]
+        figures.append(Figure("Copied", _percent(share), ", ".join(filter(None, notes))))
     return figures
+
+
+def _percent(share: float) -> str:
+    return f"{fixed(share * 100, 1)} %"
 
 
 def _warnings(run: RunFiles) -> list[str]:
@@ -199,6 +223,12 @@ def _charts(run: RunFiles) -> list[Chart]:
             "Speed", [Series("tokens per second", run.points("perf/tokens_per_second"), "plain", smooth=True)], ",.0f"
         ),
     ]
+    shares = {"samples": "copying/share_of_8_tokens", "held-out text": "copying/baseline_share_of_8_tokens"}
+    copied = [
+        Series(name, run.points(tag), colour, dots=True)
+        for (name, tag), colour in zip(shares.items(), ("held", "rest"), strict=True)
+    ]
+    charts.append(Chart("Share of 8-token windows copied from the training text", copied, ".1%"))
     return [chart for chart in charts if chart.series]
 
 
@@ -328,6 +358,26 @@ def _machine(run: RunFiles) -> Table:
     values = {name: run.environment.get(key) for name, key in names.items()}
     rows = [[name, str(value)] for name, value in values.items() if isinstance(value, (str, int)) and value != ""]
     return Table("Machine and versions", ["", ""], rows)
+
+
+def _planned(run: RunFiles) -> Table:
+    """What was expected before the first step, beside what happened."""
+    plan, rows = run.preflight, []
+    seconds, took = number(plan, "seconds", "total"), number(run.results, "wall_seconds")
+    if seconds is not None and drawable(seconds):
+        happened = took if run.finished and whole(plan, "step") == 0 and took is not None and drawable(took) else None
+        rows.append(["Time", clock(seconds), "–" if happened is None else clock(happened), change(seconds, happened)])
+    peaks = mapping(plan, "peak_memory_bytes")
+    bytes_planned, bytes_used = (
+        number(peaks, "device") or number(peaks, "host"),
+        number(run.results, "peak_memory_bytes"),
+    )
+    if bytes_planned:
+        rows.append(["Peak memory", memory(bytes_planned), memory(bytes_used), change(bytes_planned, bytes_used)])
+    note = (
+        "The plan is that of the first step's rehearsal. The time that happened includes the start and the last files."
+    )
+    return Table("Planned and happened", ["", "#Planned", "#Happened", "#Difference"], rows, note)
 
 
 def changed_settings(run: RunFiles) -> dict:

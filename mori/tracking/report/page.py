@@ -12,10 +12,11 @@ class Code(str):
 
 @dataclass
 class Link:
-    """A text that leads to a file beside the page; `target` is quoted as in a URL."""
+    """A text that leads to a file beside the page; `target` is quoted as in a URL, `colour` that of its line in the charts."""
 
     text: str
     target: str
+    colour: str = "rest"
 
 
 @dataclass

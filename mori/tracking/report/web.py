@@ -3,6 +3,7 @@
 import html
 import re
 
+from mori.cli import plural
 from mori.tracking.report.charts import Chart, svg
 from mori.tracking.report.page import Code, Link, Page, Sample, Table
 
@@ -33,7 +34,7 @@ p{margin:0}
 .big .was{color:var(--soft);font-weight:480}.big .to{color:var(--soft);font-weight:400;padding:0 .14em;font-size:.72em}
 .big .now{color:var(--held)}
 .note,.figure small{color:var(--soft);font-size:14px}
-.figures{grid-column:1/-1;display:grid;grid-template-columns:repeat(auto-fit,minmax(132px,1fr));gap:18px 24px;border-top:1px solid var(--rule);
+.figures{grid-column:1/-1;display:grid;grid-template-columns:repeat(auto-fit,minmax(112px,1fr));gap:18px;border-top:1px solid var(--rule);
 padding-top:20px}
 .figure b{display:block;font-size:23px;font-weight:620;letter-spacing:-.02em;line-height:1.3;white-space:nowrap}
 .figure small{display:block;line-height:1.35}
@@ -42,7 +43,8 @@ padding-top:20px}
 .panel{padding:18px 20px 14px;min-width:0}
 .panel.wide{grid-column:1/-1}
 .chart h3{font-size:15px;margin:0 0 2px}
-.legend{display:flex;flex-wrap:wrap;gap:2px 16px;font-size:13px;color:var(--soft);margin-bottom:12px;overflow-wrap:anywhere}
+.legend{display:flex;flex-wrap:wrap;gap:2px 16px;font-size:13px;color:var(--soft);margin-bottom:12px}
+.legend span{max-width:100%;overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
 .legend b{color:var(--ink);font-weight:600}
 .legend i,td i{display:inline-block;width:10px;height:10px;border-radius:5px;margin-right:6px}
 .plot{position:relative;height:190px;margin:6px 0 24px 46px}
@@ -60,13 +62,15 @@ padding-top:20px}
 mark{background:var(--mark);color:inherit;border-radius:3px;padding:1px 0;-webkit-box-decoration-break:clone;box-decoration-break:clone}
 .share{display:flex;height:14px;border-radius:7px;overflow:hidden;gap:2px;margin:2px 0 10px}
 .share span{min-width:3px}
+.panel+.note,.scroll+.note,.grid+.note{margin-top:8px}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-size:14.5px}
 th{font-weight:600;color:var(--soft);font-size:13px;text-align:left;vertical-align:bottom}
 th,td{padding:7px 18px 7px 0;border-bottom:1px solid var(--rule);vertical-align:top}
 tr:last-child td{border-bottom:0}
-.n{text-align:right;white-space:nowrap}th:last-child,td:last-child{padding-right:0}
-.pairs td:first-child{color:var(--soft);width:38%}.pairs td{overflow-wrap:anywhere}
+.named td:first-child{min-width:130px;overflow-wrap:anywhere}
+.n{text-align:right}td.n{white-space:nowrap}th:last-child,td:last-child{padding-right:0}
+.pairs{max-width:720px}.pairs td:first-child{color:var(--soft);width:38%}.pairs td{overflow-wrap:anywhere}
 .best td{font-weight:650;color:var(--held)}
 code,pre{font:13px/1.55 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;overflow-wrap:anywhere}
 pre{white-space:pre-wrap;margin:6px 0 16px}
@@ -77,7 +81,7 @@ details .scroll{margin-top:10px}
 a{color:var(--held)}
 footer{color:var(--soft);font-size:13px;margin-top:44px}
 @media(max-width:720px){main{padding:26px 16px 40px}.card{grid-template-columns:minmax(0,1fr);padding:20px 18px}.grid,.pair{grid-template-columns:minmax(0,1fr)}
-.panel{padding:16px 16px 12px}.figures{grid-template-columns:1fr 1fr}.wide .plot{height:190px}table{font-size:13px}th{font-size:12px}th,td{padding-right:10px}.n{white-space:normal}h2{margin-top:38px}.pair{gap:10px}}
+.panel{padding:16px 16px 12px}.figures{grid-template-columns:1fr 1fr}.wide .plot{height:190px}table{font-size:13px}th{font-size:12px}th,td{padding-right:10px}.named td:first-child{min-width:110px}h2{margin-top:38px}.pair{gap:10px}}
 @media print{body{background:#fff}.card,.panel,details{break-inside:avoid}}
 """
 
@@ -86,8 +90,8 @@ def page(content: Page) -> str:
     """The page as HTML."""
     parts = [
         f'<p class="kind">{_text(content.kind)}</p><h1>{_text(content.title)}</h1><p class="summary">{_text(content.summary)}</p>',
-        _warnings(content.warnings),
         _card(content),
+        _warnings(content.warnings),
         _section("Curves", _charts(content.charts[1:] if content.headline else content.charts)),
         _section("Samples", _samples(content)),
         *(_table(table, content.shares if table.title == "The text" else []) for table in content.tables),
@@ -144,14 +148,20 @@ def _charts(charts: list[Chart]) -> str:
 
 
 def _legend(chart: Chart) -> str:
-    """The names of the lines, each with its last value."""
+    """The names of the lines, each with its last value; where there are many, the names of those that have a colour."""
     entries = []
     for series in chart.series:
-        name = f'<a href="{_text(series.link)}">{_text(series.name)}</a>' if series.link else _text(series.name)
-        entries.append(
-            f'<span><i style="background:var(--{series.colour})"></i>{name} <b>{series.points[-1][1]:{chart.digits}}</b></span>'
-        )
+        if chart.crowded and series.colour == "rest":
+            continue
+        value = "" if chart.crowded else f" <b>{series.points[-1][1]:{chart.digits}}</b>"
+        entries.append(f"<span>{_dot(series.colour)}{_text(series.name)}{value}</span>")
+    others = len(chart.series) - len(entries)
+    entries += [f"<span>{_dot('rest')}{plural(others, 'other')}</span>"] if others else []
     return f'<div class="legend">{"".join(entries)}</div>'
+
+
+def _dot(colour: str) -> str:
+    return f'<i style="background:var(--{colour})"></i>'
 
 
 def _drawing(chart: Chart) -> str:
@@ -190,13 +200,20 @@ def _table(table: Table, shares: list[tuple[str, int]]) -> str:
         for index, row in enumerate(table.rows)
     ]
     body = (
-        f'<div class="scroll"><table{"" if named else " class=pairs"}>{f"<thead><tr>{head}</tr></thead>" if named else ""}'
+        f'<div class="scroll"><table{_class(table)}>{f"<thead><tr>{head}</tr></thead>" if named else ""}'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
     note = f'<p class="note">{_text(table.note)}</p>' if table.note else ""
     if table.folded:
         return f"<details><summary>{_text(table.title)}</summary>{body}{note}</details>"
     return _section(table.title, f'<div class="panel">{_shares(shares)}{body}</div>{note}')
+
+
+def _class(table: Table) -> str:
+    """The class of pairs of names and values, or of a table whose rows have names."""
+    if not any(column.strip("#") for column in table.columns):
+        return ' class="pairs"'
+    return "" if table.columns[0].startswith("#") else ' class="named"'
 
 
 def _shares(shares: list[tuple[str, int]]) -> str:
@@ -207,16 +224,13 @@ def _shares(shares: list[tuple[str, int]]) -> str:
     bar = "".join(
         f'<span style="flex:{tokens} 1 0;background:var(--{colours[name]})"></span>' for name, tokens in shares
     )
-    names = "".join(
-        f'<span><i style="background:var(--{colours[name]})"></i>{name} <b>{tokens:,}</b></span>'
-        for name, tokens in shares
-    )
+    names = "".join(f"<span>{_dot(colours[name])}{name} <b>{tokens:,}</b></span>" for name, tokens in shares)
     return f'<div class="share" aria-hidden="true">{bar}</div><div class="legend">{names}</div>'
 
 
 def _cell(cell) -> str:
     if isinstance(cell, Link):
-        return f'<a href="{_text(cell.target)}">{_text(cell.text)}</a>'
+        return f'{_dot(cell.colour)}<a href="{_text(cell.target)}">{_text(cell.text)}</a>'
     return f"<code>{_text(cell)}</code>" if isinstance(cell, Code) else _text(cell)
 
 
