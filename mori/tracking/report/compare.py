@@ -5,13 +5,8 @@ from urllib.parse import quote
 
 from mori.cli import clock, plural
 from mori.tracking.report.charts import Chart, Series, drawable
-from mori.tracking.report.content import (
-    best_evaluation,
-    changed_settings,
-    first_evaluation,
-    shown_setting,
-)
-from mori.tracking.report.data import RunFiles, number, text
+from mori.tracking.report.content import shown_setting
+from mori.tracking.report.data import RunFiles, changed_settings, number, text
 from mori.tracking.report.page import Code, Figure, Headline, Link, Page, Table, change, count, fixed, memory
 
 _COLOURS = 8  # that the style sheet has for runs; the others are grey
@@ -52,7 +47,7 @@ def folder_page(folder: Path, runs: list[RunFiles]) -> Page:
 
 
 def _best(run: RunFiles, name: str) -> float | None:
-    value = number(best_evaluation(run), name)
+    value = number(run.best_evaluation, name)
     return value if value is not None and drawable(value) else None
 
 
@@ -72,10 +67,10 @@ def _held_out(run: RunFiles) -> tuple:
 
 
 def _headline(run: RunFiles, measure: str) -> Headline:
-    first, last = number(first_evaluation(run), measure), _best(run, measure)
+    first, last = number(run.first_evaluation, measure), _best(run, measure)
     label, digits = ("bits per byte", 3) if measure == "bits_per_byte" else ("held-out loss", 4)
     shown = "" if first is None else fixed(first, digits)
-    step = count(number(best_evaluation(run), "step"))
+    step = count(number(run.best_evaluation, "step"))
     note = " · ".join(filter(None, (f"{run.name}, step {step}", change(first, last))))
     return Headline(f"The lowest {label}", shown, fixed(last, digits), note)
 
@@ -108,7 +103,7 @@ def _colour(index: int) -> str:
 def _runs(runs: list[RunFiles], best: RunFiles | None) -> Table:
     rows = []
     for index, run in enumerate(runs):
-        evaluation, last_loss = best_evaluation(run), run.last("eval/loss")
+        evaluation, last_loss = run.best_evaluation, run.last("eval/loss")
         total, seconds = number(run.results, "total_steps"), number(run.results, "wall_seconds")
         steps = count(run.step) + ("" if run.finished else f" of {count(total)}" if total else " …")
         rows.append(

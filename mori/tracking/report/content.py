@@ -2,13 +2,21 @@
 
 import os
 import shlex
-from dataclasses import asdict
 from pathlib import Path
 
-from mori.cli import UserError, clock, plural
-from mori.config import TrainConfig
+from mori.cli import clock, plural
 from mori.tracking.report.charts import Chart, Series, drawable
-from mori.tracking.report.data import RunFiles, mapping, number, text, texts, whole
+from mori.tracking.report.data import (
+    METRICS,
+    RunFiles,
+    changed_settings,
+    mapping,
+    number,
+    text,
+    texts,
+    typed_command,
+    whole,
+)
 from mori.tracking.report.page import (
     Code,
     Figure,
@@ -18,19 +26,19 @@ from mori.tracking.report.page import (
     Table,
     change,
     compact,
+    copied_ranges,
     count,
     fixed,
     memory,
 )
 
-_METRICS = {"bits_per_byte": ("bits per byte", 3), "loss": ("loss", 4), "perplexity": ("perplexity", 1)}
 _MOST_ROWS = 24  # of a table of evaluations
 _RISEN = 1.01  # times the lowest held-out loss
 
 
 def run_page(run: RunFiles) -> Page:
     """The page of a run."""
-    before, after = first_evaluation(run), last_evaluation(run)
+    before, after = run.first_evaluation, run.last_evaluation
     pairs, copies = _samples(run)
     note = "The prompt is grey. Marked: word for word in the training text." if copies else "The prompt is grey."
     ledger = run.ledger
@@ -72,32 +80,6 @@ def run_page(run: RunFiles) -> Page:
     )
 
 
-def first_evaluation(run: RunFiles) -> dict:
-    """The evaluation before the first step; {} if there was none."""
-    return mapping(run.results, "eval", "before") or _evaluation_at(run, 0)
-
-
-def last_evaluation(run: RunFiles) -> dict:
-    """The evaluation of the weights that are published, or else the newest; {} if there was none."""
-    evaluation, published = mapping(run.results, "eval"), number(run.results, "published_step")
-    best, after = mapping(evaluation, "best"), mapping(evaluation, "after")
-    if published is not None and number(best, "step") == published:
-        return best
-    newest = max((step for step, _ in run.points("eval/loss")), default=-1)
-    return after if after and (number(after, "step") or 0) >= newest else _evaluation_at(run, newest) or after
-
-
-def best_evaluation(run: RunFiles) -> dict:
-    """The evaluation with the lowest held-out loss after the first step; {} if there is none."""
-    later = [(loss, step) for step, loss in run.points("eval/loss") if step > 0 and drawable(loss)]
-    return _evaluation_at(run, min(later)[1]) if later else mapping(run.results, "eval", "best")
-
-
-def _evaluation_at(run: RunFiles, step: int) -> dict:
-    values = {name: dict(run.points(f"eval/{name}")).get(step) for name in _METRICS}
-    return {"step": step, **values} if any(value is not None for value in values.values()) else {}
-
-
 def _at_step(name: str, evaluation: dict) -> str:
     step = number(evaluation, "step")
     return name if step is None else f"{name} · step {count(step)}"
@@ -124,7 +106,7 @@ def _headline(run: RunFiles, before: dict, after: dict) -> Headline | None:
     for name in ("bits_per_byte", "loss"):
         first, last = number(before, name), number(after, name)
         if last is not None:
-            label, digits = _METRICS[name]
+            digits = 3 if name == "bits_per_byte" else 4
             same = number(before, "step") == number(after, "step")
             shown = "" if first is None or same else fixed(first, digits)
             notes = [change(first, last) if shown else "", "lower is better"]
@@ -192,7 +174,7 @@ def _warnings(run: RunFiles) -> list[str]:
         lines.append(f"This run is not finished: it is at step {count(run.step)}{end}. The same command continues it.")
     if skipped:
         lines.append(f"{plural(skipped, 'step')} skipped, because the gradient was not finite.")
-    best, last = best_evaluation(run), last_evaluation(run)
+    best, last = run.best_evaluation, run.last_evaluation
     lowest, loss = number(best, "loss"), number(last, "loss")
     if lowest is not None and loss is not None and loss > lowest * _RISEN:
         lines.append(
@@ -238,7 +220,9 @@ def _samples(run: RunFiles) -> tuple[list[tuple[Sample | None, Sample | None]], 
     before, after = texts(samples, "before"), texts(samples, "after")
     copied = {"before": samples.get("copied_before"), "after": samples.get("copied")}
     marked = {
-        name: [_sample(sample, prompts, _ranges(copied.get(name), index)) for index, sample in enumerate(listed)]
+        name: [
+            Sample.cut(sample, prompts, copied_ranges(copied.get(name), index)) for index, sample in enumerate(listed)
+        ]
         for name, listed in (("before", before), ("after", after))
     }
     evaluated = [number(run.results, "eval", name, "step") for name in marked]
@@ -251,34 +235,10 @@ def _samples(run: RunFiles) -> tuple[list[tuple[Sample | None, Sample | None]], 
     return pairs, any(part[1] for listed in marked.values() for sample in listed for part in sample.parts)
 
 
-def _ranges(copied, index: int) -> list[tuple[int, int]]:
-    """The ranges of characters of one sample that are copied, in order; malformed ones are left out."""
-    listed = copied[index] if isinstance(copied, list) and index < len(copied) else []
-    ranges = [r for r in listed if isinstance(r, list) and len(r) == 2] if isinstance(listed, list) else []
-    merged: list[tuple[int, int]] = []
-    for start, end in sorted((a, b) for a, b in ranges if type(a) is type(b) is int and 0 <= a < b):
-        if merged and start <= merged[-1][1]:
-            start, end = merged[-1][0], max(end, merged.pop()[1])
-        merged.append((start, end))
-    return merged
-
-
-def _sample(sample: str, prompts: list[str], ranges: list[tuple[int, int]]) -> Sample:
-    """A sample cut into its prompt and the parts behind it."""
-    prompt = max((p for p in prompts if sample.startswith(p)), key=len, default="")
-    parts, position = [], len(prompt)
-    for start, end in ranges:
-        start, end = max(start, position), min(end, len(sample))
-        if start < end:
-            parts += [(sample[position:start], False)] * (start > position) + [(sample[start:end], True)]
-            position = end
-    return Sample(prompt, [*parts, (sample[position:], False)] if position < len(sample) else parts)
-
-
 def _evaluations(run: RunFiles) -> Table:
-    losses, by_name = run.points("train/loss"), {name: dict(run.points(f"eval/{name}")) for name in _METRICS}
+    losses, by_name = run.points("train/loss"), {name: dict(run.points(f"eval/{name}")) for name in METRICS}
     steps = sorted({step for values in by_name.values() for step in values})
-    best = number(best_evaluation(run), "step")
+    best = number(run.best_evaluation, "step")
     every = -(-len(steps) // _MOST_ROWS)
     shown = [step for i, step in enumerate(steps) if i % every == 0 or step in (best, steps[-1])] if steps else []
     rows, position = [], 0
@@ -319,7 +279,7 @@ def _text(run: RunFiles) -> Table:
 
 
 def _model(run: RunFiles) -> Table:
-    results, best = run.results, best_evaluation(run)
+    results, best = run.results, run.best_evaluation
     parameters, trained = number(results, "parameters"), number(results, "trained_parameters")
     published = number(results, "published_step") if run.finished else None
     checkpoint = text(results, "best_checkpoint")
@@ -380,16 +340,6 @@ def _planned(run: RunFiles) -> Table:
     return Table("Planned and happened", ["", "#Planned", "#Happened", "#Difference"], rows, note)
 
 
-def changed_settings(run: RunFiles) -> dict:
-    """The settings of a run that are not the defaults for its model, in the order of the config."""
-    try:
-        model, adapters = text(run.config, "model") or "mini", run.config.get("use_peft") is True
-        defaults = asdict(TrainConfig(model=model, use_peft=adapters).resolve()) | {"use_peft": False}
-    except (UserError, ValueError, OSError):
-        defaults = asdict(TrainConfig())
-    return {name: value for name, value in run.config.items() if name in defaults and value != defaults[name]}
-
-
 def shown_setting(run: RunFiles, value) -> str:
     """A setting as a table shows it."""
     if isinstance(value, list):
@@ -407,42 +357,10 @@ def _settings(run: RunFiles) -> Table:
 
 
 def _commands(run: RunFiles) -> list[tuple[str, str]]:
-    commands = [("This run", typed)] if (typed := _typed(run)) else []
+    commands = [("This run", typed)] if (typed := typed_command(run)) else []
     folder = Path(os.path.relpath(run.folder.resolve(), run.base)).as_posix()
     if run.config:
         commands.append(("The same settings", shlex.join(["mori", "train", "--config", f"{folder}/config.json"])))
     if run.finished and (output := text(run.results, "output_dir")):
         commands.append(("Talk to the model", shlex.join(["mori", "chat", "--model", run.relative(output)])))
     return commands
-
-
-def _typed(run: RunFiles) -> str:
-    """The command of the run, or its call from Python, with paths from the folder in which it was typed."""
-    words = texts(run.environment, "command")
-    program = Path(words[0]) if words else Path()
-    if program.name == "mori":
-        start = ["mori"]
-    elif program.name == "__main__.py":
-        start = ["python", "-m", "mori"]
-    elif program.suffix == ".py" and program.parent.name == "scripts":
-        start = ["python", f"scripts/{program.name}"]
-    else:
-        settings = {**changed_settings(run), "run_name": run.name}
-        values = [f"{name}={_relative_value(run, value)!r}" for name, value in settings.items()]
-        return f"mori.train({', '.join(values)})" if run.config else ""
-    processes = number(run.environment, "world_size") or 1
-    if processes > 1:
-        start = start[1:] if start[0] == "python" else ["--no-python", *start]
-        start = ["torchrun", f"--nproc-per-node={count(processes)}", *start]
-    return shlex.join([*start, *(_relative_word(run, word) for word in words[1:])])
-
-
-def _relative_value(run: RunFiles, value):
-    if isinstance(value, list):
-        return [_relative_value(run, item) for item in value]
-    return run.relative(value) if isinstance(value, str) else value
-
-
-def _relative_word(run: RunFiles, word: str) -> str:
-    name, equals, value = word.partition("=")
-    return f"{name}={run.relative(value)}" if equals and name.startswith("--") else run.relative(word)

@@ -3,10 +3,16 @@
 import json
 import math
 import os
-from dataclasses import dataclass, field
+import shlex
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from mori.cli import UserError
+from mori.config import TrainConfig
 from mori.tracking.loggers import read_metrics
+from mori.tracking.report.charts import drawable
+
+METRICS = ("loss", "perplexity", "bits_per_byte")  # of an evaluation
 
 # What the newest evaluation wrote, for a run that is not finished; it has the fields of summary.json.
 PROGRESS = "progress.json"
@@ -64,6 +70,31 @@ class RunFiles:
         steps = [line["step"] for line in self.metrics]
         done = whole(self.results, "steps")
         return max([*steps, *([] if done is None else [done])], default=None)
+
+    @property
+    def first_evaluation(self) -> dict:
+        """The evaluation before the first step; {} if there was none."""
+        return mapping(self.results, "eval", "before") or self._evaluation_at(0)
+
+    @property
+    def last_evaluation(self) -> dict:
+        """The evaluation of the weights that are published, or else the newest; {} if there was none."""
+        evaluation, published = mapping(self.results, "eval"), number(self.results, "published_step")
+        best, after = mapping(evaluation, "best"), mapping(evaluation, "after")
+        if published is not None and number(best, "step") == published:
+            return best
+        newest = max((step for step, _ in self.points("eval/loss")), default=-1)
+        return after if after and (number(after, "step") or 0) >= newest else self._evaluation_at(newest) or after
+
+    @property
+    def best_evaluation(self) -> dict:
+        """The evaluation with the lowest held-out loss after the first step; {} if there is none."""
+        later = [(loss, step) for step, loss in self.points("eval/loss") if step > 0 and drawable(loss)]
+        return self._evaluation_at(min(later)[1]) if later else mapping(self.results, "eval", "best")
+
+    def _evaluation_at(self, step: int) -> dict:
+        values = {name: dict(self.points(f"eval/{name}")).get(step) for name in METRICS}
+        return {"step": step, **values} if any(value is not None for value in values.values()) else {}
 
     @property
     def base(self) -> str:
@@ -160,3 +191,45 @@ def texts(value, *keys: str) -> list[str]:
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
     return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
+
+
+def changed_settings(run: RunFiles) -> dict:
+    """The settings of a run that are not the defaults for its model, in the order of the config."""
+    try:
+        model, adapters = text(run.config, "model") or "mini", run.config.get("use_peft") is True
+        defaults = asdict(TrainConfig(model=model, use_peft=adapters).resolve()) | {"use_peft": False}
+    except (UserError, ValueError, OSError):
+        defaults = asdict(TrainConfig())
+    return {name: value for name, value in run.config.items() if name in defaults and value != defaults[name]}
+
+
+def typed_command(run: RunFiles) -> str:
+    """The command of the run, or its call from Python, with paths from the folder in which it was typed."""
+    words = texts(run.environment, "command")
+    program = Path(words[0]) if words else Path()
+    if program.name == "mori":
+        start = ["mori"]
+    elif program.name == "__main__.py":
+        start = ["python", "-m", "mori"]
+    elif program.suffix == ".py" and program.parent.name == "scripts":
+        start = ["python", f"scripts/{program.name}"]
+    else:
+        settings = {**changed_settings(run), "run_name": run.name}
+        values = [f"{name}={_relative_value(run, value)!r}" for name, value in settings.items()]
+        return f"mori.train({', '.join(values)})" if run.config else ""
+    processes = whole(run.environment, "world_size") or 1
+    if processes > 1:
+        start = start[1:] if start[0] == "python" else ["--no-python", *start]
+        start = ["torchrun", f"--nproc-per-node={processes}", *start]
+    return shlex.join([*start, *(_relative_word(run, word) for word in words[1:])])
+
+
+def _relative_value(run: RunFiles, value):
+    if isinstance(value, list):
+        return [_relative_value(run, item) for item in value]
+    return run.relative(value) if isinstance(value, str) else value
+
+
+def _relative_word(run: RunFiles, word: str) -> str:
+    name, equals, value = word.partition("=")
+    return f"{name}={run.relative(value)}" if equals and name.startswith("--") else run.relative(word)

@@ -61,6 +61,30 @@ class Sample:
     prompt: str
     parts: list[tuple[str, bool]]
 
+    @classmethod
+    def cut(cls, sample: str, prompts: list[str], ranges: list[tuple[int, int]]) -> "Sample":
+        """A text cut behind the longest of the prompts with which it begins, and at the ends of the copied ranges."""
+        prompt = max((p for p in prompts if sample.startswith(p)), key=len, default="")
+        parts, position = [], len(prompt)
+        for start, end in ranges:
+            start, end = max(start, position), min(end, len(sample))
+            if start < end:
+                parts += [(sample[position:start], False)] * (start > position) + [(sample[start:end], True)]
+                position = end
+        return cls(prompt, [*parts, (sample[position:], False)] if position < len(sample) else parts)
+
+
+def copied_ranges(copied, index: int) -> list[tuple[int, int]]:
+    """The ranges of characters of one sample that are copied, in order and apart; malformed ones are left out."""
+    listed = copied[index] if isinstance(copied, list) and index < len(copied) else []
+    ranges = [r for r in listed if isinstance(r, list) and len(r) == 2] if isinstance(listed, list) else []
+    merged: list[tuple[int, int]] = []
+    for start, end in sorted((a, b) for a, b in ranges if type(a) is type(b) is int and 0 <= a < b):
+        if merged and start <= merged[-1][1]:
+            start, end = merged[-1][0], max(end, merged.pop()[1])
+        merged.append((start, end))
+    return merged
+
 
 @dataclass
 class Page:
