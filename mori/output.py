@@ -3,8 +3,11 @@
 `rehearse` tries both before the first step, so that no run fails after hours of training.
 """
 
+import contextlib
 import json
-from dataclasses import asdict
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from torch import nn
@@ -29,13 +32,13 @@ _OF_WHOLE_MODELS = ("config.json", "generation_config.json")
 _SMALL_BYTES = 2 << 30  # of a model that is published whole, with its adapters merged
 
 
-def rehearse(run: Run, state: State) -> None:
+def rehearse(run: Run, state: State) -> int:
     """Save and publish a part of the model in the true places, and undo it; sets `model_files`.
 
-    Raises UserError if a later save would fail.
+    Returns the bytes of a whole checkpoint, as far as they are known: before its first step, only AdamW's moments are.
+    Raises UserError if a later save would fail for another reason than a full disk (see `check_disk`).
     """
-    root = run.run_dir / "checkpoints"
-    try:
+    with _readable_failures(run):
         with run.module.as_loaded() as model:
             beside = rehearse_publication(
                 run.output_dir, lambda folder: _write_model(run, model, folder, rehearsal=True)
@@ -45,19 +48,69 @@ def rehearse(run: Run, state: State) -> None:
             settings = json.dumps(adapter_files.adapter_config(state.model, adapter_files.base_of(run.config.model)))
             run.model_files = {n: data for n, data in run.model_files.items() if n not in _OF_WHOLE_MODELS}
             run.model_files[adapter_files.CONFIG] = settings.encode()
-        size = checkpoints.rehearse(root, model=state.stored, optimizer=state.optimizer, beside=run.model_files)
+    size = rehearse_checkpoint(run, state)
+    if not state.optimizer.state and run.config.optim == "adamw_torch_fused":
+        size += 2 * sum(parameter.nbytes for parameter in run.parameters)
+    return size
+
+
+def rehearse_checkpoint(run: Run, state: State, sample_bytes: int = 0) -> int:
+    """Save a part of a checkpoint, with `sample_bytes` of a tensor, and remove it; returns the bytes of a whole one.
+
+    Raises UserError if a later save would fail for another reason than a full disk.
+    """
+    with _readable_failures(run):
+        return checkpoints.rehearse(
+            run.run_dir / "checkpoints",
+            model=state.stored,
+            optimizer=state.optimizer,
+            beside=run.model_files,
+            sample_bytes=sample_bytes,
+        )
+
+
+@contextlib.contextmanager
+def _readable_failures(run: Run) -> Iterator[None]:
+    """Convert the errors of saving to UserError."""
+    try:
+        yield
     except OSError as error:
         raise UserError(f"cannot save in {run.run_dir} and {run.output_dir}: {advice(error)}") from None
     except checkpoints.SAVE_ERRORS as error:
         if distributed.out_of_memory(error):
             raise
         raise UserError(f"this model cannot be saved: {one_line(error)}") from None
-    # The first step of AdamW adds two moments.
-    if not state.optimizer.state and run.config.optim == "adamw_torch_fused":
-        size += 2 * sum(parameter.nbytes for parameter in run.parameters)
-    weights = sum(parameter.nbytes for parameter in _published(run, state.model))
-    size *= not (run.is_over(state) and state.saved_step == state.step)
-    check_room({root: size, staging_folder(run.output_dir).parent: weights})
+
+
+@dataclass(frozen=True)
+class PlannedFiles:
+    """What a run will write until it ends: `checkpoints` more at once, each of `checkpoint_bytes`, and the trained model."""
+
+    checkpoints: int
+    checkpoint_bytes: int
+    model_bytes: int
+
+
+def planned_files(run: Run, state: State, checkpoint_bytes: int) -> PlannedFiles:
+    """The files to come: a checkpoint is written before an older one is deleted, and the best is kept beside the newest."""
+    config, root = run.config, run.run_dir / "checkpoints"
+    evaluates = config.eval_strategy != "no" and run.data.held_out is not None
+    most, present = config.save_total_limit + evaluates + 1, len(checkpoints.published(root)) if run.resumed else 0
+    is_over = run.is_over(state) and state.saved_step == state.step
+    saves = 0 if is_over else max(run.work_left(state)["saves"], 1)  # a signal saves, too
+    more = max(min(most, present + saves) - present, min(saves, 1))
+    return PlannedFiles(more, checkpoint_bytes, sum(p.nbytes for p in _published(run, state.model)))
+
+
+def check_disk(run: Run, planned: PlannedFiles) -> None:
+    """Raise UserError if the disk has no room for `planned`. The folders of checkpoints and model must be there."""
+    root, beside_model = run.run_dir / "checkpoints", staging_folder(run.output_dir).parent
+    check_room({root: planned.checkpoints * planned.checkpoint_bytes, beside_model: planned.model_bytes})
+
+
+def free_bytes(run: Run) -> int:
+    """The room on the disk of the checkpoints."""
+    return shutil.disk_usage(run.run_dir).free
 
 
 def save(run: Run, state: State) -> None:
@@ -240,6 +293,6 @@ def finished_summary(run: Run) -> dict | None:
         )
     if summary:
         run.runtime.close()
-    if summary and run.runtime.is_main and config.push_to_hub:
+    if summary and run.runtime.is_main and config.push_to_hub and not config.dry_run:
         hub.push(config, config.output_dir)
     return summary

@@ -17,11 +17,7 @@ from torch import nn
 
 from mori import distributed, optim
 from mori.checkpoint import checkpoints, run_folder
-from mori.checkpoint.files import (
-    advice,
-    set_aside,
-    write_json,
-)
+from mori.checkpoint.files import advice, set_aside, write_json
 from mori.cli import RunFailed, UserError, checked, one_line, plural
 from mori.config import TrainConfig, steps_of
 from mori.data.windows import Batches, load_step
@@ -41,7 +37,7 @@ from mori.speed.startup import keep_freed_memory, return_freed_memory
 from mori.speed.step_graph import StepGraph
 from mori.state import State
 from mori.tracking.monitor import Monitor, say
-from mori.tracking.overview import environment, introduction
+from mori.tracking.overview import environment, evaluations_in_words, introduction
 
 
 @dataclass
@@ -151,18 +147,28 @@ class Run:
         """Whether the run has done its last step: all of them, or those until it stops early."""
         return state.step == self.total_steps or state.stops_early
 
+    def work_left(self, state: State) -> dict[str, int]:
+        """The tokens, evaluations and saves until the end of the run; what is due now is still to be done."""
+
+        def times_due(every: int, is_done: bool) -> int:
+            """How often a multiple of `every` or the last step is reached from now on."""
+            first = state.step + is_done
+            return self.total_steps // every - (first - 1) // every + (self.total_steps % every > 0)
+
+        config, epochs = self.config, self.batches.epoch(self.total_steps) - self.batches.epoch(state.step)
+        is_evaluated = state.evaluated or state.step == 0 and not config.eval_on_start
+        evaluations = 0 if config.eval_strategy == "no" else times_due(self.eval_every, is_evaluated)
+        is_saved = state.step == 0 or state.saved_step == state.step
+        saves = times_due(self.save_every, is_saved) if self.saves_the_end else 0
+        return {
+            "tokens": round(epochs * self.batches.windows * config.block_size),
+            "evaluations": evaluations,
+            "saves": evaluations if config.save_strategy == "best" else saves,
+        }
+
     def seconds_left(self, state: State) -> float | None:
         """The time until the run ends, by its steps, evaluations and saves so far; None before the first step."""
-
-        def times_due(every: int) -> int:
-            """How often a multiple of `every` or the last step is reached from now on; what is due now is still to be done."""
-            return self.total_steps // every - (state.step - 1) // every + (self.total_steps % every > 0)
-
-        epochs = self.batches.epoch(self.total_steps) - self.batches.epoch(state.step)
-        tokens = round(epochs * self.batches.windows * self.config.block_size)
-        return state.throughput.seconds_left(
-            tokens, evaluations=times_due(self.eval_every), saves=times_due(self.save_every)
-        )
+        return state.throughput.seconds_left(**self.work_left(state))
 
     def log_is_due(self, state: State) -> bool:
         """Whether to log now: at every interval, at the end, and if a run that only skips steps must end."""
@@ -351,7 +357,7 @@ def _empty_micro_batch(run: Run) -> tuple[torch.Tensor, ...]:
 def _open_folder(run: Run, locks: contextlib.ExitStack, about: dict) -> dict[str, dict]:
     """Create and lock the run's folder; write its config, environment and ledger, and return them by name."""
     with run.writes():
-        if run.config.resume_from_checkpoint == "none":
+        if run.config.resume_from_checkpoint == "none" and not run.config.dry_run:
             if os.name == "nt":  # Windows renames no folder in which a file is open
                 locks.close()
             set_aside(run.run_dir)
@@ -359,10 +365,12 @@ def _open_folder(run: Run, locks: contextlib.ExitStack, about: dict) -> dict[str
         locks.close()
         locks.enter_context(run_folder.lock(run.run_dir))  # set_aside renamed the locked folder
         # The settings of the run alone, for `--config`, and not how this call came to it.
-        settings = {k: v for k, v in asdict(run.config).items() if k not in ("resume_from_checkpoint", "extend")}
+        of_the_call = ("resume_from_checkpoint", "extend", "dry_run")
+        settings = {k: v for k, v in asdict(run.config).items() if k not in of_the_call}
         tables = {"config": settings, "environment": about, "ledger": asdict(run.data.ledger)}
-        for name, table in tables.items():
-            write_json(run.run_dir / f"{name}.json", table)
+        if not run.config.dry_run:
+            for name, table in tables.items():
+                write_json(run.run_dir / f"{name}.json", table)
         return tables
 
 
@@ -376,23 +384,10 @@ def _introduction(run: Run, state: State, description: str, about: dict, trains:
         parameters=sum(parameter.numel() for parameter in state.model.parameters()),
         total_steps=run.total_steps,
         steps_per_epoch=run.batches.steps_per_epoch,
-        evaluations=_evaluations(run),
+        evaluations=evaluations_in_words(run.config, run.eval_every, len(run.eval_windows), run.data.held_out),
         faster=description,
         special=run.data.special_tokens.describe(state.model, run.data.tokenizer),
         notes=[*filter(None, [trains]), *run.data.ledger.warnings()],
         run_dir=run.run_dir,
         resumed=run.resumed and (state.step, run.resumed),
-    )
-
-
-def _evaluations(run: Run) -> str:
-    """How much text is evaluated, and when, in words."""
-    if run.config.eval_strategy == "no":
-        return "no evaluation and no samples (eval_strategy no)"
-    interval = "every step" if run.eval_every == 1 else f"every {run.eval_every:,} steps"
-    if run.data.held_out is None:
-        return f"no text is held out; samples {interval}"
-    scored, held_out = len(run.eval_windows), len(run.data.held_out)
-    return f"{scored:,} of {plural(held_out, 'held-out window')} {interval}" + (
-        " (--max_eval_windows 0 takes all)" if scored < held_out else ""
     )

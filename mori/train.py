@@ -19,6 +19,7 @@ from mori.config import TrainConfig
 from mori.data.windows import load_step
 from mori.evaluate import evaluate, first_nonfinite_tensor
 from mori.generation.generate import generate
+from mori.preflight import preflight
 from mori.run import Run, build, check
 from mori.state import State
 from mori.tracking import copying
@@ -26,7 +27,7 @@ from mori.tracking.memory import peak_memory_bytes
 
 
 def train(config: TrainConfig, on_step: Callable[[int, float], None] = lambda step, seconds: None) -> dict:
-    """Train as `config` says; returns the run's summary, which is also in `summary.json`.
+    """Train as `config` says; returns the run's summary, which is also in `summary.json`, or what a dry run measured.
 
     After each step, `on_step` receives the number of steps done and the seconds spent training so far.
 
@@ -40,7 +41,9 @@ def train(config: TrainConfig, on_step: Callable[[int, float], None] = lambda st
         if summary := output.finished_summary(run):
             return summary
         state = build(run, locks)
-        run.runtime.on_main(lambda: output.rehearse(run, state))
+        needs = preflight(run, state, train_step)
+        if run.config.dry_run:
+            return needs
         signals.defer()
         grad_norm = lr = None  # of the step before, unless the run resumes here
         while True:

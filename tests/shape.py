@@ -8,7 +8,7 @@ ROOT = Path(__file__).parent.parent
 # A package imports only from what stands in an earlier row; packages of one row do not import each other.
 ROWS = [
     {"cli"}, {"config"}, {"data", "checkpoint", "tracking", "speed"}, {"model"}, {"generation", "export"},
-    {"train", "run", "output", "state", "prepare", "optim", "evaluate", "distributed"}, {"bench"}, {"__main__"},
+    {"train", "preflight", "run", "output", "state", "prepare", "optim", "evaluate", "distributed"}, {"bench"}, {"__main__"},
 ]  # fmt: skip
 ROW_OF = {name: number for number, row in enumerate(ROWS) for name in row}
 FRONT_ROW = ROW_OF["train"]

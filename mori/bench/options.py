@@ -56,6 +56,8 @@ class CompareConfig(TrainConfig):
     def contradictions(self) -> list[str]:
         """Unknown arms, and settings under which the arms would not do the same work."""
         mistakes = unknown_arms(split_names(self.arms), ARMS)
+        if self.dry_run:
+            mistakes.append("dry_run tries a single run: use it with mori train")
         for name in ("document_mask", "dtype"):
             if getattr(self, name) != getattr(TrainConfig, name):
                 mistakes.append(

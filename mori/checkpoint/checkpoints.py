@@ -77,11 +77,18 @@ def save(
     )
 
 
-def rehearse(root: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, beside: Mapping[str, bytes]) -> int:
+def rehearse(
+    root: Path,
+    *,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    beside: Mapping[str, bytes],
+    sample_bytes: int = 0,
+) -> int:
     """Save, load and remove a checkpoint with one element of each type of tensor; returns the bytes that a whole one takes.
 
-    Whatever would make `save` fail, except a full disk, raises the same errors here. A killed rehearsal leaves a folder that
-    `clean` removes.
+    `sample_bytes` of the largest tensor are saved too, if it has so many. Whatever would make `save` fail, except a full disk,
+    raises the same errors here. A killed rehearsal leaves a folder that `clean` removes.
     """
     weights = distinct(model.state_dict())
     moments, plain = optimizer_state.pack(optimizer)
@@ -89,6 +96,11 @@ def rehearse(root: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, 
     check_storable(moments)
     text = json.dumps({"step": 0, "optimizer": plain}).encode()
     samples = {str(tensor.dtype): tensor[(slice(1),) * tensor.dim()] for tensor in weights.values()}
+    if sample_bytes:
+        largest = max(weights.values(), key=lambda tensor: tensor.nbytes)
+        samples["largest"] = largest.flatten()[: sample_bytes // largest.element_size()]
+        with contextlib.suppress(FloatingPointError):  # for its time alone
+            check_finite(samples)
     staged = root / _REHEARSAL
     shutil.rmtree(staged, ignore_errors=True)
     try:
@@ -238,6 +250,11 @@ def load_tensors(folder: Path, model: nn.Module, optimizer: torch.optim.Optimize
     Raises UserError if the model's tensors have other names, shapes or types, or the optimizer's state does not fit.
     """
     load_weights(folder, model)
+    load_moments(folder, optimizer)
+
+
+def load_moments(folder: Path, optimizer: torch.optim.Optimizer) -> None:
+    """Load the state of a verified checkpoint's optimizer. Raises UserError if it does not fit `optimizer`."""
     try:
         moments = _load_tensors_of(folder / "optimizer.safetensors")
         optimizer_state.unpack(optimizer, moments, load_state(folder).get("optimizer", {}))

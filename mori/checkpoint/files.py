@@ -230,7 +230,7 @@ def check_room(sizes: dict[Path, int]) -> None:
         if usage.total and usage.free < size:  # some file systems do not tell their size
             raise UserError(
                 f"{folder} has room for {usage.free / 2**20:,.1f} MiB, but the files of this run need at least "
-                f"{size / 2**20:,.1f} MiB; make room and run the same command again"
+                f"{size / 2**20:,.1f} MiB; make room, or keep fewer checkpoints (--save_total_limit), and run the same command again"
             )
 
 

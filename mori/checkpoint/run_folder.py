@@ -25,6 +25,7 @@ _IN_WORDS = {
     "documents_sha256": "(the corpus has another text now)",
     "tokenizer_sha256": "(the tokenizer is another one now)",
 }
+_DRY_RUN = re.compile(r"preflight\.json|batch_size-\d+\.json")
 _INEXACT = ("precision", "world_size", "device")  # a run goes on with others, but rounds otherwise
 
 
@@ -187,7 +188,8 @@ def _differing(run_dir: Path, config: TrainConfig, identity: dict) -> dict | Non
         settings = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
         return _strict_differences({**identity, "config": settings}, config, identity, run_dir)
     except FileNotFoundError:
-        return None if any(run_dir.glob("[!.]*")) else {}  # an empty folder belongs to any run
+        # A folder that is empty, or left by a dry run, belongs to any run.
+        return {} if all(_DRY_RUN.fullmatch(path.name) for path in run_dir.glob("[!.]*")) else None
     except (OSError, ValueError, UserError):
         return None
 

@@ -370,3 +370,7 @@ class OutputConfig(HubConfig):
         path=True,
     )
     extend: bool = flag(False, "resume a run, finished or not, up to the num_train_epochs or max_steps given now")
+    dry_run: bool = flag(
+        False,
+        "check everything, measure a few steps and undo them, say what the run will take and need, and stop before its first step",
+    )

@@ -7,7 +7,7 @@ import shlex
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from dataclasses import fields
 from pathlib import Path
 
@@ -96,6 +96,51 @@ def introduction(
     if resumed:
         lines.append(f"resumed at step {resumed[0]:,} ({_short(resumed[1])})")
     return "\n".join(_folded(line) for line in [*lines, *notes])
+
+
+def evaluations_in_words(config: TrainConfig, every: int, scored: int, held_out: Sized | None) -> str:
+    """How much text is evaluated, and when, in words: `scored` of the windows `held_out`, `every` so many steps."""
+    if config.eval_strategy == "no":
+        return "no evaluation and no samples (eval_strategy no)"
+    interval = "every step" if every == 1 else f"every {every:,} steps"
+    if held_out is None:
+        return f"no text is held out; samples {interval}"
+    more = " (--max_eval_windows 0 takes all)" if scored < len(held_out) else ""
+    return f"{scored:,} of {plural(len(held_out), 'held-out window')} {interval}{more}"
+
+
+def plan(figures: dict) -> str:
+    """The lines that say how long a run will take and what it needs; `figures` are those of its preflight.json."""
+    seconds, disk = figures["seconds"], figures["disk"]
+    parts = [f"{about(seconds[name])} {name}" for name in ("training", "evaluation", "saving") if seconds[name]]
+    peaks = figures["peak_memory_bytes"]
+    memory = f"{size(peaks['device'])} of GPU memory, {size(peaks['host'])} of host memory" if "device" in peaks else ""
+    checkpoints = f"{plural(disk['checkpoints'], 'checkpoint')} of {size(disk['checkpoint_bytes'])}"
+    needed = disk["checkpoints"] * disk["checkpoint_bytes"] + disk["model_bytes"]
+    rows = {
+        "takes": f"about {about(seconds['total'])}: {', '.join(parts)}",
+        "memory": f"{memory or size(peaks['host'])} at the peak",
+        "disk": f"{size(needed)} more at most ({checkpoints}, the model {size(disk['model_bytes'])}); {size(disk['free_bytes'])} are free",
+        "learns": f"from {figures['tokens']:,} tokens, {figures['tokens_per_parameter']:.3g} per trained parameter",
+    }
+    return "\n".join(_folded(f"{name:8}{value}") for name, value in rows.items())
+
+
+def about(seconds: float) -> str:
+    """A duration to two digits or so: `0.4 s`, `40 s`, `3 min`, `1 h 20 min`, `2 d 3 h`."""
+    if seconds < 99.5:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 100:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours < 24 else f"{hours // 24} d {hours % 24} h"
+
+
+def size(count: int) -> str:
+    """A number of bytes: `512 KiB`, `36.4 MiB`, `1.3 GiB`."""
+    power = min(max((count.bit_length() - 1) // 10, 1), 4)
+    return f"{count / 1024**power:,.1f} {' KMGT'[power]}iB"
 
 
 def _short(path: Path) -> Path:
