@@ -23,7 +23,7 @@ from mori.run import Run
 from mori.speed.step_graph import StepGraph
 from mori.state import State
 from mori.tracking.memory import peak_memory_bytes
-from mori.tracking.monitor import Monitor, say
+from mori.tracking.monitor import Monitor
 from mori.tracking.overview import plan
 
 FEWEST_STEPS = 20  # of fewer, the measured ones would be a tenth
@@ -31,9 +31,10 @@ _STEPS_PER_TIMED_STEP, _MOST_TIMED_STEPS = 130, 5
 _SAMPLED_TOKENS = 16
 _SAVED_BYTES = 1 << 24
 # The optimizers that move no weight at a learning rate of 0; with any other, a copy of the weights is kept on the host.
-AT_REST = frozenset(
-    ("adamw_torch_fused", "adamw_torch", "adamw_bnb_8bit", "muon", "adafactor", "sgd", "rmsprop", "adagrad")
-)
+AT_REST = frozenset((
+    "adamw_torch_fused", "adamw_torch", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "muon", "adafactor", "sgd",
+    "rmsprop", "adagrad",
+))  # fmt: skip
 Step = Callable[[Run, State], object]
 
 
@@ -72,7 +73,7 @@ def preflight(run: Run, state: State, train_step: Step) -> dict:
     if runtime.is_main:
         with run.writes():
             write_json(run.run_dir / "preflight.json", figures)
-        say("\n".join([plan(figures), *_smaller_batches(run, state, *windows)]))
+        run.monitor.say("\n".join([plan(figures), *_smaller_batches(run, state, *windows)]))
     if dry_run and runtime.is_main:
         with contextlib.suppress(OSError):  # it holds checkpoints of an earlier run
             (run.run_dir / "checkpoints").rmdir()

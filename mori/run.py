@@ -306,7 +306,7 @@ def build(run: Run, locks: contextlib.ExitStack) -> State:
         say(_introduction(run, state, description, about, trains))
     run.monitor = Monitor(
         run.run_dir,
-        report_to=config.loggers,
+        report_to=() if config.dry_run else config.loggers,
         about=tables,
         first_step=state.step,
         total_steps=run.total_steps,

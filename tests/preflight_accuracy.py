@@ -52,7 +52,7 @@ def trained(flags: str, folder: Path, fewest: int) -> dict:
     ended = time.time()
     if status:
         raise SystemExit((folder / "output.txt").read_text()[-3000:])
-    path = folder / "runs" / f"run-{fewest}" / "preflight.json"
+    path = folder / f"runs-{fewest}/run" / "preflight.json"
     said = json.loads(path.read_text()) if path.exists() else {}
     summary = json.loads((path.parent / "summary.json").read_text())
     seconds = ended - path.stat().st_mtime if said else 0.0
