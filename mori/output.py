@@ -26,7 +26,8 @@ from mori.run import Run
 from mori.state import State
 from mori.tracking.memory import peak_memory_bytes
 from mori.tracking.monitor import say
-from mori.tracking.overview import results, sample_command
+from mori.tracking.overview import environment, results, sample_command
+from mori.tracking.report.card import CARD, model_card
 
 _OF_WHOLE_MODELS = ("config.json", "generation_config.json")
 _SMALL_BYTES = 2 << 30  # of a model that is published whole, with its adapters merged
@@ -40,10 +41,11 @@ def rehearse(run: Run, state: State) -> int:
     """
     with _readable_failures(run):
         with run.module.as_loaded() as model:
+            planned = summary(run, state)
             beside = rehearse_publication(
-                run.output_dir, lambda folder: _write_model(run, model, folder, rehearsal=True)
+                run.output_dir, lambda folder: _write_model(run, model, folder, planned, rehearsal=True)
             )
-        run.model_files = {name: data for name, data in beside.items() if not name.endswith(".safetensors")}
+        run.model_files = {name: data for name, data in beside.items() if not name.endswith((".safetensors", CARD))}
         if run.config.use_peft:  # transformers takes a folder with a config.json for a whole model
             settings = json.dumps(adapter_files.adapter_config(state.model, adapter_files.base_of(run.config.model)))
             run.model_files = {n: data for n, data in run.model_files.items() if n not in _OF_WHOLE_MODELS}
@@ -165,7 +167,7 @@ def finish(run: Run, state: State, signals: distributed.StopSignals) -> dict:
     if runtime.is_main:
         if config.load_best_model_at_end:
             run_summary["published_step"] = load_best(run, state)
-        publish_model(run)
+        publish_model(run, run_summary)
         with run.writes():
             run_summary["output_sha256"] = files.hashes(run.output_dir)
             files.write_json(run.run_dir / "summary.json", run_summary)
@@ -203,12 +205,12 @@ def load_best(run: Run, state: State) -> int:
     return best["step"]
 
 
-def publish_model(run: Run) -> None:
-    """Write the trained model to `output_dir`; an existing model is renamed to `<name>.previous`."""
+def publish_model(run: Run, run_summary: dict) -> None:
+    """Write the trained model and its card to `output_dir`; an existing model is renamed to `<name>.previous`."""
     with run.module.as_loaded() as model:
         try:
             check_finite(adapter_files.stored(model).state_dict(), dict(model.named_buffers()))
-            publish(run.output_dir, lambda folder: _write_model(run, model, folder))
+            publish(run.output_dir, lambda folder: _write_model(run, model, folder, run_summary))
         except FloatingPointError as error:
             raise RunFailed(f"the model is not written: {error}") from None
         except (OSError, UserError) as error:
@@ -221,12 +223,24 @@ def _published(run: Run, model: nn.Module) -> list[nn.Parameter]:
     return list(model.parameters()) if not run.config.use_peft or merges(run.config, model) else run.parameters
 
 
-def _write_model(run: Run, model: nn.Module, folder: Path, rehearsal: bool = False) -> None:
-    """Write what `output_dir` holds: the whole model, or its adapters."""
-    if run.config.use_peft and not merges(run.config, model):
-        adapter_files.save(model, run.data.tokenizer, folder, adapter_files.base_of(run.config.model))
-    else:
+def _write_model(run: Run, model: nn.Module, folder: Path, run_summary: dict, rehearsal: bool = False) -> None:
+    """Write what `output_dir` holds: the whole model, or its adapters, and the card."""
+    config, runtime, base = run.config, run.runtime, adapter_files.base_of(run.config.model)
+    merged = not config.use_peft or merges(config, model)
+    if merged:
         saving.save(model, run.data.tokenizer, folder, rehearsal=rehearsal)
+    else:
+        adapter_files.save(model, run.data.tokenizer, folder, base)
+    card = model_card(
+        run_summary,
+        config,
+        ledger=str(run.data.ledger),
+        environment=environment(runtime.device, runtime.precision, runtime.world_size),
+        base=hub.base_metadata(base),
+        lora=adapter_files.adapter_config(model, base) if config.use_peft else None,
+        merged=merged,
+    )
+    (folder / CARD).write_text(card, encoding="utf-8")
 
 
 def merges(config: TrainConfig, model: nn.Module) -> bool:
@@ -260,6 +274,8 @@ def summary(run: Run, state: State) -> dict:
             "copied_before": copying["before"].get("spans", []),
             "copied": copying["after"].get("spans", []),
         },
+        "scored_windows": len(run.eval_windows),
+        "held_out_windows": len(run.data.held_out or []),
         "steps": state.step,
         "total_steps": run.total_steps,
         "stopped_early": state.step < run.total_steps,

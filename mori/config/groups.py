@@ -369,8 +369,19 @@ class OutputConfig(HubConfig):
         "auto resumes the run, none starts over (the old run is set aside), or the path of a checkpoint",
         path=True,
     )
+    language: list[str] = flag(
+        [], "languages of the text, as codes of ISO 639 (id, en, jav), for the card of the model (README.md)"
+    )
     extend: bool = flag(False, "resume a run, finished or not, up to the num_train_epochs or max_steps given now")
     dry_run: bool = flag(
         False,
         "check everything, measure a few steps and undo them, say what the run will take and need, and stop before its first step",
     )
+
+    def contradictions(self) -> list[str]:
+        """A language that is no code."""
+        wrong = [language for language in self.language if not re.fullmatch("[a-z]{2,3}", language)]
+        mistakes = (
+            [f"language {', '.join(wrong)[:40]!r} is no code of ISO 639; write id, en or jav, say"] if wrong else []
+        )
+        return mistakes + super().contradictions()

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +19,10 @@ from mori.config.groups import HubConfig
 from mori.model import loading
 from mori.tracking.monitor import say
 from mori.tracking.overview import command_words, flag_words
+from mori.tracking.report.card import CARD
 
 _SECONDS = 10
+_CARD_BYTES = 1 << 20  # a longer card is not read
 _LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 # Weights of an earlier upload: transformers would load them instead of those that are divided into other files.
 _STALE = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"]
@@ -33,6 +36,32 @@ def push_folder(config: ExportConfig) -> None:
     loading.check_reachable(name)
     check(config, name)
     push(config, name)
+
+
+def base_metadata(name: str) -> dict[str, str]:
+    """What the hub knows of the model `name`, a folder or a name on the hub: `base_model`, its name there, and its licence.
+
+    A folder has a name there if it is in the hub's cache, or if mori wrote its card, which says what it was trained from. What
+    is not known, or cannot be read, is left out.
+    """
+    folder, metadata = Path(name), {}
+    if name in PRESETS:
+        return {}
+
+    def load() -> None:
+        readme = folder / CARD if folder.is_dir() else Path(huggingface_hub.hf_hub_download(name, CARD))
+        if readme.is_file() and readme.stat().st_size < _CARD_BYTES:
+            metadata.update(huggingface_hub.metadata_load(readme) or {})
+
+    with contextlib.suppress(UserError):
+        guarded("", lambda: interruptible(load, _SECONDS))
+    base = name
+    if folder.is_dir():
+        cache = re.fullmatch(r"models--(.+)", folder.resolve().parent.parent.name)
+        base = metadata.get("base_model") if "mori" in (metadata.get("tags") or []) else None
+        base = cache[1].replace("--", "/") if cache and folder.resolve().parent.name == "snapshots" else base
+    known = {"base_model": base, **{key: metadata.get(key) for key in ("license", "license_name", "license_link")}}
+    return {key: value for key, value in known.items() if value and isinstance(value, str)}
 
 
 def check(config: HubConfig, folder: str) -> str | None:

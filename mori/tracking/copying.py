@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import numpy
 from numpy.lib.stride_tricks import sliding_window_view
 
+from mori.cli import plural
+
 WINDOW = 8  # tokens
 DESCRIPTIONS = {
     "copying/longest_run": "The most tokens in a row of a sample that stand in the training text. High beside the baseline: "
@@ -122,17 +124,15 @@ def scalars(figures: dict) -> dict[str, float]:
 def sentence(figures: dict) -> str:
     """The figures in words."""
 
-    def share(value: float | None) -> str:
-        return "none" if value is None else f"{value:.1%}"
+    def beside(name: str, form: str) -> str:
+        value = figures[f"baseline_{name}"]
+        return "" if value is None else f" (held-out text {value:{form}})"
 
-    baseline = figures["baseline_longest_run"]
-    beside = ["", ""]
-    if baseline is not None:
-        beside = [f" (held-out text {share(figures['baseline_share_of_8_tokens'])})", f" (held-out text {baseline})"]
-    searched, total = figures["searched_tokens"], figures["training_tokens"]
+    share, searched, total = figures["share_of_8_tokens"], figures["searched_tokens"], figures["training_tokens"]
+    windows = f"{share or 0:.1%} of the windows of {WINDOW} tokens{beside('share_of_8_tokens', '.1%')}, "
     return (
-        f"copied from the training text: {share(figures['share_of_8_tokens'])} of the samples' windows of {WINDOW} tokens"
-        f"{beside[0]}, at most {figures['longest_run']} tokens in a row{beside[1]}"
+        f"the samples copy from the training text {'' if share is None else windows}"
+        f"{plural(figures['longest_run'], 'token')} in a row at most{beside('longest_run', '')}"
         + (f"; searched {searched:,} of {total:,} tokens" if searched < total else "")
     )
 
