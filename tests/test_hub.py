@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, flags, run_script
-from huggingface_hub import constants
+from huggingface_hub import ModelCard, constants
 from huggingface_hub.utils import _http
 
 from mori.cli import Interrupted, RunFailed, UserError, parse
@@ -26,7 +26,7 @@ from mori.export import hub
 from mori.train import train
 
 TOKEN = "hf_secret"
-ENDPOINTS = ("whoami", "create", "tree", "preupload", "batch", "put", "commit")
+ENDPOINTS = ("whoami", "create", "tree", "preupload", "validate", "batch", "put", "commit")
 
 
 class Hub(ThreadingHTTPServer):
@@ -117,6 +117,12 @@ class Handler(BaseHTTPRequestHandler):
             for file in json.loads(body)["files"]
         ]
         self.reply({"files": modes})
+
+    def validate(self, body, _):
+        """The library sends a README.md here before it uploads it."""
+        card = json.loads(body)
+        valid = card["repoType"] == "model" and ModelCard(card["content"]).data.pipeline_tag == "text-generation"
+        self.reply({"errors": [] if valid else [{"message": "no card"}], "warnings": []})
 
     def batch(self, body, _):
         href = f"{self.server.url}/blobs"
@@ -305,6 +311,7 @@ def test_run_goes_on_without_an_answer_and_uploads_at_its_end(server, quick, cap
 @pytest.mark.parametrize("failure", [401, 403, 500, "cut"])
 @pytest.mark.parametrize("endpoint", ENDPOINTS[1:])
 def test_failed_push_names_the_reason_and_the_command(server, brain, endpoint, failure):
+    (brain / "README.md").write_text("---\npipeline_tag: text-generation\n---\n")
     server.failures[endpoint] = failure
     with pytest.raises(RunFailed) as failed:
         push(brain, hub_private_repo=False)
