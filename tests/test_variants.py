@@ -1,5 +1,7 @@
 """The variants of a training step: each one's loss and gradients are the model's own, and each is off where it is not safe."""
 
+import copy
+
 import pytest
 import torch
 from conftest import CPU, assert_equal_weights, stop_after, weights
@@ -16,6 +18,7 @@ from mori.model.lm import CausalLMLoss, attends_to_all_before
 from mori.model.loss import chunked_cross_entropy_sum
 from mori.model.variants import build_module, may_compile, takes_onednn
 from mori.speed import matmul
+from mori.speed.fused import fuse_layers
 from mori.speed.peak import flops_per_token
 
 
@@ -286,3 +289,68 @@ def test_build_module_says_why_the_compiler_failed_and_runs_without(monkeypatch)
     torch.testing.assert_close(module(input_ids, labels), expected)
     assert torch.equal(torch.get_rng_state(), random_state) and all(p.grad is None for p in model.parameters())
     assert not distributed.out_of_memory(RuntimeError(description))
+
+
+class Gated(nn.Module):
+    """A gated MLP, or one that only looks like it."""
+
+    def __init__(self, adds: bool):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(4, 8), nn.Linear(4, 8), nn.Linear(8, 4)
+        self.act_fn, self.adds = nn.SiLU(), adds
+
+    def forward(self, x):
+        gate, up = self.act_fn(self.gate_proj(x)), self.up_proj(x)
+        return self.down_proj(gate + up if self.adds else gate * up)
+
+
+class Norm(nn.Module):
+    """An RMS norm, or one that subtracts the mean as well."""
+
+    def __init__(self, centers: bool):
+        super().__init__()
+        self.weight, self.eps, self.centers = nn.Parameter(torch.rand(4)), 1e-3, centers
+
+    def forward(self, x):
+        x = x - x.mean(-1, keepdim=True) if self.centers else x
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight
+
+
+@pytest.mark.parametrize("layer, is_replaced", [(Gated, [True, False]), (Norm, [True, False])])
+def test_fuse_layers_replaces_what_computes_the_same_and_nothing_else(layer, is_replaced):
+    layers = nn.ModuleList([layer(False), layer(True)])
+    names = fuse_layers(layers)
+    assert [module.forward.__class__.__name__ == "partial" for module in layers] == is_replaced
+    assert names == ["fused gates" if layer is Gated else "fused norms"]
+
+
+@pytest.mark.parametrize("layer", [Gated, Norm])
+@pytest.mark.parametrize("x_trains", [True, False])
+def test_fused_layers_have_the_gradients_of_autograd(layer, x_trains):
+    own = layer(False).double()
+    fused = copy.deepcopy(own)
+    assert fuse_layers(fused)
+    results = []
+    for module in (own, fused):
+        x = torch.randn(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_(
+            x_trains
+        )
+        module(x).sin().sum().backward()
+        results.append([x.grad, *(parameter.grad for parameter in module.parameters())])
+    torch.testing.assert_close(results[1][not x_trains :], results[0][not x_trains :])
+
+
+@pytest.mark.parametrize("layer, kept_rows", [(Gated, 2 * 8 + 4 + 8), (Norm, 4 + 1)])
+def test_fused_layers_keep_their_inputs_alone(layer, kept_rows):
+    """Of a gated MLP its input, gate, up and their product for the linear layers; of a norm its input and a number a row."""
+    module, x, kept = layer(False), torch.randn(50, 4, requires_grad=True), {}
+    fuse_layers(module)
+
+    def pack(tensor):
+        if tensor.data_ptr() not in {parameter.data_ptr() for parameter in module.parameters()}:
+            kept[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        module(x)
+    assert sum(kept.values()) == 50 * kept_rows * 4

@@ -22,7 +22,7 @@ from mori.distributed import Runtime
 from mori.generation.decode import decode as decode_ids
 from mori.generation.sampler import Sampler
 from mori.model import loading, saving
-from mori.model.variants import fuse_activations
+from mori.speed.fused import fuse_activations
 from mori.speed.startup import keep_freed_memory
 
 PROMPT_TOKENS = 16

@@ -198,7 +198,9 @@ class SpeedConfig(Config):
         True, "causal attention without a mask, if every layer attends to all earlier tokens"
     )
     fused_adapters: bool = flag(True, "compute an adapter in one function, which keeps fewer tensors")
-    fused_activations: bool = flag(True, "PyTorch's GELU kernel instead of one written out in Python")
+    fused_activations: bool = flag(
+        True, "activations, gated MLPs and RMS norms that keep fewer tensors than those written out in Python"
+    )
     cpu_matmul: str = flag(
         "auto",
         "library for large fp32 matmuls on a CPU; auto takes oneDNN if it is at least 1.5 times as fast here, and a resumed "

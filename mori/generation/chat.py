@@ -22,7 +22,7 @@ from mori.generation.generate import PromptTooLong, check_prompts, generate, mod
 from mori.model.adapters.lora import merge
 from mori.model.loading import load_config, load_model, load_tokenizer
 from mori.model.probes import check_causal
-from mori.model.variants import fuse_activations
+from mori.speed.fused import fuse_activations
 from mori.speed.startup import keep_freed_memory
 
 HELP = """Type a text, and the model continues it. The arrow keys recall earlier lines.

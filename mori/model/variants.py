@@ -6,12 +6,12 @@ import inspect
 
 import torch
 from torch import nn
-from transformers.activations import FastGELUActivation, NewGELUActivation
 
 from mori.cli import UserError, one_line
 from mori.config import TrainConfig
 from mori.data.windows import IGNORE_INDEX
 from mori.model.lm import CausalLMLoss, attends_to_all_before, watch_head
+from mori.speed.fused import fuse_activations, fuse_layers
 
 _CHECKED_TOKENS = 16  # so few that reading the weights dominates
 # Compilation takes one or two minutes and saves a tenth to a fifth of the rest of the run.
@@ -60,8 +60,8 @@ def build_module(
         chosen.append("documents kept apart")
     with watch_head(model) as plain_head:
         own_loss = _loss(module, input_ids, labels, runtime)
-    if config.fused_activations and fuse_activations(model):
-        chosen.append("fused GELU")
+    if config.fused_activations:
+        chosen += ["fused GELU"] * bool(fuse_activations(model)) + fuse_layers(model)
     safe = list(chosen)
     if config.mask_free_attention and not config.document_mask and attends_to_all_before(model, config.block_size):
         module.use_mask_free_attention()
@@ -92,23 +92,6 @@ def takes_onednn(model: nn.Module, config: TrainConfig, runtime) -> bool:
         and all(parameter.dtype == torch.float32 for parameter in model.parameters())
         and not config.torch_compile
     )
-
-
-def fuse_activations(model: nn.Module) -> int:
-    """Replace Python tanh-GELU modules by PyTorch's kernel; returns their number.
-
-    It is the same function (Hendrycks and Gimpel, 2016, arXiv:1606.08415) up to the last bits, and keeps one MLP-sized tensor for
-    the backward pass instead of several. Saved files do not change.
-    """
-    activations = [
-        (module, name)
-        for module in model.modules()
-        for name, child in module.named_children()
-        if type(child) in (NewGELUActivation, FastGELUActivation)
-    ]
-    for module, name in activations:
-        setattr(module, name, nn.GELU(approximate="tanh"))
-    return len(activations)
 
 
 def _enable_gradient_checkpointing(module: CausalLMLoss, config: TrainConfig) -> None:

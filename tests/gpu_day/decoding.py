@@ -15,7 +15,7 @@ from mori.bench import decode as bench
 from mori.bench import harness
 from mori.bench.options import SHAPES, DecodeBenchConfig
 from mori.generation import replaying_reader
-from mori.model.variants import fuse_activations
+from mori.speed.fused import fuse_activations
 from tests.families import CAPTURED, expected, greedy, prompts_of, small_model
 from tests.gpu_day.common import ROOT, Task, attempt, keep_report, read_json, say, synchronize
 

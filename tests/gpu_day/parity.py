@@ -17,7 +17,7 @@ from mori.data.corpus import read_corpus
 from mori.data.files import find_files
 from mori.model import loading, saving
 from mori.model.lm import CausalLMLoss
-from mori.model.variants import fuse_activations
+from mori.speed.fused import fuse_activations
 from tests.gpu_day.common import Task, attempt, deterministic, read_json, run_script, say
 
 _STEPS, _DRY_STEPS = 40, 6
