@@ -354,3 +354,17 @@ def test_fused_layers_keep_their_inputs_alone(layer, kept_rows):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         module(x)
     assert sum(kept.values()) == 50 * kept_rows * 4
+
+
+@pytest.mark.parametrize(
+    "family, names",
+    [
+        ("llama", ["fused gates", "fused norms"]),
+        ("qwen3", ["fused gates", "fused norms"]),
+        ("gemma2", ["fused gates", "fused norms"]),
+        ("phi3", ["fused gates", "fused norms"]),
+        ("gpt2", []),
+    ],
+)
+def test_fuse_layers_recognizes_layers_in_families(family, names):
+    assert fuse_layers(small_model(family, 97)) == names
