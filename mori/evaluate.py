@@ -4,12 +4,13 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
+from typing import ClassVar
 
 import torch
 
 from mori.cli import callable_module, checked, plural
 from mori.config import EvaluateConfig, TrainConfig
-from mori.data.windows import ShiftedDataset, Spread, count_targets
+from mori.data.windows import IGNORE_INDEX, ShiftedDataset, Spread, count_targets
 from mori.distributed import BatchSize, Runtime, restored_backends, start
 from mori.model import loading, special_tokens
 from mori.model.adapters.lora import merge
@@ -18,18 +19,22 @@ from mori.model.variants import build_module
 from mori.prepare import read, scored_text, tokenized
 
 _EVALUATION_SHARE = 0.1  # of the training time
+# In nats; TensorBoard shows 30 bins of equal width as they are. The last bin also holds all losses above it.
+TOKEN_LOSS_EDGES = [i / 2 for i in range(31)]
 
 
 @dataclass
 class Evaluation:
     """`loss` is in nats per token, `bits_per_byte` in bits per byte of the text before it was tokenized, or None.
 
-    All are None for a run that holds no text out.
+    All are None for a run that holds no text out. `token_losses` counts the tokens by their loss, in the bins between
+    `TOKEN_LOSS_EDGES`.
     """
 
     loss: float | None
     perplexity: float | None
     bits_per_byte: float | None
+    token_losses: ClassVar[list[int]] = []  # no field: `asdict` gives the figures
 
     def __str__(self) -> str:
         if self.loss is None:
@@ -66,7 +71,7 @@ def evaluate(
         return Evaluation(None, None, None)
     was_training = module.training
     module.eval()
-    totals = torch.zeros(2, dtype=torch.float64)
+    totals = torch.zeros(2 + len(TOKEN_LOSS_EDGES) - 1, dtype=torch.float64)
     share = (range(len(dataset)) if windows is None else windows)[runtime.rank :: runtime.world_size]
     position = 0
     while position < len(share):
@@ -74,17 +79,28 @@ def evaluate(
             module.train(was_training)
             return None
         input_ids, labels = dataset.batch(share[position : position + batch_size.size])
+        losses: list[torch.Tensor] = []
         with batch_size, runtime.autocast():
-            loss_sum = module(input_ids.to(runtime.device), labels.to(runtime.device)).item()
+            inputs = input_ids.to(runtime.device), labels.to(runtime.device)
+            loss_sum = module(*inputs, token_losses=losses).item()
         if not batch_size.halved:
-            totals += torch.tensor([loss_sum, count_targets(labels)], dtype=torch.float64)
+            counts = _histogram(torch.cat(losses).cpu()[labels.flatten() != IGNORE_INDEX])
+            totals += torch.tensor([loss_sum, count_targets(labels), *counts], dtype=torch.float64)
             position += len(labels)
-    nats, targets = runtime.all_sum(totals).tolist()
+    nats, targets, *counts = runtime.all_sum(totals).tolist()
     module.train(was_training)
     loss = nats / targets
     perplexity = math.exp(loss) if loss < 700 else math.inf
     scored_bytes = (text_bytes or 0) * (targets / dataset.targets)
-    return Evaluation(loss, perplexity, nats / math.log(2) / scored_bytes if scored_bytes else None)
+    evaluation = Evaluation(loss, perplexity, nats / math.log(2) / scored_bytes if scored_bytes else None)
+    evaluation.token_losses = list(map(int, counts))
+    return evaluation
+
+
+def _histogram(losses: torch.Tensor) -> list[int]:
+    """How many token losses `(N,)`, on the CPU, lie between the edges; a loss on an edge belongs to the bin above it."""
+    bins = torch.bucketize(losses, torch.tensor(TOKEN_LOSS_EDGES[1:-1]), right=True)
+    return torch.bincount(bins, minlength=len(TOKEN_LOSS_EDGES) - 1).tolist()
 
 
 def windows_to_score(config: TrainConfig, held_out: int, steps_between: int, windows_per_step: int) -> Sequence[int]:

@@ -20,6 +20,7 @@ from mori.config import TrainConfig
 
 # As in `transformers.Trainer.get_decay_parameter_names`, so that the same weights decay.
 _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
+_SAMPLED = 1 << 16  # weights from which the length of an update is estimated
 _SLICE = 1 << 22  # weights that `RoundingAdamW` updates at once: bounds its fp32 temporaries
 
 
@@ -347,3 +348,24 @@ def step_if_finite(optimizer: torch.optim.Optimizer, grad_norm: torch.Tensor) ->
     elif not nonfinite:
         optimizer.step()
     return nonfinite
+
+
+def sampled_weights(parameters: list[nn.Parameter]) -> torch.Tensor:
+    """Every n-th of all weights in fp32, `(N,)` on the device; all of them in a small model, about 65,536 in a large one."""
+    stride = max(1, sum(parameter.numel() for parameter in parameters) // _SAMPLED)
+    while math.gcd(stride, 2 * 3 * 5 * 7) > 1:  # a divisor of the width would sample the same columns in every row
+        stride += 1
+    parts, position = [], 0
+    for parameter in parameters:
+        parts.append(parameter.detach().reshape(-1)[-position % stride :: stride])
+        position += parameter.numel()
+    return torch.cat([part.float() for part in parts])
+
+
+def update_ratio(before: torch.Tensor, parameters: list[nn.Parameter]) -> torch.Tensor:
+    """|w' - w| / |w|: the length of a step's change of the weights by their length before it, a scalar on the device.
+
+    `before` is `sampled_weights` from before the step. Both lengths are L2 norms over the sample, so their ratio is exact for a
+    small model and an estimate for a large one. It holds for every optimizer, with decay, and is 0 for a skipped step.
+    """
+    return (sampled_weights(parameters) - before).norm() / before.norm()

@@ -170,9 +170,13 @@ class Run:
         """The time until the run ends, by its steps, evaluations and saves so far; None before the first step."""
         return state.throughput.seconds_left(**self.work_left(state))
 
+    def logs(self, step: int) -> bool:
+        """Whether the run logs after `step` steps."""
+        return step % self.log_every == 0 or step == self.total_steps
+
     def log_is_due(self, state: State) -> bool:
         """Whether to log now: at every interval, at the end, and if a run that only skips steps must end."""
-        if state.step % self.log_every == 0 or state.step == self.total_steps:
+        if self.logs(state.step):
             return True
         limit = self.config.max_nonfinite_steps
         return state.step % limit == 0 and bool(state.skipped[1] >= limit)  # reads the device only every `limit` steps

@@ -17,7 +17,7 @@ from mori.checkpoint import run_folder
 from mori.cli import Interrupted, RunFailed, UserError, callable_module, guarded, one_line, plural
 from mori.config import TrainConfig
 from mori.data.windows import load_step
-from mori.evaluate import evaluate, first_nonfinite_tensor
+from mori.evaluate import TOKEN_LOSS_EDGES, evaluate, first_nonfinite_tensor
 from mori.generation.generate import generate
 from mori.preflight import preflight
 from mori.run import Run, build, check
@@ -62,9 +62,10 @@ def train(config: TrainConfig, on_step: Callable[[int, float], None] = lambda st
             if run.is_over(state):
                 return output.finish(run, state, signals)
             state.throughput.start()
+            weights = optim.sampled_weights(run.parameters) if run.logs(state.step + 1) else None
             grad_norm, lr = train_step(run, state)
             if run.log_is_due(state):
-                log(run, state, grad_norm, lr)
+                log(run, state, grad_norm, lr, weights)
             state.throughput.stop()
             run.monitor.move(state.step)
             on_step(state.step, state.throughput.seconds)
@@ -168,6 +169,7 @@ def evaluate_and_sample(run: Run, state: State, signals: distributed.StopSignals
     monitor.say(f"step {state.step}: {evaluation}")
     copied = draw_samples(run, state) if runtime.is_main else {}
     monitor.scalars(state.step, {**evaluation.scalars(), **copied})
+    monitor.histogram(state.step, "eval/token_loss", TOKEN_LOSS_EDGES, evaluation.token_losses)
     if state.step == 0:
         state.before, state.samples_before = state.after, state.samples_after
         monitor.say("\n".join(["before:", *state.samples_before]))
@@ -194,8 +196,13 @@ def draw_samples(run: Run, state: State) -> dict[str, float]:
     return copying.scalars(figures)
 
 
-def log(run: Run, state: State, grad_norm: torch.Tensor | None, lr: float | None) -> None:
-    """Read the interval's metrics from the device and log them; fail the run after too many consecutive skipped steps."""
+def log(
+    run: Run, state: State, grad_norm: torch.Tensor | None, lr: float | None, weights: torch.Tensor | None = None
+) -> None:
+    """Read the interval's metrics from the device and log them; fail the run after too many consecutive skipped steps.
+
+    `weights` are those sampled before the last step.
+    """
     runtime = run.runtime
     losses, state.losses = runtime.all_sum(torch.stack(state.losses)).tolist(), []
     loss = sum(losses) / len(losses) / runtime.world_size
@@ -210,6 +217,8 @@ def log(run: Run, state: State, grad_norm: torch.Tensor | None, lr: float | None
         "perf/data_wait": waited,
         "perf/peak_memory_gib": peak_memory_bytes(runtime.device) / 2**30,
     }
+    if weights is not None:
+        values["train/update_ratio"] = optim.update_ratio(weights, run.parameters).item()
     if run.peak_flops:
         values["perf/mfu"] = tokens_per_second * run.flops_per_token / (run.peak_flops * runtime.world_size)
     run.monitor.scalars(state.step, values)

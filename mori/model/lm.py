@@ -59,6 +59,7 @@ class CausalLMLoss(nn.Module):
         labels: torch.Tensor,
         n_targets: torch.Tensor | None = None,
         loss_scale: torch.Tensor | None = None,
+        token_losses: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """The sum of the token losses; with `n_targets`, this batch's part of the mean loss of a step.
 
@@ -67,6 +68,7 @@ class CausalLMLoss(nn.Module):
             n_targets: the number of labels in the whole step. The router loss of a mixture of experts
                 (`output_router_logits`) is then added, weighted by this batch's share of the labels.
             loss_scale: the factor by which a `GradScaler` will multiply the result before the backward pass.
+            token_losses: receives the losses of the tokens, a part of the batch at a time, with 0 for labels that are ignored.
         """
         compiled = self.training and self.compiled
         if compiled and (missing := self.rows - len(input_ids)) > 0:  # another shape would trigger a recompilation
@@ -76,9 +78,10 @@ class CausalLMLoss(nn.Module):
             output = self._run_trunk(compiled, input_ids=input_ids, use_cache=False, **documents)
             if self.chunked_loss:  # output[0] is the input of the head, (B, T, D)
                 grad_scale = None if loss_scale is None else loss_scale / n_targets
-                loss = chunked_cross_entropy_sum(output[0], self.model.get_output_embeddings(), labels, grad_scale)
+                head = self.model.get_output_embeddings()
+                loss = chunked_cross_entropy_sum(output[0], head, labels, grad_scale, token_losses)
             else:
-                loss = cross_entropy_sum(output.logits, labels)  # logits (B, T, V)
+                loss = cross_entropy_sum(output.logits, labels, token_losses)  # logits (B, T, V)
         if n_targets is None:
             return loss
         loss = loss / n_targets

@@ -66,8 +66,9 @@ class Monitor:
         self._each("text", step, tag, text, marked)
 
     def histogram(self, step: int, tag: str, edges: Sequence[float], counts: Sequence[int]) -> None:
-        """Log a histogram at `step`: `counts[i]` values lie between `edges[i]` and `edges[i + 1]`."""
-        self._each("histogram", step, tag, edges, counts)
+        """Log a histogram at `step`: `counts[i]` values lie between `edges[i]` and `edges[i + 1]`. Without counts there is none."""
+        if counts:
+            self._each("histogram", step, tag, edges, counts)
 
     def sync(self) -> None:
         """Wait until everything logged is on disk, because a checkpoint must not outlive the lines before it."""
