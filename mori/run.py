@@ -38,6 +38,7 @@ from mori.speed.step_graph import StepGraph
 from mori.state import State
 from mori.tracking.monitor import Monitor, say
 from mori.tracking.overview import environment, evaluations_in_words, introduction
+from mori.tracking.profiler import Profiler
 
 
 @dataclass
@@ -248,8 +249,8 @@ def check(config: TrainConfig, locks: contextlib.ExitStack) -> Run:
     )
     total_steps = config.total_steps(batches.steps_per_epoch)
     run = Run(config, runtime, data, batches, total_steps, run_dir, output_dir, started)
-    if run.warmup_steps > run.total_steps:
-        raise UserError(f"warmup_steps {run.warmup_steps} is more than the run's {plural(run.total_steps, 'step')}")
+    if mistake := config.too_late(total_steps):
+        raise UserError(mistake)
     if "bits_per_byte" in config.metric_for_best_model and data.held_out_bytes is None:
         raise UserError("metric_for_best_model bits_per_byte: the tokenizer loses text, so there is none; take loss")
     run.schedule = optim.Schedule(config, run.warmup_steps, run.total_steps)
@@ -312,6 +313,7 @@ def build(run: Run, locks: contextlib.ExitStack) -> State:
         run.run_dir,
         report_to=() if config.dry_run else config.loggers,
         about=tables,
+        profiler=Profiler(run.run_dir, config.profiled_steps, runtime.device) if config.profile_steps else None,
         first_step=state.step,
         total_steps=run.total_steps,
         seconds_left=lambda: run.seconds_left(state),

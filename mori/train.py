@@ -63,7 +63,8 @@ def train(config: TrainConfig, on_step: Callable[[int, float], None] = lambda st
                 return output.finish(run, state, signals)
             state.throughput.start()
             weights = optim.sampled_weights(run.parameters) if run.logs(state.step + 1) else None
-            grad_norm, lr = train_step(run, state)
+            with run.monitor.profiled(state.step + 1):
+                grad_norm, lr = train_step(run, state)
             if run.log_is_due(state):
                 log(run, state, grad_norm, lr, weights)
             state.throughput.stop()

@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy
 import pytest
 import torch
 from conftest import CPU, assert_equal_weights, run_script, stop_after
@@ -14,7 +15,7 @@ from mori.cli import UserError
 from mori.config import TrainConfig
 from mori.data.windows import Positions, ShiftedDataset, count_targets
 from mori.distributed import BatchSize, Runtime
-from mori.evaluate import evaluate, windows_to_score
+from mori.evaluate import TOKEN_LOSS_EDGES, evaluate, windows_to_score
 from mori.model.lm import CausalLMLoss
 
 
@@ -46,6 +47,27 @@ def test_evaluate_scores_the_windows_as_pytorch_does(windows):
     assert evaluation.loss == pytest.approx(nats / targets.item(), rel=1e-6)
     assert dataset.targets == 50 - 1 - 2 == sum(count_targets(dataset.batch([i])[1]) for i in range(7))
     assert evaluation.bits_per_byte == pytest.approx(nats / math.log(2) / (120 * targets.item() / 47), rel=1e-6)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_evaluate_counts_the_token_losses_as_numpy_does(chunked):
+    """A head with large weights spreads the losses from 0 to beyond the last edge; the ignored labels count nowhere."""
+    torch.manual_seed(0)
+    ids, without = torch.randint(0, 97, (500,)).numpy(), Positions(torch.tensor([0, 9, 30]).numpy())
+    dataset = ShiftedDataset(ids, 8, keep_tail=True, without_label=without)
+    model = small_model("gpt2", 97).eval()
+    with torch.no_grad():
+        model.lm_head.weight *= 4
+    module = CausalLMLoss(model, chunked_loss=chunked)
+    evaluation = evaluate(module, dataset, None, batch_size=BatchSize(2), runtime=CPU)
+    input_ids, labels = dataset.batch(range(len(dataset)))
+    with torch.no_grad():
+        losses = cross_entropy(model.eval()(input_ids).logits.flatten(0, 1), labels.flatten(), reduction="none")
+    losses = losses[labels.flatten() >= 0].numpy()
+    expected, _ = numpy.histogram(losses.clip(0, 14.99), TOKEN_LOSS_EDGES)
+    assert evaluation.token_losses == expected.tolist() and sum(expected) == dataset.targets
+    assert losses.max() > 15 and (expected > 0).sum() > 20
+    assert evaluation.loss == pytest.approx(losses.mean(dtype="float64"), rel=1e-6)
 
 
 def test_evaluate_shares_the_windows_between_ranks():

@@ -297,3 +297,22 @@ def test_adamw_8bit_keeps_32_bits_for_embeddings_and_small_tensors():
         "transformer.wpe.weight",
     }
     assert set(types.values()) == {torch.float32, torch.uint8}
+
+
+def test_update_ratio_of_a_large_model_is_estimated_from_an_even_sample():
+    """Against the lengths over all weights; the parts of the sample are spread evenly over parameters of every size."""
+    torch.manual_seed(0)
+    sizes = [(300, 768), (768,), (7,), (1000, 512), (3, 5), (200_000,)]
+    parameters = [nn.Parameter(torch.randn(size) * 10.0**-i) for i, size in enumerate(sizes)]
+    before, whole = optim.sampled_weights(parameters), torch.cat([p.detach().flatten() for p in parameters])
+    assert 1 << 14 < len(before) <= 1 << 17
+    stride = -(-len(whole) // len(before))
+    assert torch.equal(before, whole[::stride])
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter += 1e-3 * torch.randn_like(parameter)
+    change = torch.cat([p.detach().flatten() for p in parameters]) - whole
+    assert optim.update_ratio(before, parameters).item() == pytest.approx(
+        (change.norm() / whole.norm()).item(), rel=0.05
+    )
+    assert optim.update_ratio(optim.sampled_weights(parameters), parameters).item() == 0.0

@@ -169,9 +169,9 @@ def test_train_in_fp16_computes_the_gradients_at_the_size_of_the_scaled_loss(run
     """The scale divided by the labels of the step: 2 micro-batches of 4 windows of 16 tokens."""
     scales, chunked = [], lm.chunked_cross_entropy_sum
 
-    def record(hidden, head, labels, grad_scale=None):
+    def record(hidden, head, labels, grad_scale=None, *rest):
         scales.append(grad_scale)
-        return chunked(hidden, head, labels, grad_scale)
+        return chunked(hidden, head, labels, grad_scale, *rest)
 
     monkeypatch.setattr(lm, "chunked_cross_entropy_sum", record)
     run_train(precision="fp16", max_steps=1, gradient_accumulation_steps=2, eval_on_start=False)

@@ -18,6 +18,7 @@ LOGGERS = {
     "wandb": "mori.tracking.loggers:WandbRun",
     "none": "",
 }
+_MOST_PROFILED = 100  # steps: a profile is kept in memory, some megabytes for each of them
 
 
 @dataclass
@@ -265,6 +266,11 @@ class LoggingConfig(Config):
         "(WANDB_PROJECT names the project, WANDB_MODE=offline needs no network), or none",
         choices=LOGGERS,
     )
+    profile_steps: str = flag(
+        "",
+        "steps a:b to record with PyTorch's profiler, counted from 1: a trace for Perfetto and TensorBoard, and the ten heaviest "
+        "operations in profile.json, both in the run's folder",
+    )
     logging_strategy: str = flag(
         "steps", "log every logging_steps, or at the end of each epoch", choices=("steps", "epoch")
     )
@@ -321,9 +327,20 @@ class LoggingConfig(Config):
         # A folder of that name is a package without an origin.
         missing = [name for name, spec in specs.items() if spec is None or spec.origin is None]
         mistakes = [f"report_to {name} needs {name}: pip install {name}" for name in missing]
+        if self.profile_steps and not self.profiled_steps:
+            mistakes.append(
+                f"profile_steps is {self.profile_steps!r}, must be the first and the last step, as 10:12, of at most {_MOST_PROFILED}"
+            )
         if "none" in self.report_to and specs:
             mistakes.append(f"report_to none and {', '.join(specs)} contradict each other; leave one out")
         return mistakes + super().contradictions()
+
+    @property
+    def profiled_steps(self) -> tuple[int, int] | None:
+        """The first and the last step to profile; None if there are none, or if `profile_steps` is malformed."""
+        match = re.fullmatch(r"(\d{1,12}):(\d{1,12})", self.profile_steps, re.ASCII)
+        first, last = (int(match[1]), int(match[2])) if match else (0, 0)
+        return (first, last) if 1 <= first <= last < first + _MOST_PROFILED else None
 
     @property
     def loggers(self) -> list[str]:

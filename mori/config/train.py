@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from mori.cli import plural
 from mori.config.adapters import AdapterConfig, FreezingConfig
 from mori.config.groups import (
     CorpusConfig,
@@ -68,6 +69,14 @@ class TrainConfig(
     def total_steps(self, steps_per_epoch: int) -> int:
         """The number of optimizer steps of the run, rounded up to a whole step as Trainer does."""
         return self.max_steps if self.max_steps > 0 else math.ceil(self.num_train_epochs * steps_per_epoch)
+
+    def too_late(self, total_steps: int) -> str:
+        """What is wrong with a setting that reaches beyond the last of `total_steps`; empty if none does."""
+        if steps_of(self.warmup_steps, total_steps) > total_steps:
+            return f"warmup_steps {self.warmup_steps:g} is more than the run's {plural(total_steps, 'step')}"
+        if self.profiled_steps and self.profiled_steps[0] > total_steps:
+            return f"profile_steps {self.profile_steps} begins after the run's {plural(total_steps, 'step')}"
+        return ""
 
     def contradictions(self) -> list[str]:
         """Empty names, and settings that exclude each other."""

@@ -6,13 +6,14 @@ import os
 import sys
 import time
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 from mori.cli import UserError, guarded, printable
 from mori.config.groups import LOGGERS
 from mori.tracking.loggers import Background, Logger, MetricsFile
+from mori.tracking.profiler import Profiler, as_text
 from mori.tracking.progress import Progress
 from mori.tracking.report.write import Reporter
 
@@ -28,6 +29,7 @@ class Monitor:
         run_dir: the run's folder.
         report_to: further loggers, by their names in `LOGGERS`.
         about: what is known before the first step: tables of names and values, by title.
+        profiler: records the steps that the user wants to look at.
         first_step: the step that the run starts or resumes from; entries of later steps belong to lost work.
         total_steps: the last step of the run.
         seconds_left: called for the seconds until the run ends; None while they are unknown.
@@ -41,6 +43,7 @@ class Monitor:
         *,
         report_to: Sequence[str] = ("tensorboard",),
         about: Mapping[str, dict] = types.MappingProxyType({}),
+        profiler: Profiler | None = None,
         first_step: int,
         total_steps: int,
         seconds_left: Callable[[], float | None] = lambda: None,
@@ -55,7 +58,7 @@ class Monitor:
             make = partial(_logger_class(name), run_dir, first_lost_step, dict(about))
             self._loggers.append(Background(name, make) if make.func.in_background else make())
         self._progress = Progress(first_step, total_steps, seconds_left) if enabled else None
-        self._reporter = Reporter(run_dir)
+        self._reporter, self._profiler = Reporter(run_dir), profiler if enabled else None
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Log `values`, keyed by tag (`train/loss`), at `step`."""
@@ -90,6 +93,27 @@ class Monitor:
             with contextlib.suppress(OSError), self._progress.interrupted():
                 say(message)
 
+    @contextlib.contextmanager
+    def profiled(self, step: int) -> Iterator[None]:
+        """The context of a training step, which the profiler records if the user asked for it."""
+        if self._profiler is None:
+            yield
+            return
+        self._attempt(self._profiler, partial(self._profiler.begin, step))
+        with self._profiler.mark(step):
+            yield
+        if self._profiler.is_over(step):
+            self._end_profile()
+
+    def _end_profile(self) -> None:
+        """Write what was recorded; the heaviest operations are a text, too."""
+
+        def write() -> None:
+            if table := self._profiler.close():
+                self.text(table["steps"][-1], "profile/heaviest_operations", as_text(table))
+
+        self._attempt(self._profiler, write)
+
     def report(self, results: dict, finished: bool = False) -> None:
         """Write the report of the run so far, so that a killed run has one; `results` has the fields of summary.json."""
         if self.enabled:
@@ -97,6 +121,8 @@ class Monitor:
 
     def close(self) -> None:
         """Close the bar and every logger; what is logged later is dropped."""
+        if self._profiler:  # a run that is shorter than what should be recorded
+            self._end_profile()
         if self._progress:
             self._progress.close()
         self._each("close")
@@ -112,7 +138,7 @@ class Monitor:
             call = partial(logger.call, method) if isinstance(logger, Background) else getattr(logger, method)
             self._attempt(logger, partial(call, *values))
 
-    def _attempt(self, logger: "Logger | Background | Reporter", action: Callable[[], None]) -> None:
+    def _attempt(self, logger: "Logger | Background | Reporter | Profiler", action: Callable[[], object]) -> None:
         """Call `action`; say the first error of a logger, and its notes."""
         try:
             guarded(f"{logger.name} in {self._run_dir} cannot be written", action)

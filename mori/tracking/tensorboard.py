@@ -7,7 +7,9 @@ import shlex
 import textwrap
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 
+from mori.config import TrainConfig
 from mori.tracking import copying
 from mori.tracking.loggers import Logger, spans
 
@@ -54,11 +56,12 @@ LAYOUT = {
         "share of the peak FLOPs, and of time waiting for data": ["perf/mfu$", "perf/data_wait$"],
     },
 }
-# The columns of the HParams tab: settings that have a value in every run, and the newest value of some scalars.
+# The columns of the HParams tab: settings that have a value in every run, and the newest value of some scalars. It shows five
+# settings at first.
+_SHOWN_FIRST = ("model", "block_size", "per_device_train_batch_size", "learning_rate", "optim")
 _SETTINGS = (
-    "model", "corpus", "block_size", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
-    "lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "num_train_epochs", "max_steps", "dropout", "use_peft", "precision",
-    "seed",
+    *_SHOWN_FIRST, "corpus", "gradient_accumulation_steps", "lr_scheduler_type", "warmup_steps", "weight_decay", "num_train_epochs",
+    "max_steps", "dropout", "use_peft", "precision", "seed",
 )  # fmt: skip
 _EVALUATION, _TRAINING = (
     ("eval/loss", "eval/perplexity", "eval/bits_per_byte"),
@@ -149,16 +152,25 @@ class TensorBoard(Logger):
         value = Summary.Value(
             tag=metadata.CONFIG_SUMMARY_TAG, metadata=metadata.create_summary_metadata(), tensor=layout
         )
-        texts = [text_summary(f"run/{title}", table(rows)) for title, rows in self.about.items()]
+        texts = [text_summary(f"setup/{title}", table(rows)) for title, rows in self._tables()]
         settings = [hparams_pb(self._settings(), trial_id=self.run_dir.name)] if self.about else []
         return [Summary(value=[value]), *texts, *settings]
 
+    def _tables(self) -> list[tuple[str, dict]]:
+        """The tables by title; the settings that differ from the defaults come first."""
+        defaults = {f.name: getattr(TrainConfig(), f.name) for f in fields(TrainConfig)}
+        tables = []
+        for title, rows in self.about.items():
+            names = sorted(rows, key=lambda name: title == "config" and rows[name] == defaults.get(name))
+            tables.append((title, {name: rows[name] for name in names}))
+        return tables
+
     def _settings(self) -> dict[str, float | str | bool]:
         """The settings that are columns of the HParams tab."""
-        config = self.about["config"]
-        values = {name: config[name] for name in _SETTINGS if name in config}
-        values["dropout"] = _shown(values.get("dropout"))  # a column has values of one type
-        return {n: v if isinstance(v, (bool, int, float, str)) else _shown(v) or "unset" for n, v in values.items()}
+        values = {**self.about["config"], "precision": self.about["environment"]["precision"]}
+        values["dropout"] = _shown(values["dropout"])  # a column has values of one type
+        values = {name: values[name] for name in _SETTINGS}
+        return {n: v if isinstance(v, (bool, int, float)) else _shown(v) or "unset" for n, v in values.items()}
 
     def _columns(self, values: dict[str, float]) -> list:
         """The columns of the HParams tab, at the first evaluation, which tells what there is to compare; else an empty list."""
@@ -172,8 +184,10 @@ class TensorBoard(Logger):
         kinds = {bool: api_pb2.DATA_TYPE_BOOL, str: api_pb2.DATA_TYPE_STRING}
         experiment = api_pb2.Experiment(
             hparam_infos=[
-                api_pb2.HParamInfo(name=name, type=kinds.get(type(value), api_pb2.DATA_TYPE_FLOAT64))
-                for name, value in self._settings().items()
+                api_pb2.HParamInfo(
+                    name=n, type=kinds.get(type(v), api_pb2.DATA_TYPE_FLOAT64), differs=n in _SHOWN_FIRST
+                )
+                for n, v in self._settings().items()
             ],
             metric_infos=[
                 api_pb2.MetricInfo(name=api_pb2.MetricName(tag=tag), description=DESCRIPTIONS[tag])
