@@ -1,6 +1,7 @@
 """The same run with `mori-exact` and with `transformers.Trainer` gives the same bits; the report of a comparison."""
 
 import gc
+import importlib.util
 import json
 import math
 import re
@@ -292,7 +293,8 @@ def test_compare_reports_mistakes_before_any_arm_starts(settings, tmp_path):
         with pytest.raises(UserError, match=next(iter(change))):
             checked(CompareConfig(**change))
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("importlib.util.find_spec", lambda name: None)
+        find_spec = importlib.util.find_spec
+        patched.setattr("importlib.util.find_spec", lambda name: None if name == "accelerate" else find_spec(name))
         for arm in ("trainer", "trainer-tuned", "course"):
             with pytest.raises(UserError, match=f"arm {arm} needs accelerate: pip install accelerate"):
                 compare.compare(CompareConfig(**settings, arms=["mori", arm]))
