@@ -25,7 +25,7 @@ from torch.utils.tensorboard import SummaryWriter
 import mori
 from mori.cli import UserError, parse
 from mori.config import GenerateConfig, TrainConfig
-from mori.config.groups import LOGGERS
+from mori.config.logging import LOGGERS
 from mori.tracking import monitor, overview
 from mori.tracking.loggers import Background, Logger, MetricsFile, WandbRun, read_metrics
 from mori.tracking.monitor import Monitor
@@ -168,8 +168,8 @@ def test_script_ends_although_a_logger_leaves_an_exit_hook_and_a_thread_that_han
         "            threading.Thread(target=time.sleep, args=[10 ** 6]).start()\n"
     )
     code = (
-        "import sys; from mori.cli import errors; from mori.config import groups; from mori.__main__ import main\n"
-        "errors._EXIT_SECONDS = 0.2; groups.LOGGERS['clingy'] = 'clingy:Clingy'\n"
+        "import sys; from mori.cli import errors; from mori.config import logging; from mori.__main__ import main\n"
+        "errors._EXIT_SECONDS = 0.2; logging.LOGGERS['clingy'] = 'clingy:Clingy'\n"
         "sys.argv = ['mori', 'train', *sys.argv[1:]]; main()"
     )
     words = flags({**settings, "max_steps": 2, "report_to": ["clingy"]})

@@ -8,8 +8,8 @@ from mori.config.evaluation import EvaluateConfig
 from mori.config.export import ExportConfig
 from mori.config.generation import ChatConfig, GenerateConfig
 from mori.config.groups import DeviceConfig, TextConfig
+from mori.config.logging import ReportConfig
 from mori.config.recipes import RECIPES
-from mori.config.report import ReportConfig
 from mori.config.sampling import SamplingConfig
 from mori.config.train import FOLLOW_EVALUATIONS, PRESETS, TrainConfig, steps_of
 

@@ -11,13 +11,13 @@ from mori.cli import plural
 from mori.config.adapters import AdapterConfig, FreezingConfig
 from mori.config.groups import (
     CorpusConfig,
-    LoggingConfig,
     OutputConfig,
     SpeedConfig,
     TrainDeviceConfig,
     TrainedModelConfig,
     TrainingConfig,
 )
+from mori.config.logging import LoggingConfig
 from mori.config.recipes import RECIPES, RecipeConfig
 from mori.config.sampling import TrainSamplingConfig
 

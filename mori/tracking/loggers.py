@@ -1,4 +1,4 @@
-"""Where a run's numbers go. A new logger is one class and one entry in `mori.config.groups.LOGGERS`."""
+"""Where a run's numbers go. A new logger is one class and one entry in `mori.config.logging.LOGGERS`."""
 
 import contextlib
 import html

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from mori.cli import UserError, guarded, printable
-from mori.config.groups import LOGGERS
+from mori.config.logging import LOGGERS
 from mori.tracking.loggers import Background, Logger, MetricsFile
 from mori.tracking.profiler import Profiler, as_text
 from mori.tracking.progress import Progress
