@@ -220,6 +220,7 @@ def test_reporter_takes_a_hundredth_of_the_time(tmp_path, monkeypatch):
 
     monkeypatch.setattr("mori.tracking.report.write.write_run", slow)
     monkeypatch.setattr("time.monotonic", lambda: now[0])
+    monkeypatch.setattr("time.thread_time", lambda: now[0])
     reporter = Reporter(tmp_path)
     for _ in range(1000):
         reporter.write({"steps": 1})
@@ -296,6 +297,16 @@ def test_plan_stands_beside_what_happened(tmp_path):
     ]
 
 
+def test_heaviest_operations_of_a_profile_are_listed(tmp_path):
+    operations = [{"name": f"aten::{name}<float>", "calls": 12, "ms": 3.25, "share": 0.5} for name in ("mm", "add_")]
+    folder = made_run(tmp_path / "run", profile={"steps": [3, 5], "operations": [*operations, {"ms": 1}, None]})
+    write_run(read_run(folder))
+    cells = Html(pages(folder)["html"], "td").texts
+    for name in ("aten::mm<float>", "aten::add_<float>"):
+        assert cells[cells.index(name) : cells.index(name) + 4] == [name, "12", "3.2", "50.0 %"]
+    assert "Steps 3 to 5." in pages(folder)["html"] and r"aten\:\:mm\<float\>" in pages(folder)["md"]
+
+
 def test_values_that_are_not_finite_break_the_line_and_are_named(tmp_path):
     metrics = [
         {
@@ -369,7 +380,7 @@ def main_code(*words) -> int:
 
 
 def test_compare_table_has_all_runs_the_best_first(tmp_path, mori):
-    for name, loss, rate in (("slow", 4.5, 1e-4), ("fast", 3.5, 1e-3), ("same", 4.0, 1e-3)):
+    for name, loss, rate in (("alpha", 4.5, 1e-4), ("zeta", 3.5, 1e-3), ("mid", 4.0, 1e-3)):
         metrics = [
             {"step": s, "eval/loss": 6.0 - (6.0 - loss) * s / 40, "eval/bits_per_byte": 2 - s / 100}
             for s in (0, 20, 40)
@@ -381,15 +392,15 @@ def test_compare_table_has_all_runs_the_best_first(tmp_path, mori):
     assert (code, out) == (0, "runs/report.html, runs/report.md: 3 runs\n")
     page = pages(tmp_path / "runs")
     rows = [line for line in page["md"].splitlines() if "/report.html)" in line]
-    assert [re.search(r"\[(\w+)\]", row)[1] for row in rows] == ["fast", "same", "slow"]
+    assert [re.search(r"\[(\w+)\]", row)[1] for row in rows] == ["zeta", "mid", "alpha"]
     for row, loss in zip(rows, (3.5, 4.0, 4.5), strict=True):
         cells = [cell.strip(" *") for cell in row.strip("|").split(" | ")]
         assert cells[1:6] == ["40", f"{loss:.4f}", f"{loss / 2:.4f}", "40", f"{loss:.4f}"]
         assert cells[7:] == ["1,234", "1.50 GiB", "1:05"]
-    assert "<code>slow</code> | 0.0001 |" in page["md"] and "| Run | learning\\_rate |" in page["md"]
+    assert "<code>alpha</code> | 0.0001 |" in page["md"] and "| Run | learning\\_rate |" in page["md"]
     html = Html(page["html"], "td")
     links = [attributes["href"] for tag, attributes in html.tags if tag == "a"]
-    assert links == [f"{name}/report.html" for name in ("fast", "same", "slow")]
+    assert links == [f"{name}/report.html" for name in ("zeta", "mid", "alpha")]
     assert all((tmp_path / "runs" / link).is_file() for link in links)
     assert "1.750" in page["html"] and len([1 for tag, a in html.tags if tag == "path" and a["class"] == "line"]) == 3
 

@@ -251,8 +251,9 @@ def _parts(count: int, limit: int, size: int) -> Iterator[tuple[int, int]]:
 
 def _release(ids: numpy.ndarray) -> None:
     """Unmap the pages of a memory-mapped file; else the process appears to hold all that it has read."""
-    if isinstance(ids, numpy.memmap) and hasattr(mmap, "MADV_DONTNEED"):
-        ids._mmap.madvise(mmap.MADV_DONTNEED)
+    mapped = getattr(ids, "_mmap", None)
+    if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def _longest_stretch(positions: numpy.ndarray) -> int:

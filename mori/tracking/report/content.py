@@ -69,6 +69,7 @@ def run_page(run: RunFiles) -> Page:
                 _text(run),
                 _model(run),
                 _planned(run),
+                _heaviest(run),
                 _machine(run),
                 _hashes(run),
                 _settings(run),
@@ -338,6 +339,21 @@ def _planned(run: RunFiles) -> Table:
         "The plan is that of the first step's rehearsal. The time that happened includes the start and the last files."
     )
     return Table("Planned and happened", ["", "#Planned", "#Happened", "#Difference"], rows, note)
+
+
+def _heaviest(run: RunFiles) -> Table:
+    """The operations that took longest in the steps that were profiled."""
+    operations, steps, rows = run.profile.get("operations"), run.profile.get("steps"), []
+    for operation in operations if isinstance(operations, list) else []:
+        if name := text(operation, "name"):
+            share = number(operation, "share")
+            time = fixed(number(operation, "ms"), 1)
+            rows.append(
+                [Code(name[:120]), count(number(operation, "calls")), time, "–" if share is None else _percent(share)]
+            )
+    of = f"Steps {steps[0]} to {steps[-1]}. " if isinstance(steps, list) and steps else ""
+    note = f"{of}The time of the operations that an operation calls is theirs, not its own."
+    return Table("The heaviest operations", ["Operation", "#Calls", "#Milliseconds", "#Share"], rows, note)
 
 
 def shown_setting(run: RunFiles, value) -> str:

@@ -16,7 +16,7 @@ METRICS = ("loss", "perplexity", "bits_per_byte")  # of an evaluation
 
 # What the newest evaluation wrote, for a run that is not finished; it has the fields of summary.json.
 PROGRESS = "progress.json"
-_SIGNS_OF_A_RUN = ("environment.json", "ledger.json", "metrics.jsonl", "summary.json", PROGRESS)
+_SIGNS_OF_A_RUN = ("environment.json", "ledger.json", "metrics.jsonl", "summary.json", "preflight.json", PROGRESS)
 _LARGEST = 1 << 53
 _JSON_FILES = ("config", "environment", "ledger", "summary", "progress", "profile", "preflight")
 
