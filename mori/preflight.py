@@ -20,7 +20,6 @@ from mori.cli import UserError, plural
 from mori.evaluate import evaluate
 from mori.generation.generate import generate
 from mori.run import Run
-from mori.speed.step_graph import StepGraph
 from mori.state import State
 from mori.tracking.memory import peak_memory_bytes
 from mori.tracking.monitor import Monitor
@@ -100,6 +99,7 @@ def _undone(run: Run, state: State) -> Iterator[None]:
         for module, name, buffer, values in buffers:
             buffer.copy_(values)
             setattr(module, name, buffer)
+    state.optimizer.zero_grad()
     state.optimizer.state.clear()  # frees its memory first
     state.optimizer = optim.build_optimizer(state.model, run.config)
     if run.resumed:
@@ -131,11 +131,8 @@ def _measure(run: Run, state: State, train_step: Step) -> tuple[dict[str, float]
 
 def _seconds_per_step(run: Run, state: State, train_step: Step) -> float:
     """The mean of some whole steps on the same windows, after one that allocates the optimizer's moments."""
-    run = replace(
-        run,
-        step_graph=StepGraph(False, on_failure=lambda error: None),
-        monitor=Monitor(run.run_dir, first_step=state.step, total_steps=run.total_steps, enabled=False),
-    )
+    quiet = Monitor(run.run_dir, first_step=state.step, total_steps=run.total_steps, enabled=False)
+    run = replace(run, monitor=quiet)
     trial = State(run.config, run.runtime, state.model, state.optimizer, _AtRest(), run.started)
     trial.micro_batch = state.micro_batch
     trial.scaler.load_state_dict(state.scaler.state_dict())
@@ -143,12 +140,13 @@ def _seconds_per_step(run: Run, state: State, train_step: Step) -> float:
     # The last step of an epoch may be short.
     number = max((state.step, state.step + 1), key=run.batches.windows_in)
     began = 0.0
-    for done in range(count + 1):
-        if done == 1:
-            began = _now(run)
-        trial.step = number
-        train_step(run, trial)
-    return (_now(run) - began) / count
+    with run.step_graph.nothing_captured():
+        for done in range(count + 1):
+            if done == 1:
+                began = _now(run)
+            trial.step = number
+            train_step(run, trial)
+        return (_now(run) - began) / count
 
 
 def _seconds_per_evaluation(run: Run, state: State) -> float:
@@ -199,6 +197,7 @@ def _figures(run: Run, state: State, seconds: dict[str, float], planned: output.
         "step": state.step,
         "total_steps": run.total_steps,
         "seconds": {**seconds, "total": sum(seconds.values())},
+        "seconds_before": state.wall_seconds,
         "peak_memory_bytes": {name: max(rank[name] for rank in ranks) for name in peaks},
         "disk": {**asdict(planned), "free_bytes": output.free_bytes(run)},
         "tokens": tokens,

@@ -12,15 +12,15 @@ from types import SimpleNamespace
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 STORIES = f"--model {SHARED}/models/stories260K --corpus {SHARED}/data/mori_corpus.txt --learning_rate 1e-3"
-PRETRAINED = "--model {folder}/model --corpus {folder}/corpus.txt --eval_steps 15 --save_steps 15"
+PRETRAINED = "--model {folder}/model --corpus {folder}/corpus.txt --eval_steps 12 --save_steps 12"
 # name -> flags; {folder} holds a GPT-2 of 124 million random weights and a text
 CASES = {
     "mini": "",
     "stories260K": f"{STORIES} --block_size 256 --max_steps 400",
-    "124m": f"{PRETRAINED} --max_steps 45",
-    "124m, windows of 512": f"{PRETRAINED} --max_steps 25 --block_size 512",
-    "124m, LoRA": f"{PRETRAINED} --max_steps 45 --use_peft",
-    "124m, muon": f"{PRETRAINED} --max_steps 45 --optim muon",
+    "124m": f"{PRETRAINED} --max_steps 24",
+    "124m, windows of 512": f"{PRETRAINED} --max_steps 20 --block_size 512",
+    "124m, LoRA": f"{PRETRAINED} --max_steps 24 --use_peft",
+    "124m, muon": f"{PRETRAINED} --max_steps 24 --optim muon",
 }
 PROGRAM = """import sys
 from mori import preflight

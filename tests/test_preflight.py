@@ -12,6 +12,7 @@ import torch
 from conftest import ROOT, assert_equal_weights, flags, run_script
 from families import small_model
 from safetensors.torch import load_file
+from test_step_graph import counts  # noqa: F401
 
 from mori import optim, output, preflight
 from mori.checkpoint import optimizer_state
@@ -147,6 +148,18 @@ def test_run_with_preflight_equals_one_without(run_train, settings, tmp_path, mo
             for name in [name for name in values if name.startswith("perf/")]:
                 values.pop(name)
         assert ours == theirs
+
+
+def test_preflight_captures_no_graph_and_leaves_no_gradients(settings, counts):  # noqa: F811
+    with contextlib.ExitStack() as locks:
+        run = check(TrainConfig(**{**settings, **LONG, "gradient_accumulation_steps": 8}), locks)
+        state = build(run, locks)
+        before = everything(run, state)
+        preflight.preflight(run, state, train_step)
+        assert counts == {"captures": 0, "launches": 0} and everything(run, state) == before
+        for _ in range(2):
+            train_step(run, state)
+        assert counts["captures"] == 1
 
 
 def test_dry_run_leaves_nothing_that_changes_the_run(settings, tmp_path):

@@ -287,12 +287,12 @@ def test_copying_is_shown_beside_the_held_out_text(tmp_path):
 
 
 def test_plan_stands_beside_what_happened(tmp_path):
-    plan = {"step": 0, "seconds": {"total": 50.0}, "peak_memory_bytes": {"host": 1 << 30}}
+    plan = {"step": 0, "seconds": {"total": 50.0}, "seconds_before": 5.0, "peak_memory_bytes": {"host": 1 << 30}}
     folder = made_run(tmp_path / "run", preflight=plan)
     write_run(read_run(folder))
     cells = Html(pages(folder)["html"], "td").texts
     assert [cells[i : i + 4] for i, cell in enumerate(cells) if cell in ("Time", "Peak memory")] == [
-        ["Time", "0:50", "1:05", "30.4 % higher"],
+        ["Time", "0:50", "1:00", "20.4 % higher"],
         ["Peak memory", "1.00 GiB", "1.50 GiB", "50.0 % higher"],
     ]
 

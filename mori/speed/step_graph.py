@@ -1,6 +1,7 @@
 """Forward and backward pass of a training micro-batch as one CUDA graph: hundreds of launches become one."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -21,12 +22,22 @@ class StepGraph:
     """
 
     def __init__(self, enabled: bool, on_failure: Callable[[RuntimeError], None]):
-        self.enabled, self._on_failure = enabled, on_failure
+        self.enabled, self._on_failure, self._captures = enabled, on_failure, True
         self.reset()
 
     def reset(self) -> None:
         """Forget the graph, and free its memory: gradients have been freed or other code is to run."""
         self._graph, self._captured, self._shapes, self._calls = None, None, None, 0
+
+    @contextlib.contextmanager
+    def nothing_captured(self) -> Iterator[None]:
+        """The context of steps in which every call runs as it is, though gradients are zeroed and not freed."""
+        self._captures = False
+        try:
+            yield
+        finally:
+            self._captures = True
+            self.reset()
 
     def __call__(self, function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
         """The scalar `function(*tensors)`; the next call may overwrite it. Out-of-memory errors pass through."""
@@ -37,7 +48,7 @@ class StepGraph:
             return self._graph(*tensors)
         self._calls = self._calls + 1 if shapes == self._shapes else 1
         self._shapes = shapes
-        if self._calls <= _WARM_UP_CALLS:
+        if self._calls <= _WARM_UP_CALLS or not self._captures:
             return self._warm_up(function, tensors)
         self._graph = self._captured = None  # frees its memory first
         try:

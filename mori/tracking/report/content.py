@@ -325,6 +325,7 @@ def _planned(run: RunFiles) -> Table:
     """What was expected before the first step, beside what happened."""
     plan, rows = run.preflight, []
     seconds, took = number(plan, "seconds", "total"), number(run.results, "wall_seconds")
+    took = None if took is None else took - (number(plan, "seconds_before") or 0.0)
     if seconds is not None and drawable(seconds):
         happened = took if run.finished and whole(plan, "step") == 0 and took is not None and drawable(took) else None
         rows.append(["Time", clock(seconds), "–" if happened is None else clock(happened), change(seconds, happened)])
@@ -335,9 +336,7 @@ def _planned(run: RunFiles) -> Table:
     )
     if bytes_planned:
         rows.append(["Peak memory", memory(bytes_planned), memory(bytes_used), change(bytes_planned, bytes_used)])
-    note = (
-        "The plan is that of the first step's rehearsal. The time that happened includes the start and the last files."
-    )
+    note = "The plan is measured before the first step, and the time counts from there."
     return Table("Planned and happened", ["", "#Planned", "#Happened", "#Difference"], rows, note)
 
 
