@@ -283,7 +283,7 @@ def test_copying_is_shown_beside_the_held_out_text(tmp_path):
     folder = made_run(tmp_path / "run", metrics=metrics)
     write_run(read_run(folder))
     for page in pages(folder).values():
-        assert "40.0 %" in page and "held-out text 2.0 %, at most 40 tokens" in page
+        assert "40.0 %" in page and "held-out text 2.0 %, at most 40 tokens in a row" in page
 
 
 def test_plan_stands_beside_what_happened(tmp_path):

@@ -84,7 +84,7 @@ class Axis:
         if logarithmic:
             low, high = math.log10(low), math.log10(high)
         if not high > low:
-            low, high = (low, low + 1) if tight else (low - (abs(low) * 0.1 or 1), high + (abs(high) * 0.1 or 1))
+            low, high = (low, low + 1) if tight or not low else (low - abs(low) * 0.1, high + abs(high) * 0.1)
         self.step = 1 if logarithmic and high - low > 1 else _round_step(high / 5 - low / 5)
         if logarithmic:
             low, high = math.floor(low), math.ceil(high)

@@ -1,5 +1,6 @@
 """The page that compares all runs of a folder."""
 
+import os
 from pathlib import Path
 from urllib.parse import quote
 
@@ -108,7 +109,7 @@ def _runs(runs: list[RunFiles], best: RunFiles | None) -> Table:
         steps = count(run.step) + ("" if run.finished else f" of {count(total)}" if total else " …")
         rows.append(
             [
-                Link(run.name, quote(f"{run.name}/report.html", errors="replace"), _colour(index)),
+                Link(run.name, quote(os.fsencode(f"{run.name}/report.html")), _colour(index)),
                 steps,
                 fixed(number(evaluation, "loss"), 4),
                 fixed(number(evaluation, "bits_per_byte"), 4),

@@ -40,7 +40,7 @@ def run_page(run: RunFiles) -> Page:
     """The page of a run."""
     before, after = run.first_evaluation, run.last_evaluation
     pairs, copies = _samples(run)
-    note = "The prompt is grey. Marked: word for word in the training text." if copies else "The prompt is grey."
+    note = "Marked: word for word in the training text." if copies else ""
     ledger = run.ledger
     return Page(
         title=run.name,
@@ -157,7 +157,7 @@ def _figures(run: RunFiles, before: dict, after: dict) -> list[Figure]:
         beside = run.last("copying/baseline_share_of_8_tokens")
         notes = [
             "" if beside is None else f"held-out text {_percent(beside)}",
-            f"at most {count(longest)} tokens" if longest else "",
+            f"at most {count(longest)} tokens in a row" if longest else "",
         ]
         figures.append(Figure("Copied", _percent(share), ", ".join(filter(None, notes))))
     return figures

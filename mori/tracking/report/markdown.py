@@ -18,7 +18,7 @@ def page(content: Page) -> str:
         f"*{_text(content.kind)}.* {_text(content.summary)}",
         "\n".join(f"> **Note:** {_text(line)}  " for line in content.warnings),
         _headline(content),
-        "\n\n".join(_chart(chart) for chart in content.charts),
+        _charts(content.charts),
         _samples(content),
         *map(_table, content.tables),
         _commands(content.commands),
@@ -49,13 +49,18 @@ def _headline(content: Page) -> str:
     return "\n".join(["|  |  |  |", "| --- | ---: | --- |", *rows]) if rows else ""
 
 
-def _chart(chart: Chart) -> str:
-    lines = []
-    for series in chart.series:
-        (first, before), (last, after) = series.points[0], series.points[-1]
-        ends = f"{before:{chart.digits}} at step {first:,} → {after:{chart.digits}} at step {last:,}"
-        lines.append(f"{_text(series.name)}: {ends}  \n`{sparkline(series.points) or '·'}`")
-    return "\n\n".join([f"**{_text(chart.title)}**", *lines, *([chart.lost] if chart.lost else [])])
+def _charts(charts: list[Chart]) -> str:
+    """A row for each line: its first and its last value, and its shape in block characters."""
+    rows, notes = ["| Curve | First | Last | Shape |", "| --- | ---: | ---: | --- |"], []
+    for chart in charts:
+        for series in chart.series:
+            (first, before), (last, after) = series.points[0], series.points[-1]
+            ends = " | ".join(
+                f"{value:{chart.digits}} (step {step:,})" for step, value in ((first, before), (last, after))
+            )
+            rows.append(f"| {_text(chart.title)}, {_text(series.name)} | {ends} | {sparkline(series.points)} |")
+        notes += [f"{_text(chart.title)}: {chart.lost}"] if chart.lost else []
+    return "\n".join(["## Curves", "", *rows, *(line for note in notes for line in ("", note))]) if charts else ""
 
 
 def _samples(content: Page) -> str:
@@ -63,7 +68,17 @@ def _samples(content: Page) -> str:
         return ""
     titles = " | ".join(map(_text, content.sample_titles))
     rows = [f"| {' | '.join('' if sample is None else _sample(sample) for sample in pair)} |" for pair in content.pairs]
-    return "\n".join(["## Samples", "", f"| {titles} |", "| --- | --- |", *rows, "", _text(content.sample_note)])
+    return "\n".join(
+        [
+            "## Samples",
+            "",
+            f"| {titles} |",
+            "| --- | --- |",
+            *rows,
+            "",
+            _text(f"The prompt is in italics. {content.sample_note}".strip()),
+        ]
+    )
 
 
 def _sample(sample: Sample) -> str:

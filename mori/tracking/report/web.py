@@ -180,7 +180,7 @@ def _samples(content: Page) -> str:
             if sample is not None
         ]
         rows.append(f'<div class="pair">{"".join(panels)}</div>')
-    return "".join(rows) + f'<p class="note">{_text(content.sample_note)}</p>'
+    return "".join(rows) + f'<p class="note">{_text(f"The prompt is grey. {content.sample_note}".strip())}</p>'
 
 
 def _sample(sample: Sample) -> str:
