@@ -89,7 +89,7 @@ def evaluate(
             position += len(labels)
     nats, targets, *counts = runtime.all_sum(totals).tolist()
     module.train(was_training)
-    loss = nats / targets
+    loss = nats / targets if targets else math.nan  # some windows may have no label
     perplexity = math.exp(loss) if loss < 700 else math.inf
     scored_bytes = (text_bytes or 0) * (targets / dataset.targets)
     evaluation = Evaluation(loss, perplexity, nats / math.log(2) / scored_bytes if scored_bytes else None)

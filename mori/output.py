@@ -5,7 +5,6 @@
 
 import contextlib
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -108,11 +107,6 @@ def check_disk(run: Run, planned: PlannedFiles) -> None:
     """Raise UserError if the disk has no room for `planned`. The folders of checkpoints and model must be there."""
     root, beside_model = run.run_dir / "checkpoints", staging_folder(run.output_dir).parent
     check_room({root: planned.checkpoints * planned.checkpoint_bytes, beside_model: planned.model_bytes})
-
-
-def free_bytes(run: Run) -> int:
-    """The room on the disk of the checkpoints."""
-    return shutil.disk_usage(run.run_dir).free
 
 
 def save(run: Run, state: State) -> None:

@@ -6,9 +6,11 @@ built again; a resumed run loads its moments again.
 """
 
 import contextlib
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -16,7 +18,7 @@ from torch import nn
 from mori import optim, output
 from mori.checkpoint import checkpoints
 from mori.checkpoint.files import write_json
-from mori.cli import UserError, plural
+from mori.cli import UserError, guarded, plural
 from mori.evaluate import evaluate
 from mori.generation.generate import generate
 from mori.run import Run
@@ -63,12 +65,12 @@ def preflight(run: Run, state: State, train_step: Step) -> dict:
     windows = state.micro_batch.size, state.eval_batch.size
     with _undone(run, state):
         seconds, size = _measure(run, state, train_step)
-    refused, planned = [], runtime.on_main(lambda: output.planned_files(run, state, size))
+    planned, refusal = runtime.on_main(lambda: output.planned_files(run, state, size)), None
     try:
         runtime.on_main(lambda: output.check_disk(run, planned))
     except UserError as error:
-        refused = [str(error)]
-    figures = _figures(run, state, seconds, planned) | {"refused": refused}
+        refusal = error
+    figures = _figures(run, state, seconds, planned) | {"refused": [str(refusal)] if refusal else []}
     if runtime.is_main:
         with run.writes():
             write_json(run.run_dir / "preflight.json", figures)
@@ -76,8 +78,8 @@ def preflight(run: Run, state: State, train_step: Step) -> dict:
     if dry_run and runtime.is_main:
         with contextlib.suppress(OSError):  # it holds checkpoints of an earlier run
             (run.run_dir / "checkpoints").rmdir()
-    if refused:
-        raise UserError(refused[0])
+    if refusal:
+        raise refusal
     return figures
 
 
@@ -163,7 +165,8 @@ def _seconds_per_evaluation(run: Run, state: State) -> float:
     began = _now(run)
     if runtime.is_main:
         with contextlib.suppress(UserError), run.module.as_loaded() as model, runtime.autocast():
-            generate(model, run.data.tokenizer, config.prompt, seed=config.seed, **sampling)
+            draw = partial(generate, model, run.data.tokenizer, config.prompt, seed=config.seed, **sampling)
+            guarded("no sample", draw)
     return seconds + (_now(run) - began) * config.max_new_tokens / tokens
 
 
@@ -191,7 +194,7 @@ def _figures(run: Run, state: State, seconds: dict[str, float], planned: output.
     peaks = {"host": peak_memory_bytes(torch.device("cpu"))}
     if runtime.device.type == "cuda":
         peaks["device"] = peak_memory_bytes(runtime.device)
-    ranks = runtime.gather(peaks)
+    ranks, free = runtime.gather(peaks), runtime.on_main(lambda: shutil.disk_usage(run.run_dir).free)
     tokens = round(run.batches.epoch(run.total_steps) * run.batches.windows * run.config.block_size)
     return {
         "step": state.step,
@@ -199,7 +202,7 @@ def _figures(run: Run, state: State, seconds: dict[str, float], planned: output.
         "seconds": {**seconds, "total": sum(seconds.values())},
         "seconds_before": state.wall_seconds,
         "peak_memory_bytes": {name: max(rank[name] for rank in ranks) for name in peaks},
-        "disk": {**asdict(planned), "free_bytes": output.free_bytes(run)},
+        "disk": {**asdict(planned), "free_bytes": free},
         "tokens": tokens,
         "trained_parameters": trained,
         "tokens_per_parameter": tokens / trained,

@@ -7,9 +7,10 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
-from conftest import ROOT, assert_equal_weights, flags, run_script
+from conftest import ROOT, assert_equal_weights, flags, run_script, stop_after
 from families import small_model
 from safetensors.torch import load_file
 from test_step_graph import counts  # noqa: F401
@@ -18,6 +19,7 @@ from mori import optim, output, preflight
 from mori.checkpoint import optimizer_state
 from mori.cli import RunFailed, UserError
 from mori.config import TrainConfig
+from mori.data.windows import Positions
 from mori.model import loading, saving
 from mori.model.lm import CausalLMLoss
 from mori.run import build, check
@@ -134,7 +136,8 @@ def test_preflight_of_an_optimizer_that_moves_without_a_learning_rate_is_undone(
 
 
 def test_run_with_preflight_equals_one_without(run_train, settings, tmp_path, monkeypatch):
-    options = {**LONG, "use_peft": False, "dropout": 0.2}
+    options = {**LONG, "dropout": 0.2}
+    stop_after(1, lambda: run_train(**options))  # in the middle of a measured step
     run_train(**options)
     monkeypatch.setattr(preflight, "FEWEST_STEPS", 100)
     run_train(**options, run_name="without", output_dir=str(tmp_path / "without"))
@@ -198,12 +201,12 @@ def out_of_memory_above(monkeypatch, windows: int, training: bool) -> list[int]:
     """Let passes of more than so many windows run out of memory; returns the numbers of windows that were tried."""
     real, sizes = CausalLMLoss.forward, []
 
-    def forward(self, input_ids, labels, n_targets=None, loss_scale=None):
-        if training == self.training and (n_targets is not None) == training:
+    def forward(self, input_ids, *arguments, **options):
+        if training == self.training and (len(arguments) > 1) == training:
             sizes.append(len(input_ids))
             if len(input_ids) > windows:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
-        return real(self, input_ids, labels, n_targets, loss_scale)
+        return real(self, input_ids, *arguments, **options)
 
     monkeypatch.setattr(CausalLMLoss, "forward", forward)
     return sizes
@@ -231,6 +234,25 @@ def test_preflight_keeps_the_evaluation_batch_that_fits(run_train, tmp_path, mon
     assert figures["eval_batch_windows"] == 2 and [size for size in sizes if size > 1][:3] == [8, 4, 2]
     assert "memory ran out: evaluates 2 windows at a time instead of 8" in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "runs/run").glob("[!.]*")] == ["preflight.json"]
+
+
+def test_model_that_cannot_be_sampled_is_measured(run_train, monkeypatch):
+    def fails(*_, **__):
+        raise ValueError("this model writes nothing")
+
+    monkeypatch.setattr(preflight, "generate", fails)
+    assert run_train(**LONG, dry_run=True)["seconds"]["evaluation"] > 0
+
+
+def test_evaluation_of_windows_without_a_label_is_measured(run_train, monkeypatch):
+    real = preflight.evaluate
+
+    def unlabelled(module, dataset, *rest, **options):
+        dataset.without_label = Positions(numpy.arange(len(dataset.ids) - 16))
+        return real(module, dataset, *rest, **options)
+
+    monkeypatch.setattr(preflight, "evaluate", unlabelled)
+    assert run_train(**LONG, dry_run=True)["seconds"]["evaluation"] > 0
 
 
 def test_run_in_which_not_one_window_fits_ends_before_its_first_step(run_train, tmp_path, monkeypatch):
