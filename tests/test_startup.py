@@ -1,9 +1,11 @@
 """The imports before the first step."""
 
 import json
+import os
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT, flags, run_script
 
 
@@ -20,6 +22,20 @@ def test_imports_context_freezes_objects_and_restores_the_collector():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PyTorch uses GNU's OpenMP on Linux")
+@pytest.mark.parametrize(
+    "settings, spins", [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, "0")]
+)
+def test_imports_context_lets_waiting_threads_sleep_soon_unless_the_user_decides(settings, spins):
+    code = "from mori.speed.startup import imports\nwith imports(): import torch"
+    environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    environment |= {"OMP_DISPLAY_ENV": "verbose", **settings}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    if "GOMP_SPINCOUNT" not in done.stderr:
+        pytest.skip("this PyTorch has another OpenMP library")
+    assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr
 
 
 def test_train_imports_nothing_before_the_first_step_that_it_needs_later(settings):
