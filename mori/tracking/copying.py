@@ -4,7 +4,6 @@ A text is searched for all windows of some token ids at once, by a rolling hash 
 Pattern-Matching Algorithms", 1987); each match is then compared token by token.
 """
 
-import bisect
 import functools
 import mmap
 from collections.abc import Iterable, Iterator
@@ -20,7 +19,7 @@ DESCRIPTIONS = {
     "copying/longest_run": "The most tokens in a row of a sample that stand in the training text. High beside the baseline: "
     "the model recites.",
     "copying/share_of_8_tokens": "Share of the samples' windows of 8 tokens that stand in the training text (0 to 1). Near the "
-    "baseline is good, near 1 is memorized.",
+    "baseline is good, near 1 is memorized. Of a large text, a part is searched, and all of it at the end.",
     "copying/baseline_longest_run": "The same run for the held-out text: what this author repeats anyway. It grows with the "
     "text compared, up to 512 tokens.",
     "copying/baseline_share_of_8_tokens": "The same share for the held-out text: what this author repeats anyway (0 to 1).",
@@ -29,8 +28,8 @@ DESCRIPTIONS = {
     "copying/held_out_share_of_8_tokens": "Share of the samples' windows of 8 tokens that stand in the held-out text (0 to 1): "
     "chance and common phrases.",
 }
-# Tokens of a text that one search reads: of a larger text, parts that are spread evenly; about a second, or fifteen.
-SEARCHED, SEARCHED_AT_THE_END = 1 << 24, 1 << 28
+# Tokens of a text that one search reads: of a larger text, parts that are spread evenly. Seconds at the end of a run, less before.
+SEARCHED, SEARCHED_AT_THE_END = 1 << 22, 1 << 28
 _EXCERPTS, _EXCERPT = 32, 512  # of the held-out text, for the baseline, and their tokens
 _PART = 1 << 16  # tokens that are hashed at a time, so that they stay in the processor's cache
 _BLOCK = 1 << 20  # tokens that are compared at a time
@@ -147,16 +146,15 @@ def search(pieces: list[numpy.ndarray], text: Text, limit: int) -> Match:
     borders = numpy.flatnonzero(query < 0)
     longest = int(numpy.diff(borders, prepend=-1).max()) - 1
     hashed = _Hashed(query)
-    windows = functools.cache(lambda n: _Windows(hashed, n))
-    longest_run, eight = 0, windows(WINDOW)
+    eight, longer = _Windows(hashed, WINDOW), _Windows(hashed, 1)  # `longer` than the longest run so far, by a token
     for number, (first, stop) in enumerate(_parts(len(text.ids), limit, _PART) if longest else ()):
         if number % _PARTS_BETWEEN_RELEASES == 0:
             _release(text.ids)
         part = _Hashed(text.ids[first : stop + longest - 1])  # every run that begins before `stop` ends in it
         starts = text.starts[slice(*numpy.searchsorted(text.starts, [first, first + len(part.ids)]))] - first
         bound = min(longest, WINDOW - 1 + _longest_stretch(eight.mark(part, starts)))
-        lengths = range(longest_run + 1, bound + 1)
-        longest_run += bisect.bisect(lengths, False, key=lambda n: not len(windows(n).mark(part, starts)))
+        while longer.n <= bound and len(longer.mark(part, starts)):
+            longer = _Windows(hashed, longer.n + 1)
     copied = eight.present[eight.number]
     joined = numpy.zeros(len(query) + 1, numpy.int64)  # a token and the next one, by windows that hold both
     joined[eight.positions[copied]] += 1
@@ -167,7 +165,7 @@ def search(pieces: list[numpy.ndarray], text: Text, limit: int) -> Match:
         inside = edges[(edges[:, 0] >= offset) & (edges[:, 0] < offset + len(piece))] - offset
         spans.append([(start, end) for start, end in inside.tolist()])
         offset += len(piece) + 1
-    return Match(longest_run, len(copied), int(copied.sum()), spans)
+    return Match(longer.n - 1, len(copied), int(copied.sum()), spans)
 
 
 class _Hashed:
