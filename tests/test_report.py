@@ -297,6 +297,22 @@ def test_plan_stands_beside_what_happened(tmp_path):
     ]
 
 
+def test_samples_bear_the_step_at_which_they_were_drawn(tmp_path):
+    evaluations = {
+        name: {"step": step, "loss": loss} for name, step, loss in (("before", 0, 5), ("best", 20, 3), ("after", 40, 4))
+    }
+    samples = {"before": ["a"] * 30, "after": ["b"] * 30}
+    summary = {"steps": 40, "total_steps": 90, "published_step": 20, "eval": evaluations, "samples": samples}
+    folder = made_run(tmp_path / "run", summary=summary)
+    write_run(read_run(folder))
+    page = pages(folder)["html"]
+    assert (
+        "Before · step 0" in page and "After · step 40" in page
+    )  # the weights of step 20 are published, without samples
+    assert Html(page, "now").texts == ["3.0000"] and "of 90, stopped early" in page
+    assert Html(page, "sample").texts == ["a", "b"] * 24 and "summary.json has all 30 samples" in page
+
+
 def test_heaviest_operations_of_a_profile_are_listed(tmp_path):
     operations = [{"name": f"aten::{name}<float>", "calls": 12, "ms": 3.25, "share": 0.5} for name in ("mm", "add_")]
     folder = made_run(tmp_path / "run", profile={"steps": [3, 5], "operations": [*operations, {"ms": 1}, None]})
@@ -360,7 +376,9 @@ def test_report_of_arbitrary_values_raises_nothing(tmp_path):
             return {key: spoiled(item, depth + 1) for key, item in value.items()}
         return [spoiled(item, depth + 1) for item in value] if isinstance(value, list) else value
 
-    whole = made_run(tmp_path / "whole")
+    profile = {"steps": [1, 2], "operations": [{"name": "mm", "calls": 3, "ms": 1.0, "share": 0.5}]}
+    plan = {"step": 0, "seconds": {"total": 50.0}, "seconds_before": 5.0, "peak_memory_bytes": {"host": 1 << 30}}
+    whole = made_run(tmp_path / "whole", profile=profile, preflight=plan)
     for number in range(60):
         folder = tmp_path / f"runs/{number}"
         shutil.copytree(whole, folder)

@@ -32,7 +32,7 @@ from mori.tracking.report.page import (
     memory,
 )
 
-_MOST_ROWS = 24  # of a table of evaluations
+_MOST_ROWS, _MOST_SAMPLES = 24, 24
 _RISEN = 1.01  # times the lowest held-out loss
 
 
@@ -41,6 +41,8 @@ def run_page(run: RunFiles) -> Page:
     before, after = run.first_evaluation, run.last_evaluation
     pairs, copies = _samples(run)
     note = "Marked: word for word in the training text." if copies else ""
+    if len(pairs) > _MOST_SAMPLES:
+        note += f" summary.json has all {len(pairs)} samples."
     ledger = run.ledger
     return Page(
         title=run.name,
@@ -50,9 +52,9 @@ def run_page(run: RunFiles) -> Page:
         figures=_figures(run, before, after),
         warnings=_warnings(run),
         charts=_charts(run),
-        sample_titles=(_at_step("Before", before), _at_step("After", after)),
+        sample_titles=(_at_step("Before", before), _at_step("After", mapping(run.results, "eval", "after") or after)),
         sample_note=note,
-        pairs=pairs,
+        pairs=pairs[:_MOST_SAMPLES],
         shares=[
             (name, tokens)
             for name, key in (
@@ -138,7 +140,7 @@ def _figures(run: RunFiles, before: dict, after: dict) -> list[Figure]:
     if step is not None:
         epochs = run.last("train/epoch")
         notes = [
-            f"of {count(total)}" if total and total != step else "",
+            f"of {count(total)}{', stopped early' * run.finished}" if total and total != step else "",
             f"{fixed(epochs, 1)} epochs" if epochs else "",
         ]
         figures.append(Figure("Steps", count(step), ", ".join(filter(None, notes))))
