@@ -79,10 +79,8 @@ def evaluate(
             module.train(was_training)
             return None
         input_ids, labels = dataset.batch(share[position : position + batch_size.size])
-        losses: list[torch.Tensor] = []
-        with batch_size, runtime.autocast():
-            inputs = input_ids.to(runtime.device), labels.to(runtime.device)
-            loss_sum = module(*inputs, token_losses=losses).item()
+        with batch_size, runtime.autocast(), module.token_losses() as losses:
+            loss_sum = module(input_ids.to(runtime.device), labels.to(runtime.device)).item()
         if not batch_size.halved:
             counts = _histogram(torch.cat(losses).cpu()[labels.flatten() != IGNORE_INDEX])
             totals += torch.tensor([loss_sum, count_targets(labels), *counts], dtype=torch.float64)

@@ -185,8 +185,13 @@ def test_full_disk_does_not_stop_the_training(run_train, tmp_path, monkeypatch, 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
+    def rehearse(*arguments):
+        size = real(*arguments)
+        monkeypatch.setattr(files.os, "write", full)
+        return size
+
     real = output.rehearse
-    monkeypatch.setattr(output, "rehearse", lambda *a: (real(*a), monkeypatch.setattr(files.os, "write", full)))
+    monkeypatch.setattr(output, "rehearse", rehearse)
     for module in (files, saving):
         monkeypatch.setattr(module, "write_json", lambda *_: None)
     with pytest.raises(RunFailed, match="last checkpoint could not be saved"):

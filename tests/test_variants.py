@@ -257,10 +257,10 @@ def test_train_continues_uncompiled_if_the_compiler_fails_later(run_train, tmp_p
             raise RuntimeError("no code for this size")
         return graph.forward
 
-    def limited(module, input_ids, *args, **options):
+    def limited(module, input_ids, *args):
         if module.training and len(args) > 1 and len(input_ids) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return forward(module, input_ids, *args, **options)
+        return forward(module, input_ids, *args)
 
     options = {"dropout": 0.0, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "max_steps": 6}
     monkeypatch.setattr(CausalLMLoss, "forward", limited)

@@ -45,6 +45,7 @@ class CausalLMLoss(nn.Module):
         self.model, self.chunked_loss = model, chunked_loss
         self.cpu_matmul, self.separators = cpu_matmul, separators
         self.mask_free, self.compiled, self._has_compiled_code, self.rows = False, False, False, 0
+        self._token_losses: list[torch.Tensor] | None = None
         self.on_compile_failure: Callable[[Exception], object] = lambda error: None
         self.router_coefficient = getattr(model, "router_aux_loss_coef", getattr(model, "aux_loss_coef", None))
 
@@ -59,7 +60,6 @@ class CausalLMLoss(nn.Module):
         labels: torch.Tensor,
         n_targets: torch.Tensor | None = None,
         loss_scale: torch.Tensor | None = None,
-        token_losses: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """The sum of the token losses; with `n_targets`, this batch's part of the mean loss of a step.
 
@@ -68,7 +68,6 @@ class CausalLMLoss(nn.Module):
             n_targets: the number of labels in the whole step. The router loss of a mixture of experts
                 (`output_router_logits`) is then added, weighted by this batch's share of the labels.
             loss_scale: the factor by which a `GradScaler` will multiply the result before the backward pass.
-            token_losses: receives the losses of the tokens, a part of the batch at a time, with 0 for labels that are ignored.
         """
         compiled = self.training and self.compiled
         if compiled and (missing := self.rows - len(input_ids)) > 0:  # another shape would trigger a recompilation
@@ -79,9 +78,9 @@ class CausalLMLoss(nn.Module):
             if self.chunked_loss:  # output[0] is the input of the head, (B, T, D)
                 grad_scale = None if loss_scale is None else loss_scale / n_targets
                 head = self.model.get_output_embeddings()
-                loss = chunked_cross_entropy_sum(output[0], head, labels, grad_scale, token_losses)
+                loss = chunked_cross_entropy_sum(output[0], head, labels, grad_scale, self._token_losses)
             else:
-                loss = cross_entropy_sum(output.logits, labels, token_losses)  # logits (B, T, V)
+                loss = cross_entropy_sum(output.logits, labels, self._token_losses)  # logits (B, T, V)
         if n_targets is None:
             return loss
         loss = loss / n_targets
@@ -90,6 +89,15 @@ class CausalLMLoss(nn.Module):
             share = (labels != IGNORE_INDEX).sum() / n_targets
             loss = loss + self.router_coefficient * router_loss * share
         return loss
+
+    @contextlib.contextmanager
+    def token_losses(self) -> Iterator[list[torch.Tensor]]:
+        """The context in which forward passes leave the loss of each token, in parts `(N,)`, with 0 for labels that are ignored."""
+        self._token_losses = []
+        try:
+            yield self._token_losses
+        finally:
+            self._token_losses = None
 
     def _run_trunk(self, compiled: bool, **inputs):
         if compiled:
