@@ -423,9 +423,26 @@ def test_compare_table_has_all_runs_the_best_first(tmp_path, mori):
     assert "1.750" in page["html"] and len([1 for tag, a in html.tags if tag == "path" and a["class"] == "line"]) == 3
 
 
+def test_compare_ranks_by_the_loss_if_a_run_has_no_bits_per_byte(tmp_path, mori):
+    for name, evaluation in (
+        ("a", {"eval/loss": 3.0, "eval/bits_per_byte": 1.0}),
+        ("b", {"eval/loss": 2.0}),
+        ("c", {}),
+    ):
+        made_run(tmp_path / f"runs/{name}", metrics=[{"step": 5, "train/loss": 1.0, **evaluation}], summary=None)
+    mori("report", "runs")
+    page = pages(tmp_path / "runs")
+    assert re.findall(r"\[(\w)\]\(", page["md"]) == ["b", "a", "c"] and Html(page["html"], "now").texts == ["2.0000"]
+
+
 def test_compare_warns_of_different_held_out_texts(tmp_path, mori):
     made_run(tmp_path / "runs/a")
-    made_run(tmp_path / "runs/b", ledger={"bytes": 77})
+    made_run(
+        tmp_path / "runs/b", summary={"sha256": {"documents_sha256": "0" * 64}}
+    )  # the other run is too old to tell
+    mori("report", "runs")
+    assert not any("different held-out texts" in page for page in pages(tmp_path / "runs").values())
+    made_run(tmp_path / "runs/c", ledger={"bytes": 77})
     mori("report", "runs")
     assert all("2 different held-out texts" in page for page in pages(tmp_path / "runs").values())
 

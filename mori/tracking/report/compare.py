@@ -21,15 +21,15 @@ _NOT_COMPARED = frozenset(
 def folder_page(folder: Path, runs: list[RunFiles]) -> Page:
     """The page of a folder of runs, the best first."""
     damaged = [f"{run.name}: {line}" for run in runs for line in run.damage]
-    runs = sorted((run for run in runs if run.config or run.metrics), key=_rank)
-    measure = (
-        "bits_per_byte"
-        if all(_best(run, "bits_per_byte") is not None for run in runs if _best(run, "loss") is not None)
-        else "loss"
-    )
-    best = runs[0] if runs and _best(runs[0], "loss") is not None else None
+    runs = [run for run in runs if run.config or run.metrics]
+    has_bits = all(_best(run, "bits_per_byte") is not None for run in runs if _best(run, "loss") is not None)
+    measure = "bits_per_byte" if has_bits else "loss"  # losses of other tokenizers do not compare
+    runs.sort(key=lambda run: (_best(run, measure) is None, _best(run, measure) or 0.0, run.name))
+    evaluated = [run for run in runs if _best(run, measure) is not None]
+    best = evaluated[0] if evaluated else None
     warnings = damaged
-    if len(texts := {_held_out(run) for run in runs if _best(run, "loss") is not None}) > 1:
+    hashed = all(text(run.results, "sha256", "documents_sha256") for run in evaluated)
+    if len(texts := {_held_out(run, hashed) for run in evaluated}) > 1:
         warnings = [
             f"The runs have {len(texts)} different held-out texts, so their losses cannot all be compared.",
             *damaged,
@@ -52,19 +52,10 @@ def _best(run: RunFiles, name: str) -> float | None:
     return value if value is not None and drawable(value) else None
 
 
-def _rank(run: RunFiles) -> tuple:
-    """Bits per byte compare across tokenizers; the loss, among runs without them."""
-    bits, loss = _best(run, "bits_per_byte"), _best(run, "loss")
-    return (bits is None, loss is None, bits or 0.0, loss or 0.0, run.name)
-
-
-def _held_out(run: RunFiles) -> tuple:
-    """What identifies the text that a run is evaluated on, as far as its files tell."""
-    return (
-        text(run.results, "sha256", "documents_sha256") or number(run.ledger, "bytes"),
-        str(run.config.get("validation_file")),
-        number(run.config, "held_out_fraction"),
-    )
+def _held_out(run: RunFiles, hashed: bool) -> tuple:
+    """What identifies the text that a run is evaluated on, by its hash or, as far as older runs tell, its size."""
+    corpus = text(run.results, "sha256", "documents_sha256") if hashed else number(run.ledger, "bytes")
+    return corpus, str(run.config.get("validation_file")), number(run.config, "held_out_fraction")
 
 
 def _headline(run: RunFiles, measure: str) -> Headline:
@@ -138,4 +129,4 @@ def _settings(runs: list[RunFiles]) -> Table:
     }
     differing = {name: values for name, values in shown.items() if len(set(values)) > 1}
     rows = [[Code(run.name), *(values[index] for values in differing.values())] for index, run in enumerate(runs)]
-    return Table("Settings that differ", ["Run", *(f"#{name}" for name in differing)], rows if differing else [])
+    return Table("Settings that differ", ["Run", *differing], rows if differing else [])
