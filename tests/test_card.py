@@ -184,6 +184,29 @@ def test_card_of_adapters_says_whether_vllm_takes_them(
         assert load_file(tmp_path / "merged" / "model.safetensors")
 
 
+def test_merged_model_has_the_card_of_its_adapters(short, llama, tmp_path, monkeypatch, capsys):
+    base = cached(llama, tmp_path / "hub", "license: mit")
+    short(model=str(base), **LORA)
+    adapters = ModelCard.load(tmp_path / "brain" / "README.md")
+    merged = tmp_path / "merged"
+    export_merged(ExportConfig(model=str(tmp_path / "brain"), merge=True, output=str(merged)))
+    card = ModelCard.load(merged / "README.md")
+    assert (card.data.library_name, card.data.base_model_relation) == ("transformers", "finetune")
+    assert (card.data.base_model, card.data.license) == ("someone/tiny", "mit")
+    assert card.data.eval_results == adapters.data.eval_results and "vLLM" not in card.text
+    assert card.text.endswith(adapters.text[adapters.text.index("## Training data") :])
+    assert run_lines(card, tmp_path, monkeypatch, capsys).startswith("Halo")
+
+
+@pytest.mark.parametrize("text", [None, "# Mine\n", "---\ntags: [mori]\n---\n# Mine\n", "---\n- a\n---\n", "\udcff"])
+def test_merged_model_has_no_card_if_mori_wrote_none(short, llama, tmp_path, text):
+    short(model=str(llama), **LORA)
+    card, merged = tmp_path / "brain" / "README.md", tmp_path / "merged"
+    card.unlink() if text is None else card.write_text(text, errors="surrogateescape")
+    export_merged(ExportConfig(model=str(tmp_path / "brain"), merge=True, output=str(merged)))
+    assert (merged / "model.safetensors").exists() and not (merged / "README.md").exists()
+
+
 def test_edited_card_leaves_the_run_finished(short, tmp_path, capsys):
     short()
     card = tmp_path / "brain" / "README.md"

@@ -5,10 +5,11 @@ https://huggingface.co/docs/hub/model-cards
 
 import json
 import math
+import re
 import shlex
 from pathlib import Path
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from mori.cli import clock, plural
 from mori.config import PRESETS, TrainConfig
@@ -70,6 +71,26 @@ def model_card(
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
+def merged_card(card: str, name: str) -> str:
+    """The card of a model, in the folder `name`, into whose weights adapters are merged; `card` is theirs.
+
+    Empty if mori did not write `card`, or a person changed its structure.
+    """
+    text = ModelCard(card, ignore_metadata_errors=True)
+    parts = re.fullmatch(r"(?s)\s*# .*?\n## Use\n.*?(print\(.*?)\n```.*?(\n## Training data\n.*)", text.text)
+    data = text.data
+    if not parts or "mori" not in (data.tags or []):
+        return ""
+    data.library_name = "transformers"
+    if data.base_model:
+        data.base_model_relation = "finetune"
+    origin = (
+        f"A causal language model: {_linked(data.base_model)} with LoRA adapters, which are merged into its weights."
+    )
+    code = _code(f'generate = pipeline("text-generation", {_quoted(name)})', parts[1])
+    return f"---\n{data.to_yaml()}\n---\n\n# {_plain(name)}\n\n{origin}\n\n## Use\n\n{code}\n{parts[2]}"
+
+
 def _results(evaluation: dict) -> list[EvalResult]:
     """The figures of an evaluation, as the hub lists them."""
     return [
@@ -88,8 +109,7 @@ def _results(evaluation: dict) -> list[EvalResult]:
 
 def _origin(summary: dict, config: TrainConfig, base: dict[str, str], lora: dict | None, merged: bool) -> str:
     """What the model is, and which of the run's weights it has."""
-    name = base.get("base_model")
-    parent = f"[{name}](https://huggingface.co/{name})" if name else "a local model"
+    name, parent = base.get("base_model"), _linked(base.get("base_model"))
     size, trained = compact(summary["parameters"]), compact(summary["trained_parameters"])
     if config.model in PRESETS:
         origin = f"A small causal language model of {size} parameters, trained from random weights on plain text."
@@ -108,15 +128,28 @@ def _usage(name: str, config: TrainConfig, adapter: dict | None) -> str:
     """Three lines of code, and what else loads the model."""
     path = config.hub_model_id if config.push_to_hub and "/" in config.hub_model_id else name
     code = ", trust_remote_code=True" if config.trust_remote_code else ""
-    prompt = json.dumps(next(filter(None, config.prompt), "Halo"), ensure_ascii=False)
-    prompt = prompt.replace("`", "\\x60")  # three of them would end the block
-    lines = [
-        "from transformers import pipeline" + "  # and: pip install peft" * bool(adapter),
-        f'generate = pipeline("text-generation", {json.dumps(path, ensure_ascii=False)}{code})',
+    prompt = _quoted(next(filter(None, config.prompt), "Halo"))
+    block = _code(
+        f'generate = pipeline("text-generation", {_quoted(path)}{code})',
         f'print(generate({prompt}, max_new_tokens=100)[0]["generated_text"])',
-    ]
-    block = "\n".join(["```python", *lines, "```"])
+        note="  # and: pip install peft" * bool(adapter),
+    )
     return f"{block}\n\n{_vllm(name, adapter)}" if adapter else block
+
+
+def _code(*lines: str, note: str = "") -> str:
+    """A block of code whose first line imports `pipeline`."""
+    return "\n".join(["```python", f"from transformers import pipeline{note}", *lines, "```"])
+
+
+def _quoted(text: str) -> str:
+    """A text as a string of Python, in which no backtick ends the block of code."""
+    return json.dumps(text, ensure_ascii=False).replace("`", "\\x60")
+
+
+def _linked(name: str | None) -> str:
+    """A model by its name on the hub, with a link."""
+    return f"[{name}](https://huggingface.co/{name})" if name else "a local model"
 
 
 def _vllm(name: str, adapter: dict) -> str:
