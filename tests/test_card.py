@@ -99,17 +99,23 @@ def test_lines_of_the_card_generate(short, llama, tmp_path, monkeypatch, capsys,
     assert ("pip install peft" in card.text) == adapters
 
 
-def test_card_has_the_evaluation_of_the_published_weights(short, tmp_path):
-    summary = short(
-        max_steps=12, eval_steps=2, learning_rate=0.3, lr_scheduler_type="constant", warmup_steps=0, load_best_model_at_end=True
-    )  # fmt: skip
-    step, best = summary["published_step"], summary["eval"]["best"]
-    assert step == best["step"] < 12
-    card = ModelCard.load(tmp_path / "brain" / "README.md")
-    assert {r.metric_value for r in card.data.eval_results} == {
-        best[m] for m in ("loss", "perplexity", "bits_per_byte")
+@pytest.mark.parametrize("best", [True, False])
+def test_card_has_the_evaluation_of_the_published_weights(short, tmp_path, best):
+    settings = {
+        "max_steps": 12,
+        "eval_steps": 2,
+        "learning_rate": 0.3,
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
     }
-    assert f"step {step} of 12, the best by `loss`" in card.text and f"| step {step} |" in card.text
+    summary = short(**settings, load_best_model_at_end=best)
+    assert summary["eval"]["best"]["step"] < 12 and summary["eval"]["after"]["step"] == 12
+    step, evaluation = summary["published_step"], summary["eval"]["best" if best else "after"]
+    card = ModelCard.load(tmp_path / "brain" / "README.md")
+    figures = {evaluation[metric] for metric in ("loss", "perplexity", "bits_per_byte")}
+    assert {result.metric_value for result in card.data.eval_results} == figures
+    which = "the best by `loss` of the held-out text" if best else "the last"
+    assert f"step {step} of 12, {which}." in card.text and f"| step {step} |" in card.text
 
 
 @pytest.mark.parametrize("changed", [{"eval_strategy": "no"}, {"held_out_fraction": 0.0}])
