@@ -28,7 +28,7 @@ from mori.tracking.monitor import Monitor
 from mori.tracking.overview import plan
 
 FEWEST_STEPS = 20  # of fewer, the measured ones would be a tenth
-_STEPS_PER_TIMED_STEP, _MOST_TIMED_STEPS = 130, 5
+_STEPS_PER_TIMED_STEP, _MOST_TIMED_STEPS = 195, 5
 _SAMPLED_TOKENS = 16
 _SAVED_BYTES = 1 << 24
 # The optimizers that move no weight at a learning rate of 0; with any other, a copy of the weights is kept on the host.
