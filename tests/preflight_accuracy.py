@@ -19,9 +19,9 @@ CASES = {
     "stories260K": f"{STORIES} --block_size 256 --max_steps 400",
     "124m": f"{PRETRAINED} --max_steps 20",
     "124m, windows of 512": f"{PRETRAINED} --max_steps 20 --block_size 512",
-    "small, AdamW": f"{PRETRAINED} --max_steps 20",
-    "small, LoRA": f"{PRETRAINED} --max_steps 20 --use_peft",
-    "small, muon": f"{PRETRAINED} --max_steps 20 --optim muon",
+    "mini, one epoch": "--num_train_epochs 1",
+    "mini, muon": "--num_train_epochs 1 --optim muon",
+    "stories260K, LoRA": f"{STORIES} --block_size 256 --max_steps 40 --use_peft",
 }
 PROGRAM = """import sys
 from mori import preflight
@@ -75,8 +75,8 @@ def main() -> int:
     for name in options.only:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
-            if "," in name or "124m" in name:
-                make_inputs(SimpleNamespace(shape=name.split(",")[0]), folder, tokens=200_000)
+            if "124m" in name:
+                make_inputs(SimpleNamespace(shape="124m"), folder, tokens=200_000)
             run = trained(CASES[name], folder, 20)
             peak_without = trained(CASES[name], folder, 1_000_000)["peak"] if options.without else 0
         said, peak = run["said"]["seconds"]["total"], run["said"]["peak_memory_bytes"]["host"]

@@ -88,7 +88,7 @@ class MetricsFile(Logger):
             return
         path = self._path
         lines = "".join(json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] < self.first_lost_step)
-        if path.exists() and path.read_bytes() != lines.encode():
+        if path.is_file() and path.read_bytes() != lines.encode():
             staged = path.with_suffix(".tmp")
             staged.write_text(lines, encoding="utf-8")
             _sync(staged)
@@ -250,7 +250,7 @@ class Background:
 def read_metrics(path: Path) -> list[dict]:
     """The lines of a `metrics.jsonl`, without those that a kill, a full disk or a bad disk damaged."""
     metrics = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         with contextlib.suppress(ValueError):
             values = json.loads(line)
             if isinstance(values, dict) and isinstance(values.get("step"), int):

@@ -149,7 +149,7 @@ def _read_metrics(run: RunFiles) -> None:
     path = run.folder / "metrics.jsonl"
     try:
         run.metrics = [line for line in read_metrics(path) if 0 <= line["step"] < _LARGEST]
-        lines = sum(bool(line.strip()) for line in path.open("rb")) if path.exists() else 0
+        lines = sum(bool(line.strip()) for line in path.open("rb")) if path.is_file() else 0
     except (OSError, RecursionError) as error:
         run.damage.append(f"metrics.jsonl cannot be read: {getattr(error, 'strerror', None) or 'nested too deeply'}")
         return
