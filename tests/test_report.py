@@ -593,3 +593,11 @@ def test_logarithmic_axis_is_taken_for_values_of_many_sizes():
     )
     flat = charts.Chart("norm", [charts.Series("norm", [(0, 1.0), (1, 2.0)], "plain")], logarithmic=True)
     assert not flat.axis.logarithmic
+
+
+def test_reporter_removes_what_a_killed_run_left(tmp_path):
+    folder = made_run(tmp_path / "run")
+    for name in (".report.md.123.partial", ".progress.json.77.partial"):
+        (folder / name).write_text("half")
+    Reporter(folder).write({"steps": 1})
+    assert not list(folder.glob(".*.partial")) and (folder / "report.md").is_file()

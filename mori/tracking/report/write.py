@@ -23,13 +23,17 @@ class Reporter:
     name = "the report"
 
     def __init__(self, run_dir: Path):
-        self.run_dir, self.notes, self._next = run_dir, [], 0.0
+        self.run_dir, self.notes, self._next, self._cleaned = run_dir, [], 0.0, False
 
     def write(self, results: dict, finished: bool = False) -> None:
         """Write `results`, which has the fields of summary.json, and the report, unless the last one is too recent.
 
         Of a `finished` run summary.json alone tells, which must be there. Raises OSError.
         """
+        if not self._cleaned:
+            self._cleaned = True
+            for leftover in self.run_dir.glob(".*.*.partial"):  # of a process that was killed
+                leftover.unlink(missing_ok=True)
         path = self.run_dir / PROGRESS
         if finished:
             path.unlink(missing_ok=True)
