@@ -131,6 +131,7 @@ def test_training_arguments_and_aliases_give_the_same_fields():
         (GenerateConfig, "--batch_size 2 -cnv", {"batch_size": 2, "interactive": True}),
         (EvaluateConfig, "--batch_size 2 --max_length 32 a.txt", {"per_device_eval_batch_size": 2, "block_size": 32, "corpus": ["a.txt"]}),
         (CompareConfig, "--lr 1e-4 --bf16", {"learning_rate": 1e-4, "precision": "bf16"}),
+        (EvaluateConfig, "--report_to none", {}),
         (COMMANDS["train"], "--bf16 --max_iters 50 -t 2", {"precision": "bf16", "max_steps": 50, "threads": 2}),
     ],
 )  # fmt: skip
@@ -154,6 +155,8 @@ def test_alias_sets_the_same_fields(cls, words, expected):
         (TrainConfig, "--warmup_ratio much", "warmup_ratio is 'much', must be"),
         (TrainConfig, "--packing False", "packing: windows are always full"),
         (TrainConfig, "--do_train False", "do_train: a run always trains"),
+        (EvaluateConfig, "--report_to wandb", "report_to: only a training reports its numbers"),
+        (TrainConfig, "--mlflow_tracking_uri x", "--report_to knows TensorBoard and Weights & Biases"),
         (TrainConfig, "--learning_rate 1e-4 1e-3", "'1e-3' belongs to no flag"),
         (TrainConfig, "run.toml --max_steps 3", "'run.toml' belongs to no flag: settings are read with --config FILE"),
         (TrainConfig, "--max_steps 3 config/train_shakespeare.py", "'config/train_shakespeare.py' belongs to no flag: settings"),

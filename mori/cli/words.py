@@ -298,6 +298,7 @@ ANSWERS = [
     ("freeze* unfreeze* num_freeze_layers optim_target_modules", OFF, "--freeze_trainable_layers N trains the last N layers and freezes the others"),
     ("dry_run", OFF, "every mistake is reported before the first step; --max_steps 2 with another --output_dir tries the whole way"),
     ("profile profiler torch_profiler profiling profile_* profiler_*", OFF, "--profile_steps 10:12 records the steps 10 to 12: a trace for Perfetto and TensorBoard, and the heaviest operations"),
+    ("report_to", OFF | {"tensorboard", "all", "['tensorboard']"}, "only a training reports its numbers: mori train, with report_to"),
     ("wandb_mode", OFF | {"online"}, "set WANDB_MODE=offline, or disabled; --report_to wandb sends a run to Weights & Biases"),
     ("wandb_project wandb_entity wandb_* project", OFF | {"huggingface", "online"}, "--report_to wandb sends a run to Weights & Biases; its own variables hold the rest, such as WANDB_PROJECT, WANDB_ENTITY and WANDB_RUN_GROUP"),
     ("trackio_* comet_* mlflow_* swanlab_* clearml_*", OFF, "--report_to knows TensorBoard and Weights & Biases; metrics.jsonl in the run's folder is there for all others"),
