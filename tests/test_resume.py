@@ -169,7 +169,7 @@ def test_extended_run_follows_the_schedule_of_its_new_length(run_train, tmp_path
 def test_extended_run_that_stopped_is_not_finished(run_train, tmp_path, monkeypatch):
     run_train(max_steps=4)
     with monkeypatch.context() as patch:
-        patch.setattr(output, "publish_model", lambda self: (_ for _ in ()).throw(RunFailed("no room")))
+        patch.setattr(output, "publish_model", lambda *_: (_ for _ in ()).throw(RunFailed("no room")))
         with pytest.raises(RunFailed):
             run_train(max_steps=8, extend=True)
     assert run_train(max_steps=8)["steps"] == 8
