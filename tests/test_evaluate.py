@@ -15,7 +15,7 @@ from mori.cli import UserError
 from mori.config import TrainConfig
 from mori.data.windows import Positions, ShiftedDataset, count_targets
 from mori.distributed import BatchSize, Runtime
-from mori.evaluate import TOKEN_LOSS_EDGES, evaluate, windows_to_score
+from mori.evaluate import TOKEN_LOSS_EDGES, _histogram, evaluate, windows_to_score
 from mori.model.lm import CausalLMLoss
 
 
@@ -68,6 +68,12 @@ def test_evaluate_counts_the_token_losses_as_numpy_does(chunked):
     assert evaluation.token_losses == expected.tolist() and sum(expected) == dataset.targets
     assert losses.max() > 15 and (expected > 0).sum() > 20
     assert evaluation.loss == pytest.approx(losses.mean(dtype="float64"), rel=1e-6)
+
+
+def test_histogram_puts_a_loss_on_an_edge_into_the_bin_above_it_as_numpy_does():
+    losses = torch.tensor([0.0, 0.25, 0.5, 7.5, 7.5, 14.5, 15.0, torch.inf])
+    expected, _ = numpy.histogram(losses.numpy().clip(0, 14.9), TOKEN_LOSS_EDGES)
+    assert _histogram(losses) == expected.tolist() and sum(expected) == len(losses)
 
 
 def test_evaluate_shares_the_windows_between_ranks():
