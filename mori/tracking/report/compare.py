@@ -68,7 +68,7 @@ def _headline(run: RunFiles, measure: str) -> Headline:
 
 
 def _figures(runs: list[RunFiles], best: RunFiles | None) -> list[Figure]:
-    seconds = [s for run in runs if (s := number(run.results, "wall_seconds")) and drawable(s)]
+    seconds = [time for run in runs if (time := number(run.results, "wall_seconds")) and drawable(time)]
     finished = sum(run.finished for run in runs)
     figures = [Figure("Runs", count(len(runs)), f"{finished} finished" if finished < len(runs) else "all finished")]
     figures += [Figure("Best run", best.name)] if best else []
