@@ -22,7 +22,7 @@ WAYS = {
     "last 4 layers": ["--freeze_trainable_layers", "4"],
     "LoRA r 8": [*LORA, "8", "--lora_alpha", "16"],
     "LoRA r 64": [*LORA, "64", "--lora_alpha", "128"],
-    "LoRA r 8, dropout 0.05": [*LORA, "8", "--lora_alpha", "16", "--lora_dropout", "0.05"],
+    "LoRA r 8 with dropout": [*LORA, "8", "--lora_alpha", "16", "--lora_dropout", "0.05"],
     "QLoRA r 8": [*LORA, "8", "--lora_alpha", "16", "--load_in_4bit"],
 }
 TIMED_STEPS = 12
@@ -65,7 +65,7 @@ def main() -> None:
         ways[way] |= {
             "steps": arguments.steps,
             "bits_per_byte": summary["eval"]["after"]["bits_per_byte"],
-            "checkpoint_bytes": summary["checkpoint_bytes"],
+            "checkpoint_megabytes": summary["checkpoint_bytes"] / 1e6,
         }
         print(way, ways[way], flush=True)
     times = {way: [] for way in WAYS}
@@ -78,12 +78,11 @@ def main() -> None:
             memory[way].append(summary["peak_memory_bytes"])
             ways[way] |= {"step_seconds": times[way], "peak_memory_bytes": memory[way]}
             print(way, times[way][-1], memory[way][-1], flush=True)
-    ratios = {
-        f"full / {way}, {name}": harness.ratio(ways["full"][key], ways[way][key])
-        for way in list(WAYS)[1:]
-        for name, key in (("seconds", "step_seconds"), ("memory", "peak_memory_bytes"))
-        if key in ways[way]
-    }
+    ratios = {}
+    for way in list(WAYS)[1:] if "step_seconds" in ways["full"] else ():
+        ratios[f"full / {way}"] = harness.ratio(ways["full"]["step_seconds"], ways[way]["step_seconds"])
+        memory = (ways[each]["peak_memory_bytes"] for each in (way, "full"))
+        ratios[f"memory of {way} / full"] = harness.ratio(*memory)
     report = {"bench": "adapters", "model": Path(arguments.model).name, "arms": ways, "ratios": ratios}
     harness.write(arguments.output_dir, "adapters", report, ("transformers",), threads=len(os.sched_getaffinity(0)))
 

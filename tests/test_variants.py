@@ -340,11 +340,13 @@ def test_fused_layers_have_the_gradients_of_autograd(layer, x_trains):
     torch.testing.assert_close(results[1][not x_trains :], results[0][not x_trains :])
 
 
-@pytest.mark.parametrize("layer, kept_rows", [(Gated, 2 * 8 + 4 + 8), (Norm, 4 + 1)])
-def test_fused_layers_keep_their_inputs_alone(layer, kept_rows):
-    """Of a gated MLP its input, gate, up and their product for the linear layers; of a norm its input and a number a row."""
+@pytest.mark.parametrize(
+    "layer, recompute, kept_rows", [(Gated, True, 2 * 8 + 4), (Gated, False, 2 * 8 + 4 + 8), (Norm, True, 4 + 1)]
+)
+def test_fused_layers_keep_their_inputs_alone(layer, recompute, kept_rows):
+    """Of a gated MLP its input, gate and up, and unless it is computed again their product; of a norm its input and a number a row."""
     module, x, kept = layer(False), torch.randn(50, 4, requires_grad=True), {}
-    fuse_layers(module)
+    fuse_layers(module, recompute)
 
     def pack(tensor):
         if tensor.data_ptr() not in {parameter.data_ptr() for parameter in module.parameters()}:

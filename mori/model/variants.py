@@ -61,7 +61,9 @@ def build_module(
     with watch_head(model) as plain_head:
         own_loss = _loss(module, input_ids, labels, runtime)
     if config.fused_activations:
-        chosen += ["fused GELU"] * bool(fuse_activations(model)) + fuse_layers(model)
+        chosen += ["fused GELU"] * bool(fuse_activations(model)) + fuse_layers(
+            model, recompute=not config.gradient_checkpointing
+        )
     safe = list(chosen)
     if config.mask_free_attention and not config.document_mask and attends_to_all_before(model, config.block_size):
         module.use_mask_free_attention()

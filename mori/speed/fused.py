@@ -46,15 +46,16 @@ def fuse_activations(model: nn.Module) -> int:
     return len(modules)
 
 
-def fuse_layers(model: nn.Module) -> list[str]:
+def fuse_layers(model: nn.Module, recompute: bool = True) -> list[str]:
     """Give gated MLPs and RMS norms a forward pass, used while gradients are computed, that keeps only its inputs.
 
-    Returns what was replaced, in words. The gate is `activation(gate) * up` (Shazeer, 2020, arXiv:2002.05202), the norm that of
+    With `recompute`, the backward pass computes the input of an MLP's last layer again too; not with gradient checkpointing, which
+    keeps nothing there. Returns what was replaced, in words. The gate is `activation(gate) * up` (Shazeer, 2020, arXiv:2002.05202), the norm that of
     Zhang and Sennrich, 2019, arXiv:1910.07467.
     """
     replaced, verdicts = set(), {}
     for module in model.modules():
-        for name, fused, width in _candidates(module):
+        for name, fused, width in _candidates(module, recompute):
             settings = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str))}
             key = type(module), name, width, str(settings)
             if key not in verdicts:
@@ -66,15 +67,16 @@ def fuse_layers(model: nn.Module) -> list[str]:
     return [f"fused {name}" for name in sorted(replaced)]
 
 
-def _candidates(module: nn.Module) -> list[tuple[str, Callable, int]]:
+def _candidates(module: nn.Module, recompute: bool) -> list[tuple[str, Callable, int]]:
     """The replacements that may compute what `module` does: a name, a forward pass, and the width of its input."""
     children = dict(module.named_children())
     kind = next((_KINDS[type(child)] for child in children.values() if type(child) in _KINDS), None)
     if kind and {"gate_proj", "up_proj", "down_proj"} <= children.keys():
-        return [(f"gates {kind}", partial(_gated, module, kind), getattr(module.gate_proj, "in_features", 0))]
+        width = getattr(module.gate_proj, "in_features", 0)
+        return [(f"gates {kind}", partial(_gated, module, kind, recompute), width)]
     if kind and {"gate_up_proj", "down_proj"} <= children.keys():
         width = getattr(module.gate_up_proj, "in_features", 0)
-        return [(f"gates {kind}", partial(_gated_from_one_projection, module, kind), width)]
+        return [(f"gates {kind}", partial(_gated_from_one_projection, module, kind, recompute), width)]
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     weight = getattr(module, "weight", None)
     if children or not isinstance(eps, float) or not isinstance(weight, nn.Parameter) or weight.dim() != 1:
@@ -113,12 +115,31 @@ def _agrees(module: nn.Module, fused: Callable, width: int) -> bool:
     )
 
 
-def _gated(module: nn.Module, kind: str, x: torch.Tensor) -> torch.Tensor:
-    return module.down_proj(_Gate.apply(module.gate_proj(x), module.up_proj(x), kind))
+def _gated(module: nn.Module, kind: str, recompute: bool, x: torch.Tensor) -> torch.Tensor:
+    return _projected(module.down_proj, module.gate_proj(x), module.up_proj(x), kind, recompute)
 
 
-def _gated_from_one_projection(module: nn.Module, kind: str, x: torch.Tensor) -> torch.Tensor:
-    return module.down_proj(_Gate.apply(*module.gate_up_proj(x).chunk(2, -1), kind))
+def _gated_from_one_projection(module: nn.Module, kind: str, recompute: bool, x: torch.Tensor) -> torch.Tensor:
+    return _projected(module.down_proj, *module.gate_up_proj(x).chunk(2, -1), kind, recompute)
+
+
+def _projected(layer: nn.Module, gate: torch.Tensor, up: torch.Tensor, kind: str, recompute: bool) -> torch.Tensor:
+    """`layer(activation(gate) * up)`; with `recompute`, the product is not kept for the backward pass."""
+    product = _Gate.apply(gate, up, kind)
+    if not recompute:
+        return layer(product)
+    place, gate, up = product.data_ptr(), gate.detach(), up.detach()
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor | torch.Size:
+        is_product = tensor.data_ptr() == place and tensor.numel() == product_size and tensor.is_contiguous()
+        return tensor.shape if is_product else tensor
+
+    def unpack(packed: torch.Tensor | torch.Size) -> torch.Tensor:
+        return packed if isinstance(packed, torch.Tensor) else _GATES[kind][0](gate).mul_(up).view(packed)
+
+    product_size = product.numel()
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return layer(product)
 
 
 class _Gate(torch.autograd.Function):
