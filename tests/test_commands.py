@@ -206,6 +206,7 @@ def test_config_of_a_run_is_the_same_run(run_train, settings, tmp_path):
     assert set(json.loads(path.read_text())) == {f.name for f in fields(TrainConfig)} - {
         "resume_from_checkpoint",
         "extend",
+        "dry_run",
     }
     longer = mori("train", "--config", path, "--max_steps", "4", "--extend")
     assert longer.returncode == 0 and "step-00000002" in longer.stdout, longer.stderr

@@ -100,9 +100,9 @@ def test_folders_that_cannot_be_renamed_are_moved_file_by_file(run_train, tmp_pa
 def test_only_a_full_disk_is_told_to_make_room(run_train, tmp_path, monkeypatch, number, advice):
     real = output.publish_model
 
-    def publish(run):
+    def publish(*arguments):
         refuse(monkeypatch, files, "replace_folder", number)
-        real(run)
+        real(*arguments)
 
     monkeypatch.setattr(output, "publish_model", publish)
     with pytest.raises(RunFailed, match=f"{os.strerror(number)}; {advice} and run the same command again"):

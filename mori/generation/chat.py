@@ -60,7 +60,8 @@ def answer(config: GenerateConfig, device: torch.device) -> None:
         completions = generate(model, tokenizer, prompts, **options, **controls)
     if config.json:
         ascii_only = codecs.lookup(sys.stdout.encoding).name != "utf-8"
-        json.dump([asdict(completion) for completion in completions], sys.stdout, ensure_ascii=ascii_only)
+        shown = [{k: v for k, v in asdict(completion).items() if k != "prompt_ids"} for completion in completions]
+        json.dump(shown, sys.stdout, ensure_ascii=ascii_only)
     elif not streamed:
         _print_piece(0, f"\n{'-' * 40}\n".join(completion.prompt + completion.text for completion in completions))
     print()
