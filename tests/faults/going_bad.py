@@ -37,7 +37,8 @@ def _poison(where: str, value: float, at_call: int, forever: bool) -> None:
         if hit and where == "loss":
             loss = loss * value
         if hit and where == "gradient":
-            loss = loss + _Bad.apply(self.model.transformer.wpe.weight, value)
+            trained = next(parameter for parameter in self.model.parameters() if parameter.requires_grad)
+            loss = loss + _Bad.apply(trained, value)
         if hit and where == "scale":
             loss = loss * 1e30
         return loss
