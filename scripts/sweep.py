@@ -55,14 +55,14 @@ def step_seconds(configs: list[TrainConfig]) -> list[float]:
 
     seconds: list[list[float]] = [[] for _ in configs]
     for _ in range(_ROUNDS):
-        for config, found in zip(configs, seconds, strict=True):
+        for config, of_config in zip(configs, seconds, strict=True):
             times: list[float] = []
             with tempfile.TemporaryDirectory() as folder, _quiet():
                 short = {"max_steps": _TIMED_STEPS, "eval_strategy": "no", "save_strategy": "no", "run_name": "timing"}
                 where = {"output_dir": f"{folder}/model", "logging_dir": folder, "warmup_steps": 0.0}
                 train(replace(config, **short, **where), lambda step, total, times=times: times.append(total))
-            found += [after - before for before, after in zip(times, times[1:], strict=False)][_WARM_UP_STEPS:]
-    return [statistics.median(found) for found in seconds]
+            of_config += [after - before for before, after in zip(times, times[1:], strict=False)][_WARM_UP_STEPS:]
+    return [statistics.median(of_config) for of_config in seconds]
 
 
 def run(config: TrainConfig) -> dict:

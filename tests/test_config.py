@@ -103,7 +103,7 @@ def test_differences_ignores_fields_that_do_not_shape_the_weights():
     assert a.differences(TrainConfig(max_steps=8)) == {"max_steps": "(7, 8)"}
     assert a.differences(TrainConfig(max_steps=8, seed=1), extending=True) == {"seed": "(42, 1)"}
     names = {f.name for f in fields(SamplingConfig)} - {"top_k"}
-    changed = {name: None for name in names}  # whatever the value: samples do not shape the weights
+    changed = {name: None for name in names}  # any value: samples do not shape the weights
     assert a.differences(replace(a, **changed)) == {}
 
 

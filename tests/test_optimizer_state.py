@@ -56,7 +56,7 @@ class Uneven(torch.optim.Optimizer):
 
 
 class Counter(torch.optim.Optimizer):
-    """A made-up optimizer whose state is whatever the test puts in."""
+    """An optimizer whose state is what the test puts in."""
 
     def __init__(self, params, state: dict):
         super().__init__(params, {"lr": 0.1})

@@ -23,7 +23,7 @@ SAME_NAMES = (
 
 @pytest.mark.parametrize("model", ["mini", "some/name"])
 def test_recipe_modul_11_is_that_of_trainer(model, tmp_path):
-    """Whatever the model starts from; TrainingArguments gives what the course leaves out."""
+    """For a model from scratch and a trained one; TrainingArguments gives what the course leaves out."""
     config = parse(TrainConfig, "", ["--recipe", "modul_11", "--model", model]).resolve()
     arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True, **COURSE)
     assert {name: getattr(config, name) for name in SAME_NAMES} == {

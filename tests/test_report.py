@@ -393,7 +393,7 @@ def test_report_of_arbitrary_values_raises_nothing(tmp_path):
 
 
 def main_code(*words) -> int:
-    """The exit code of `mori ...` in a process of its own."""
+    """The exit code of `mori ...` in a new process."""
     return subprocess.run([sys.executable, "-m", "mori", *map(str, words)], capture_output=True).returncode
 
 

@@ -60,7 +60,7 @@ class Notebook(Logger):
 
 @pytest.fixture
 def notebook(monkeypatch, tmp_path_factory):
-    """Add a made-up logger, a class in a module `notebook` and an entry in `LOGGERS`; the fixture is the list of what it was told."""
+    """Add a logger, a class in a module `notebook` and an entry in `LOGGERS`; the fixture is the list of what it was told."""
     folder = tmp_path_factory.mktemp("module")
     (folder / "notebook.py").write_text(NOTEBOOK)
     monkeypatch.syspath_prepend(folder)
@@ -131,7 +131,7 @@ def test_logger_with_a_fault_is_reported_once_and_stops_nothing(
 
 
 def test_background_drops_calls_of_a_logger_that_does_not_keep_up(tmp_path):
-    """The calls before are made in their order, and the thread still hears the last one, `close`."""
+    """The thread makes the earlier calls in their order and still hears the last one, `close`."""
     begun, go_on, calls = threading.Event(), threading.Event(), []
 
     class Slow(Logger):

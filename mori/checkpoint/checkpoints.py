@@ -87,8 +87,8 @@ def rehearse(
 ) -> int:
     """Save, load and remove a checkpoint with one element of each type of tensor; returns the bytes that a whole one takes.
 
-    `sample_bytes` of the largest tensor are saved too, if it has so many. Whatever would make `save` fail, except a full disk,
-    raises the same errors here. A killed rehearsal leaves a folder that `clean` removes.
+    `sample_bytes` of the largest tensor are saved too, if it has so many. Every cause that would make `save` fail, except a full
+    disk, raises the same errors here. A killed rehearsal leaves a folder that `clean` removes.
     """
     weights = distinct(model.state_dict())
     moments, plain = optimizer_state.pack(optimizer)

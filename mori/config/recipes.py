@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from mori.cli import Config, flag
 
 RECIPES: dict[str, dict] = {
-    # The course's script, whatever the model: the sampling is that of its first look at the result.
+    # The course's script, for any model: the sampling is that of its first look at the result.
     "modul_11": {
         "block_size": 128,
         "per_device_train_batch_size": 4,

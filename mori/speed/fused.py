@@ -128,16 +128,15 @@ def _projected(layer: nn.Module, gate: torch.Tensor, up: torch.Tensor, kind: str
     product = _Gate.apply(gate, up, kind)
     if not recompute:
         return layer(product)
-    place, gate, up = product.data_ptr(), gate.detach(), up.detach()
+    place, size, gate, up = product.data_ptr(), product.numel(), gate.detach(), up.detach()
 
     def pack(tensor: torch.Tensor) -> torch.Tensor | torch.Size:
-        is_product = tensor.data_ptr() == place and tensor.numel() == product_size and tensor.is_contiguous()
+        is_product = tensor.data_ptr() == place and tensor.numel() == size and tensor.is_contiguous()
         return tensor.shape if is_product else tensor
 
     def unpack(packed: torch.Tensor | torch.Size) -> torch.Tensor:
         return packed if isinstance(packed, torch.Tensor) else _GATES[kind][0](gate).mul_(up).view(packed)
 
-    product_size = product.numel()
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         return layer(product)
 
