@@ -9,10 +9,8 @@ from pathlib import Path
 import torch
 
 _HEAVIEST = 10
-TRACE, TABLE = (
-    "profile.pt.trace.json.gz",
-    "profile.json",
-)  # the trace's name is the one that TensorBoard's plugin looks for
+TRACE = "profile.pt.trace.json.gz"  # TensorBoard's plugin looks for names with this end
+TABLE = "profile.json"
 
 
 class Profiler:
