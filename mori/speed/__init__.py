@@ -3,5 +3,5 @@
 On a CPU only: `matmul.py` (oneDNN and split matmuls, `--cpu_matmul torch` switches oneDNN off), `startup.keep_freed_memory`, and
 the measured peak in `peak.py`. On every device: `replay.py` (decoding without the model's Python), `startup.imports`.
 Outside this package only details depend on a CPU: weights copied out of their file (`model/loading.py`), the size of a chunk of
-logits (`model/loss.py`), the sampler's window (`generation/sampler.py`), and gloo instead of NCCL (`distributed.py`).
+logits (`model/loss.py`), the sampler's window (`generation/sampler.py`), and gloo instead of NCCL (`distributed/ranks.py`).
 """

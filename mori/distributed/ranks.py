@@ -1,33 +1,23 @@
-"""Device, ranks and precision; random state; signals; what to do when memory runs out."""
+"""The device and precision of a process, and its place among the ranks."""
 
 import contextlib
-import gc
 import itertools
 import os
-import random
 import re
-import signal
-import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
-import numpy
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mori.cli import RunFailed, UserError, plural
+from mori.cli import UserError, plural
+from mori.distributed.randomness import random_state, set_random_state
 
-_STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGBREAK")  # Windows has the first two and the last
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# PyTorch has no error types for a host without memory, nor for cuBLAS, whose handles are memory too.
-_OUT_OF_MEMORY = re.compile(
-    "can't allocate memory|out of memory|CUBLAS_STATUS_ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED"
-)
 _starts = itertools.count()
 _GLOO_SOURCE = re.compile(r"\bgloo/[\w/]+\.(?:cc|h):\d+\]")  # gloo raises RuntimeError with its source line
 
@@ -170,47 +160,6 @@ class Runtime:
             dist.destroy_process_group()
 
 
-class BatchSize:
-    """The number of windows in one forward pass, and the context of that pass: `with batch_size: ...`
-
-    If memory runs out inside the context, it ends there, `size` is halved and `halved` is true: the caller tries again.
-    Raises RunFailed if not even one window fits.
-    """
-
-    def __init__(self, size: int):
-        self.size, self.halved = size, False
-
-    def __enter__(self) -> None:
-        if self.halved:
-            gc.collect()  # reference cycles keep tensors of the failed attempt
-            torch.cuda.empty_cache()  # libraries allocate outside PyTorch's cache
-        self.halved = False
-
-    def __exit__(self, error_type, error, traceback) -> bool:
-        if error is None or not out_of_memory(error):
-            return False
-        if self.size == 1:
-            raise RunFailed(
-                "not even one window fits in memory; use a smaller --block_size or --model, or --precision bf16"
-            ) from None
-        self.size, self.halved = -(-self.size // 2), True
-        return True
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether `error` reports that the device or the host ran out of memory."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
-
-
-def lost_a_rank(error: BaseException) -> bool:
-    """Whether `error` reports that another rank is gone, or did not answer in time."""
-    if isinstance(error, dist.DistError):
-        return True
-    return isinstance(error, RuntimeError) and bool(_GLOO_SOURCE.search(str(error)))
-
-
 def start(device: str = "auto", precision: str = "fp32", timeout: int = 1800) -> Runtime:
     """Find the device, join the ranks that `torchrun` started (environment variables), and resolve the precision.
 
@@ -240,6 +189,18 @@ def start(device: str = "auto", precision: str = "fp32", timeout: int = 1800) ->
         return Runtime(resolved, 0, 1, precision)
     control = dist.new_group(backend="gloo", timeout=limit)
     return Runtime(resolved, dist.get_rank(), world_size, precision, control)
+
+
+def lost_a_rank(error: BaseException) -> bool:
+    """Whether `error` reports that another rank is gone, or did not answer in time."""
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and bool(_GLOO_SOURCE.search(str(error)))
+
+
+def restarted() -> bool:
+    """Whether torchrun has restarted this process (`--max-restarts`) after a failure."""
+    return _variable("TORCHELASTIC_RESTART_COUNT", 0) > 0
 
 
 def _variable(name: str, default: int) -> int:
@@ -292,47 +253,6 @@ def for_children(device: torch.device) -> str:
     return device.type
 
 
-class StopSignals:
-    """Records SIGINT (Ctrl-C), SIGTERM, SIGHUP and SIGUSR1 instead of dying of them; `received` is the name of the first.
-
-    Until `defer` is called there is nothing to save, and a signal raises KeyboardInterrupt. Afterwards a second Ctrl-C does so.
-    `torchrun` forwards a signal to workers that have it from the terminal already, so a second one within a second counts as
-    the same. A SIGHUP that `nohup` ignores stays ignored. Outside the main thread Python allows no handlers, and none are
-    installed.
-    """
-
-    def __init__(self):
-        self.received, self._at, self._before, self._deferred = "", 0.0, {}, False
-
-    def __enter__(self) -> "StopSignals":
-        if threading.current_thread() is threading.main_thread():
-            for number in (getattr(signal, name) for name in _STOP_SIGNALS if hasattr(signal, name)):
-                if number != getattr(signal, "SIGHUP", None) or signal.getsignal(number) != signal.SIG_IGN:
-                    self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    def defer(self, deferred: bool = True) -> None:
-        """From now on the caller reads `received`, and stops when its step is saved; or a signal raises KeyboardInterrupt again."""
-        self._deferred = deferred
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame) -> None:
-        if not self.received:
-            self.received, self._at = signal.Signals(number).name, time.monotonic()
-            if not self._deferred:
-                raise KeyboardInterrupt
-            text = f"\n{self.received}: finishing and saving this step first (Ctrl-C again exits at once)\n"
-            with contextlib.suppress(OSError):  # `| tee` may have died of the same Ctrl-C
-                os.write(
-                    2, text.encode()
-                )  # print() is not reentrant; a notebook shows this file, but has no sys.stderr.fileno()
-        elif number == signal.SIGINT and time.monotonic() - self._at > 1:
-            raise KeyboardInterrupt
-
-
 @contextlib.contextmanager
 def restored_backends() -> Iterator[None]:
     """The context of a run: PyTorch's global settings are restored after it, for what else this process does."""
@@ -345,56 +265,3 @@ def restored_backends() -> Iterator[None]:
     finally:
         torch.set_float32_matmul_precision(precision)
         torch.backends.cuda.enable_cudnn_sdp(cudnn_attention)
-
-
-def restarted() -> bool:
-    """Whether torchrun has restarted this process (`--max-restarts`) after a failure."""
-    return _variable("TORCHELASTIC_RESTART_COUNT", 0) > 0
-
-
-def set_seed(seed: int) -> None:
-    """Seed Python, NumPy and PyTorch on every device."""
-    seed %= 2**32  # NumPy's limit
-    random.seed(seed)
-    numpy.random.seed(seed)
-    torch.manual_seed(seed)
-
-
-def random_state() -> tuple:
-    """The state of every random generator that a model may use; cheap enough for every step."""
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-    return random.getstate(), numpy.random.get_state(), torch.get_rng_state(), cuda
-
-
-def set_random_state(state: tuple) -> None:
-    """Restore the result of `random_state`."""
-    python, legacy, cpu, cuda = state
-    random.setstate(python)
-    numpy.random.set_state(legacy)
-    torch.set_rng_state(cpu)
-    if cuda is not None and torch.cuda.is_initialized():
-        torch.cuda.set_rng_state(cuda)
-
-
-def rng_state() -> dict:
-    """The result of `random_state` as JSON values."""
-    (version, python, gauss), (_, keys, position, has_gauss, cached), cpu, cuda = random_state()
-    state = {
-        "python": [version, list(python), gauss],
-        "numpy": [keys.tolist(), position, has_gauss, cached],
-        "torch": cpu.numpy().tobytes().hex(),
-    }
-    return state if cuda is None else state | {"cuda": cuda.numpy().tobytes().hex()}
-
-
-def set_rng_state(state: dict) -> None:
-    """Restore the result of `rng_state`."""
-    version, python, gauss = state["python"]
-    keys, position, has_gauss, cached = state["numpy"]
-    legacy = ("MT19937", keys, position, has_gauss, cached)
-    cuda = _bytes(state["cuda"]) if "cuda" in state else None
-    set_random_state(((version, tuple(python), gauss), legacy, _bytes(state["torch"]), cuda))
-
-
-def _bytes(hexadecimal: str) -> torch.Tensor:
-    return torch.frombuffer(bytearray.fromhex(hexadecimal), dtype=torch.uint8)
