@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import nn
 
 from mori import distributed
-from mori.checkpoint import checkpoints, files, run_folder
+from mori.checkpoint import checkpoints, files, run_folder, writing
 from mori.checkpoint.files import advice, check_room, publish, rehearse_publication, staging_folder
 from mori.checkpoint.tensors import check_finite
 from mori.cli import RunFailed, UserError, one_line, plural
@@ -61,7 +61,7 @@ def rehearse_checkpoint(run: Run, state: State, sample_bytes: int = 0) -> int:
     Raises UserError if a later save would fail for another reason than a full disk.
     """
     with _readable_failures(run):
-        return checkpoints.rehearse(
+        return writing.rehearse(
             run.run_dir / "checkpoints",
             model=state.stored,
             optimizer=state.optimizer,
@@ -77,7 +77,7 @@ def _readable_failures(run: Run) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"cannot save in {run.run_dir} and {run.output_dir}: {advice(error)}") from None
-    except checkpoints.SAVE_ERRORS as error:
+    except writing.SAVE_ERRORS as error:
         if distributed.out_of_memory(error):
             raise
         raise UserError(f"this model cannot be saved: {one_line(error)}") from None
@@ -119,7 +119,7 @@ def save(run: Run, state: State) -> None:
     if runtime.is_main:
         run.monitor.sync()
         try:
-            checkpoints.save(
+            writing.save(
                 root,
                 state.step,
                 model=state.stored,
@@ -128,7 +128,7 @@ def save(run: Run, state: State) -> None:
                 beside=run.model_files,
                 weights_file=adapter_files.WEIGHTS if run.config.use_peft else "model.safetensors",
             )
-        except checkpoints.SAVE_ERRORS as error:
+        except writing.SAVE_ERRORS as error:
             if isinstance(error, (RuntimeError, MemoryError)) and not distributed.out_of_memory(error):
                 raise
             run.monitor.say(f"WARNING: no checkpoint at step {state.step}: {error}; training continues")

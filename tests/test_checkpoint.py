@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mori.checkpoint import checkpoints as checkpoint
+from mori.checkpoint import writing
 from mori.checkpoint.files import replace_folder, write
 from mori.checkpoint.tensors import DTYPES, serialized
 from mori.cli import UserError
@@ -45,7 +46,7 @@ def trained(steps: int, seed: int):
 def save(root, step: int, steps: int = 1, **state):
     """Save a model after `steps` steps as the checkpoint of `step`."""
     model, optimizer = trained(steps, 0)
-    return checkpoint.save(root, step, model=model, optimizer=optimizer, state=state)
+    return writing.save(root, step, model=model, optimizer=optimizer, state=state)
 
 
 def names(folder) -> list[str]:
@@ -147,7 +148,7 @@ def test_save_leaves_nothing_behind_when_the_disk_is_full(root, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "sync", full)
+    monkeypatch.setattr(writing, "sync", full)
     with pytest.raises(OSError, match="No space"):
         save(root, 4)
     assert names(root) == THREE

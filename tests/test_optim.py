@@ -8,7 +8,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, get_scheduler
 
 from mori import optim
-from mori.checkpoint import checkpoints
+from mori.checkpoint import checkpoints, writing
 from mori.cli import UserError
 from mori.config import TrainConfig
 from mori.model.loading import store_in_bfloat16
@@ -163,7 +163,7 @@ def test_every_optimizer_resumes_from_its_checkpoint_to_the_bit(name, tmp_path):
 
     for number in range(1, 4):
         step(models[0], optimizers[0], number)
-    folder = checkpoints.save(tmp_path, 3, model=models[0], optimizer=optimizers[0], state={})
+    folder = writing.save(tmp_path, 3, model=models[0], optimizer=optimizers[0], state={})
     checkpoints.load_tensors(folder, models[1], optimizers[1])
     for number in range(4, 7):
         for model, optimizer in zip(models, optimizers, strict=True):

@@ -9,6 +9,7 @@ from torch import nn
 
 from mori import optim
 from mori.checkpoint import checkpoints as checkpoint
+from mori.checkpoint import writing
 from mori.checkpoint.files import describe
 from mori.checkpoint.optimizer_state import pack, unpack
 from mori.cli import UserError
@@ -118,7 +119,7 @@ def test_optimizer_resumes_to_the_bit(name, dtype, tmp_path):
     optimizer, resumed_optimizer = OPTIMIZERS[name](model), OPTIMIZERS[name](resumed)
     for number in range(3):
         step(model, optimizer, number)
-    folder = checkpoint.save(tmp_path, 3, model=model, optimizer=optimizer, state={})
+    folder = writing.save(tmp_path, 3, model=model, optimizer=optimizer, state={})
     checkpoint.verify(folder)
     checkpoint.load_tensors(folder, resumed, resumed_optimizer)
     assert_same(resumed_optimizer.state_dict()["state"], optimizer.state_dict()["state"])
@@ -136,7 +137,7 @@ def test_group_values_are_restored_but_for_those_the_config_sets(tmp_path):
     optimizer.param_groups[0]["mode"] = (
         None  # the default again, though the resumed optimizer begins with another value
     )
-    folder = checkpoint.save(tmp_path, 1, model=model, optimizer=optimizer, state={})
+    folder = writing.save(tmp_path, 1, model=model, optimizer=optimizer, state={})
     resumed = Uneven(model.parameters(), lr=0.25)
     resumed.param_groups[0] |= {"mode": "even", "weight_decay": 0.3}
     checkpoint.load_tensors(folder, model, resumed)
@@ -166,7 +167,7 @@ def test_unpack_puts_tensors_on_their_devices():
 
 def test_optimizer_without_state_is_saved_and_loaded(tmp_path):
     model = two_layers()
-    folder = checkpoint.save(tmp_path, 1, model=model, optimizer=torch.optim.AdamW(model.parameters()), state={})
+    folder = writing.save(tmp_path, 1, model=model, optimizer=torch.optim.AdamW(model.parameters()), state={})
     resumed = torch.optim.AdamW(model.parameters())
     checkpoint.load_tensors(folder, model, resumed)
     assert not resumed.state_dict()["state"]
@@ -198,7 +199,7 @@ def test_checkpoint_from_before_plain_values_were_saved_is_loaded(name, tmp_path
         optimizer.step()
 
     advance(models[0], optimizers[0], 0)
-    folder = checkpoint.save(tmp_path, 1, model=models[0], optimizer=optimizers[0], state={})
+    folder = writing.save(tmp_path, 1, model=models[0], optimizer=optimizers[0], state={})
     tensors = load_file(folder / "optimizer.safetensors")
     for index, values in json.loads((folder / "state.json").read_text())["optimizer"].get("state", {}).items():
         tensors |= {f"{index}.{name}": torch.as_tensor(value) for name, value in values.items()}
@@ -236,7 +237,7 @@ def change_state(folder, change) -> None:
 def test_save_refuses_values_that_cannot_be_stored_before_it_writes(state, reason, tmp_path):
     model = two_layers()
     with pytest.raises(TypeError, match=reason) as refused:
-        checkpoint.save(tmp_path / "root", 1, model=model, optimizer=Counter(model.parameters(), state), state={})
+        writing.save(tmp_path / "root", 1, model=model, optimizer=Counter(model.parameters(), state), state={})
     assert "\n" not in str(refused.value) and not (tmp_path / "root").exists()
 
 
@@ -245,7 +246,7 @@ def test_save_refuses_state_that_is_not_finite(value, tmp_path):
     model = two_layers()
     optimizer = Counter(model.parameters(), {"factors": [torch.zeros(2), torch.full((2,), value)]})
     with pytest.raises(FloatingPointError, match="0.factors.1 is not finite"):
-        checkpoint.save(tmp_path / "root", 1, model=model, optimizer=optimizer, state={})
+        writing.save(tmp_path / "root", 1, model=model, optimizer=optimizer, state={})
     assert not (tmp_path / "root").exists()
 
 
@@ -253,7 +254,7 @@ def test_load_refuses_another_optimizer(tmp_path):
     model = two_layers()
     optimizer = OPTIMIZERS["sgd"](model)
     step(model, optimizer, 0)
-    folder = checkpoint.save(tmp_path, 1, model=model, optimizer=optimizer, state={})
+    folder = writing.save(tmp_path, 1, model=model, optimizer=optimizer, state={})
     with pytest.raises(UserError, match="another optimizer.* of SGD, this is AdamW"):
         checkpoint.load_tensors(folder, model, torch.optim.AdamW(model.parameters()))
 
@@ -265,7 +266,7 @@ def test_load_refuses_an_optimizer_of_other_parameters(groups, tmp_path):
     model = two_layers()
     optimizer = OPTIMIZERS["adafactor"](model)
     step(model, optimizer, 0)
-    folder = checkpoint.save(tmp_path, 1, model=model, optimizer=optimizer, state={})
+    folder = writing.save(tmp_path, 1, model=model, optimizer=optimizer, state={})
     with pytest.raises(UserError, match="another optimizer.* parameters"):
         checkpoint.load_tensors(folder, model, torch.optim.Adafactor(groups(model)))
 
@@ -296,7 +297,7 @@ def test_load_refuses_damaged_values(damage, tmp_path):
     model = two_layers()
     optimizer = OPTIMIZERS["made-up"](model)
     step(model, optimizer, 0)
-    folder = checkpoint.save(tmp_path, 1, model=model, optimizer=optimizer, state={})
+    folder = writing.save(tmp_path, 1, model=model, optimizer=optimizer, state={})
     change_state(folder, damage)
     with pytest.raises(UserError, match="another optimizer, or its state is damaged"):
         checkpoint.load_tensors(folder, model, OPTIMIZERS["made-up"](model))
@@ -314,7 +315,7 @@ def test_state_outside_the_parameters_is_saved_and_loaded(tmp_path):
             super().load_state_dict({k: v for k, v in state_dict.items() if k != "slow"})
 
     model = two_layers()
-    folder = checkpoint.save(tmp_path, 1, model=model, optimizer=Wrapper(model.parameters()), state={})
+    folder = writing.save(tmp_path, 1, model=model, optimizer=Wrapper(model.parameters()), state={})
     resumed = Wrapper(model.parameters())
     checkpoint.load_tensors(folder, model, resumed)
     assert_same(resumed.slow, {"weights": [torch.arange(3.0)], "every": 5})

@@ -12,7 +12,7 @@ from families import FAMILIES, small_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mori import optim
-from mori.checkpoint import checkpoints
+from mori.checkpoint import checkpoints, writing
 from mori.checkpoint.files import rehearse_publication
 from mori.cli import UserError
 from mori.config import TrainConfig
@@ -150,7 +150,7 @@ def test_checkpoint_is_a_folder_that_transformers_loads(family, tokenizer, tmp_p
     )
     beside = {name: content for name, content in beside.items() if not name.endswith(".safetensors")}
     optimizer = torch.optim.AdamW(model.parameters())
-    folder = checkpoints.save(tmp_path / "root", 1, model=model, optimizer=optimizer, state={}, beside=beside)
+    folder = writing.save(tmp_path / "root", 1, model=model, optimizer=optimizer, state={}, beside=beside)
     checkpoints.verify(folder)
     loaded, expected = AutoModelForCausalLM.from_pretrained(folder).state_dict(), model.state_dict()
     assert loaded.keys() == expected.keys() and all(torch.equal(loaded[name], expected[name]) for name in expected)

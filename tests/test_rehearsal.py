@@ -11,7 +11,7 @@ import torch
 from conftest import assert_equal_weights, stop_after
 from safetensors.torch import load_file
 
-from mori.checkpoint import checkpoints, files
+from mori.checkpoint import files, writing
 from mori.cli import UserError
 from mori.model import loading
 
@@ -193,5 +193,5 @@ def test_rehearsal_writes_one_element_of_each_type(tmp_path, monkeypatch):
     optimizer = torch.optim.AdamW(model.parameters())
     written, real = [], os.write
     monkeypatch.setattr(os, "write", lambda handle, block: (written.append(len(block)), real(handle, block))[1])
-    size = checkpoints.rehearse(tmp_path / "root", model=model, optimizer=optimizer, beside={"a/b": b"text"})
+    size = writing.rehearse(tmp_path / "root", model=model, optimizer=optimizer, beside={"a/b": b"text"})
     assert sum(written) < 2000 and size >= 4 * 1001 * 1000 and os.listdir(tmp_path / "root") == []

@@ -1,4 +1,4 @@
-"""Checkpoints: complete and on disk, or not there. Staged, synced, described by a manifest, then renamed into place.
+"""Checkpoints on disk: complete, or not there. `writing` stages, syncs, describes and renames them; here they are verified and read.
 
     step-00000100/
         model.safetensors      the model's state_dict(), tied tensors once; of a run with adapters adapter_model.safetensors
@@ -10,7 +10,6 @@
 Safetensors and JSON only, so resuming from a checkpoint runs no code.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -25,8 +24,8 @@ from safetensors.torch import load, load_file
 from torch import nn
 
 from mori.checkpoint import optimizer_state
-from mori.checkpoint.files import describe, rename_folder, set_aside, sync, write
-from mori.checkpoint.tensors import check_finite, check_storable, distinct, serialized
+from mori.checkpoint.files import describe, rename_folder, set_aside, write
+from mori.checkpoint.tensors import distinct
 from mori.cli import UserError
 
 _FORMAT = 1
@@ -34,118 +33,10 @@ _MANIFEST, _LARGEST_MANIFEST = "manifest.json", 1 << 16
 _STEP = re.compile(r"step-\d{8}")
 _FILES = {"optimizer.safetensors", "state.json"}
 _WEIGHTS = ("model.safetensors", "adapter_model.safetensors")
-_REHEARSAL = ".step-00000000.partial"  # `clean` removes it
 
 
 class CorruptCheckpoint(ValueError):
     """A checkpoint that differs from its manifest; the message names the file and the damage."""
-
-
-# What `save` may raise; a RuntimeError may be a lack of memory.
-SAVE_ERRORS = (OSError, FloatingPointError, TypeError, RuntimeError, MemoryError, CorruptCheckpoint)
-
-
-def save(
-    root: Path,
-    step: int,
-    *,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    state: dict,
-    beside: Mapping[str, bytes] | None = None,
-    weights_file: str = "model.safetensors",
-) -> Path:
-    """Write the checkpoint of `step` under `root` and return its folder, which appears by one rename, complete and synced.
-
-    `state` is everything else that the run needs, as JSON values; the keys `step` and `optimizer` are set here. `beside` are
-    further files, by their paths in the folder. `weights_file` is the name of the file with the model's `state_dict()`.
-
-    Raises TypeError, before anything is written, for a part of the optimizer's state that cannot be stored (see
-    `optimizer_state.pack`), and FloatingPointError if a tensor holds NaN, or infinity and is no buffer. Raises OSError with
-    the space needed and the space free if the disk refuses, and CorruptCheckpoint if the files do not read back as they were
-    written; what was staged is removed.
-    """
-    weights = distinct(model.state_dict())
-    moments, plain = optimizer_state.pack(optimizer)
-    check_storable(weights)
-    check_storable(moments)
-    check_finite(weights, dict(model.named_buffers()))
-    check_finite(moments)
-    text = json.dumps({**state, "step": step, "optimizer": plain}).encode()
-    return _write(
-        root, step, {weights_file: weights, "optimizer.safetensors": moments}, {"state.json": text, **(beside or {})}
-    )
-
-
-def rehearse(
-    root: Path,
-    *,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    beside: Mapping[str, bytes],
-    sample_bytes: int = 0,
-) -> int:
-    """Save, load and remove a checkpoint with one element of each type of tensor; returns the bytes that a whole one takes.
-
-    `sample_bytes` of the largest tensor are saved too, if it has so many. Every cause that would make `save` fail, except a full
-    disk, raises the same errors here. A killed rehearsal leaves a folder that `clean` removes.
-    """
-    weights = distinct(model.state_dict())
-    moments, plain = optimizer_state.pack(optimizer)
-    check_storable(weights)
-    check_storable(moments)
-    text = json.dumps({"step": 0, "optimizer": plain}).encode()
-    samples = {str(tensor.dtype): tensor[(slice(1),) * tensor.dim()] for tensor in weights.values()}
-    if sample_bytes:
-        largest = max(weights.values(), key=lambda tensor: tensor.nbytes)
-        samples["largest"] = largest.flatten()[: sample_bytes // largest.element_size()]
-        with contextlib.suppress(FloatingPointError):  # for its time alone
-            check_finite(samples)
-    staged = root / _REHEARSAL
-    shutil.rmtree(staged, ignore_errors=True)
-    try:
-        tensors = {_WEIGHTS[0]: samples, "optimizer.safetensors": {}}
-        folder = _write(staged, 0, tensors, {"state.json": text, **beside})
-        loaded = _load_tensors_of(folder / _WEIGHTS[0])
-        if any(loaded[name].dtype != sample.dtype for name, sample in samples.items()):
-            raise CorruptCheckpoint(f"{folder} reads back with other types of tensors")
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-    return sum(tensor.nbytes for tensor in [*weights.values(), *moments.values()]) + sum(map(len, beside.values()))
-
-
-def _write(root: Path, step: int, tensors: Mapping[str, dict], others: Mapping[str, bytes]) -> Path:
-    """Write, verify and publish the checkpoint of `step`: files of tensors, and `others` that hold none, by their names."""
-    final, staged = folder_of(root, step), root / f".step-{step:08d}.partial"
-    try:
-        os.makedirs(root, exist_ok=True)
-        shutil.rmtree(staged, ignore_errors=True)
-        os.mkdir(staged)
-        files = {name: write(staged / name, serialized(content)) for name, content in tensors.items()}
-        for name, content in others.items():
-            (staged / name).parent.mkdir(parents=True, exist_ok=True)
-            files[name] = write(staged / name, [content])
-        write_manifest(staged, step, files)
-        verify(staged)  # an unreadable checkpoint must not replace a readable one
-        for folder in {(staged / name).parent for name in files}:
-            sync(folder)
-        set_aside(final)
-        rename_folder(staged, final)
-        sync(root)
-    except OSError as error:
-        needed = sum(t.nbytes for content in tensors.values() for t in content.values()) + sum(
-            map(len, others.values())
-        )
-        room = f"it needs {needed / 2**20:,.1f} MiB"
-        with contextlib.suppress(OSError, StopIteration):
-            free = shutil.disk_usage(next(folder for folder in root.absolute().parents if folder.exists())).free
-            room += f", {free / 2**20:,.1f} MiB are free"
-        failure = OSError(f"{root}: {error.strerror or error} ({room})")
-        failure.errno = error.errno
-        raise failure from None
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-    return final
 
 
 def write_manifest(folder: Path, step: int, files: dict[str, dict]) -> None:
@@ -159,6 +50,12 @@ def verify(folder: Path, only: str | None = None) -> None:
 
     Raises UserError if this user may not read a file: the checkpoint is not damaged then, and must not be set aside.
     """
+    files = read_manifest(folder)["files"]
+    verify_files(folder, {name: description for name, description in files.items() if only in (None, name)})
+
+
+def read_manifest(folder: Path) -> dict:
+    """The manifest of the checkpoint in `folder`. Raises as `verify` does if it is damaged."""
     path = folder / _MANIFEST
     try:
         if _plain_file(path).stat().st_size > _LARGEST_MANIFEST:
@@ -170,22 +67,32 @@ def verify(folder: Path, only: str | None = None) -> None:
             raise CorruptCheckpoint(f"{path} is not what was written (its seal differs)")
         if _STEP.fullmatch(folder.name) and int(folder.name[5:]) != manifest["step"]:
             raise CorruptCheckpoint(f"{path} belongs to step {manifest['step']}")
-        for name, description in manifest["files"].items():
-            if only not in (None, name):
-                continue
-            path = _plain_file(folder / name)
-            if path.stat().st_size != description["bytes"]:
-                raise CorruptCheckpoint(f"{path} has {path.stat().st_size} bytes, not its {description['bytes']}")
+        return manifest
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
+        raise _damage(path, error) from None
+
+
+def verify_files(folder: Path, files: Mapping[str, dict]) -> None:
+    """Compare files in `folder` with their descriptions, as `verify` does."""
+    for name, description in files.items():
+        path = folder / name
+        try:
+            size = _plain_file(path).stat().st_size
+            if size != description["bytes"]:
+                raise CorruptCheckpoint(f"{path} has {size} bytes, not its {description['bytes']}")
             if describe(path) != description:
                 raise CorruptCheckpoint(f"{path} is not what was written (SHA-256 differs)")
-    except PermissionError as error:
-        raise UserError(f"{error.filename} cannot be read by this user; change its permissions") from None
-    except OSError as error:
-        raise CorruptCheckpoint(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        if isinstance(error, CorruptCheckpoint):
-            raise
-        raise CorruptCheckpoint(f"{folder / _MANIFEST} cannot be read: {error}") from None
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise _damage(path, error) from None
+
+
+def _damage(path: Path, error: Exception) -> Exception:
+    """What to raise for an error of reading `path`."""
+    if isinstance(error, CorruptCheckpoint):
+        return error
+    if isinstance(error, PermissionError):
+        return UserError(f"{error.filename} cannot be read by this user; change its permissions")
+    return CorruptCheckpoint(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}")
 
 
 def newest(root: Path, say: Callable[[str], None]) -> Path | None:
@@ -224,6 +131,11 @@ def folder_of(root: Path, step: int) -> Path:
     return root / f"step-{step:08d}"
 
 
+def staged_folder_of(root: Path, step: int) -> Path:
+    """Where the files of the checkpoint of `step` are until it is published."""
+    return root / f".step-{step:08d}.partial"
+
+
 def published(root: Path) -> list[Path]:
     """The checkpoints under `root`, oldest first. Raises OSError if `root` cannot be read."""
     try:
@@ -234,7 +146,7 @@ def published(root: Path) -> list[Path]:
 
 
 def load_state(folder: Path) -> dict:
-    """The `state` of a verified checkpoint, with its `step`. Raises UserError if it is not what `save` writes."""
+    """The `state` of a verified checkpoint, with its `step`. Raises UserError if it is not what `writing` writes."""
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         if isinstance(state, dict) and isinstance(state.get("step"), int):
@@ -256,7 +168,7 @@ def load_tensors(folder: Path, model: nn.Module, optimizer: torch.optim.Optimize
 def load_moments(folder: Path, optimizer: torch.optim.Optimizer) -> None:
     """Load the state of a verified checkpoint's optimizer. Raises UserError if it does not fit `optimizer`."""
     try:
-        moments = _load_tensors_of(folder / "optimizer.safetensors")
+        moments = load_tensors_of(folder / "optimizer.safetensors")
         optimizer_state.unpack(optimizer, moments, load_state(folder).get("optimizer", {}))
     except SafetensorError as error:
         raise UserError(f"{folder} cannot be read: {error}") from None
@@ -272,7 +184,7 @@ def load_moments(folder: Path, optimizer: torch.optim.Optimizer) -> None:
 def load_weights(folder: Path, model: nn.Module) -> None:
     """Load the weights of a verified checkpoint into `model`. Raises UserError if they have other names, shapes or types."""
     try:
-        weights = _load_tensors_of(next(folder / name for name in _WEIGHTS if (folder / name).exists()))
+        weights = load_tensors_of(next(folder / name for name in _WEIGHTS if (folder / name).exists()))
     except SafetensorError as error:
         raise UserError(f"{folder} cannot be read: {error}") from None
     own = distinct(model.state_dict())
@@ -283,7 +195,7 @@ def load_weights(folder: Path, model: nn.Module) -> None:
         tensor.copy_(weights[name])
 
 
-def _load_tensors_of(path: Path) -> dict[str, torch.Tensor]:
+def load_tensors_of(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file; read at once if the file system refuses mmap."""
     try:
         return load_file(path)
@@ -292,7 +204,7 @@ def _load_tensors_of(path: Path) -> dict[str, torch.Tensor]:
 
 
 def prune(root: Path, keep: int, best_step: int | None) -> None:
-    """Delete all checkpoints but the `keep` newest and the one of `best_step`; call it after a `save`.
+    """Delete all checkpoints but the `keep` newest and the one of `best_step`; call it after a save.
 
     A folder that holds other files than those of its manifest is left alone. A folder is hidden by a rename before its
     files are deleted, so a half-deleted one is never taken for a checkpoint.
@@ -305,7 +217,7 @@ def prune(root: Path, keep: int, best_step: int | None) -> None:
 
 
 def clean(root: Path) -> None:
-    """Remove what a process killed in `save` or `prune` left under `root`; no other process may be saving there."""
+    """Remove what a process killed in a save or in `prune` left under `root`; no other process may be saving there."""
     for leftover in [*root.glob(".step-????????.partial"), *root.glob(".step-????????.pruned")]:
         shutil.rmtree(leftover, ignore_errors=True)
 

@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 
 from mori import distributed as runtime  # noqa: E402
 from mori import optim  # noqa: E402
-from mori.checkpoint import checkpoints as checkpoint  # noqa: E402
+from mori.checkpoint import writing  # noqa: E402
 from tests.faults.common import patched  # noqa: E402
 
 kind, rank, place = os.environ["FAULT"].split(":")
@@ -34,7 +34,7 @@ if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
     if place == "save":
         # Rank 0 takes its time over the second save, when all is staged and nothing published; another rank is struck meanwhile.
         slowly = (lambda: (time.sleep(1), strike())) if mine and rank == "0" else lambda: time.sleep(3)
-        patched(checkpoint, "verify", 2, slowly)()
+        patched(writing, "publish", 3, slowly)()
         if mine and rank != "0":
             patched(runtime.Runtime, "any", 10, strike)()  # once a step, and once in the first save
     elif mine:

@@ -2,7 +2,7 @@
 
 import torch
 
-from mori.checkpoint import checkpoints
+from mori.checkpoint import writing
 from tests.sim import cuda
 from tests.sim.device import SimulatedTensor
 
@@ -14,4 +14,4 @@ def _check_storable(tensors: dict[str, torch.Tensor]) -> None:
 
 
 # Checkpoints store plain tensors only, and a tensor of the simulated device is of another class.
-_real, checkpoints.check_storable = checkpoints.check_storable, _check_storable
+_real, writing.check_storable = writing.check_storable, _check_storable
