@@ -16,7 +16,7 @@ from mori.model import loading, special_tokens
 from mori.model.adapters.lora import merge
 from mori.model.lm import CausalLMLoss
 from mori.model.variants import build_module
-from mori.prepare import read, scored_text, tokenized
+from mori.prepare import read, scored_text, settle_precision, tokenized
 
 _EVALUATION_SHARE = 0.1  # of the training time
 # In nats; TensorBoard shows 30 bins of equal width as they are. The last bin also holds all losses above it.
@@ -127,6 +127,7 @@ def evaluate_text(config: EvaluateConfig) -> dict:
     corpus = read(config.corpus, config, runtime)
     tokenizer = loading.load_tokenizer(config.model, (), config.trust_remote_code)
     model_config = loading.load_config(config.model, tokenizer, trust_remote_code=config.trust_remote_code)
+    settle_precision(config.precision, runtime, model_config, config.per_device_eval_batch_size * config.block_size)
     special = special_tokens.decide(tokenizer, document_bos=config.document_bos, parse=config.parse_special_tokens)
     token_file = tokenized(corpus, tokenizer, model_config, special, config, runtime)
     windows, text_bytes = scored_text(token_file, corpus, tokenizer, config.block_size, runtime)

@@ -29,9 +29,8 @@ from mori.model.adapters import files as adapter_files
 from mori.model.adapters import trainable
 from mori.model.lm import CausalLMLoss
 from mori.model.probes import check_causal, check_positions
-from mori.model.variants import WORTH_COMPILING_SECONDS, build_module, compile_module, may_compile, takes_onednn
+from mori.model.variants import WORTH_COMPILING_SECONDS, build_module, choose_cpu_matmul, compile_module, may_compile
 from mori.prepare import Prepared, prepare
-from mori.speed.matmul import choose_library
 from mori.speed.peak import flops_per_token, peak_flops
 from mori.speed.startup import keep_freed_memory, return_freed_memory
 from mori.speed.step_graph import StepGraph
@@ -262,6 +261,9 @@ def check(config: TrainConfig, locks: contextlib.ExitStack) -> Run:
         return folder, run_folder.find_checkpoint(config, folder, run.identity(), run.total_steps)
 
     run.run_dir, run.resumed = runtime.on_main(lock_and_find)
+    if run.resumed:
+        saved = checkpoints.load_state(run.resumed)
+        runtime.precision = run_folder.kept_precision(saved, config, run.identity())
     run.config = replace(config, run_name=run.run_dir.name)
     return run
 
@@ -276,7 +278,7 @@ def build(run: Run, locks: contextlib.ExitStack) -> State:
     if "bfloat16" in (config.dtype, config.base_dtype):
         loading.store_in_bfloat16(model)
     saved = checkpoints.load_state(run.resumed) if run.resumed else {}
-    library = choose_cpu_matmul(run, model, saved)
+    library = choose_cpu_matmul(model, config, runtime, saved)
     batch = run.data.train.batch(range(min(len(run.data.train), config.per_device_train_batch_size)))
     check_positions(model, config.block_size)
     with runtime.autocast():
@@ -343,16 +345,6 @@ def restore(folder: Path, saved: dict, state: State) -> None:
         raise UserError(f"{folder / 'state.json'} is not a state of mori ({error}); take another checkpoint") from None
 
 
-def choose_cpu_matmul(run: Run, model: nn.Module, saved: dict) -> str:
-    """The library of large matmuls on a CPU. A resumed run keeps its checkpoint's, because libraries differ in the last bits."""
-    if not takes_onednn(model, run.config, run.runtime):
-        return "torch"
-    # "products" is the name in checkpoints of earlier versions.
-    setting = saved.get("cpu_matmul") or saved.get("products", run.config.cpu_matmul)
-    setting = setting if setting in ("auto", "onednn") else "torch"
-    return run.runtime.on_main(lambda: choose_library(setting))
-
-
 def _empty_micro_batch(run: Run) -> tuple[torch.Tensor, ...]:
     """The arguments of a forward pass without labels, whose loss is 0."""
     device = run.runtime.device
@@ -380,6 +372,12 @@ def _open_folder(run: Run, locks: contextlib.ExitStack, about: dict) -> dict[str
         return tables
 
 
+def _why_bf16(run: Run) -> str:
+    """Why a CPU computes in bf16, in words; "" if nothing was measured."""
+    speedup = run.data.bf16_speedup if run.runtime.precision == "bf16" else 0.0
+    return speedup and f"bf16: this CPU multiplies it {speedup:.1f} times as fast as fp32 (or --precision fp32)"
+
+
 def _introduction(run: Run, state: State, description: str, about: dict, trains: str) -> str:
     """The start-up message."""
     return introduction(
@@ -393,7 +391,7 @@ def _introduction(run: Run, state: State, description: str, about: dict, trains:
         evaluations=evaluations_in_words(run.config, run.eval_every, len(run.eval_windows), run.data.held_out),
         faster=description,
         special=run.data.special_tokens.describe(state.model, run.data.tokenizer),
-        notes=[*filter(None, [trains]), *run.data.ledger.warnings()],
+        notes=[*filter(None, [_why_bf16(run), trains]), *run.data.ledger.warnings()],
         run_dir=run.run_dir,
         resumed=run.resumed and (state.step, run.resumed),
     )

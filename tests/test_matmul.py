@@ -115,7 +115,7 @@ def test_choose_library_takes_onednn_if_it_is_much_faster(setting, speedup, avai
 
 def test_measuring_matmuls_keeps_random_state_and_threads():
     before, threads = torch.get_rng_state(), torch.get_num_threads()
-    speedup, peak = matmul.onednn_speedup.__wrapped__(), matmul.cpu_peak_flops()
+    speedup, peak = matmul.onednn_speedup.__wrapped__(), matmul.cpu_peak_flops("fp32")
     assert torch.equal(torch.get_rng_state(), before) and torch.get_num_threads() == threads
     assert (0.1 < speedup < 10) == (choose_library("onednn") == "onednn")
     assert 1e8 < peak < 1e14

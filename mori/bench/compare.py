@@ -47,6 +47,7 @@ def compare(config: CompareConfig) -> dict:
     config = dataclasses.replace(config, device=distributed.for_children(runtime.device))
     distributed.set_seed(config.seed)
     prepared = prepare(config, runtime)
+    config = dataclasses.replace(config, precision=runtime.precision)  # every arm computes in the same
     set_aside(folder)
     parameters = _save_initial_model(config, prepared, folder / "initial")
     threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or torch.get_num_threads()

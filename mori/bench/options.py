@@ -155,11 +155,7 @@ class TrainBenchConfig(StartupBenchConfig):
     )
     max_steps: int = flag(40, "optimizer steps of each run", above=0)
     uncounted_steps: int = flag(5, "steps before the measurement starts: some arms compile during them", above=0)
-    precision: str = flag(
-        "auto",
-        "precision of the forward pass; auto is bf16 or fp16 on a GPU and fp32 on a CPU",
-        choices=("auto", "fp32", "bf16", "fp16"),
-    )
+    precision: str = same_flag(TrainConfig, "precision", "auto")
     logging_steps: int = same_flag(TrainConfig, "logging_steps", 10)
 
     known_arms: ClassVar[tuple[str, ...]] = TRAIN_ARMS

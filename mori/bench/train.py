@@ -20,6 +20,7 @@ from mori.data.files import find_files
 from mori.data.tokenize import encode
 from mori.distributed import Runtime
 from mori.model import loading, saving
+from mori.prepare import settle_precision
 from mori.speed.peak import flops_per_token, peak_flops
 
 # scripts/train.py, with the time of the first step.
@@ -179,6 +180,8 @@ def _measure(config: TrainBenchConfig) -> tuple[dict[str, list[dict]], Runtime]:
         if arm.startswith("trainer"):
             harness.require("accelerate", arm)
     runtime = distributed.start(config.device, config.precision)
+    rows = config.per_device_train_batch_size * config.block_size
+    settle_precision(config.precision, runtime, _model_config(config), rows)
     if runtime.precision == "fp16" and runtime.device.type == "cpu":
         raise UserError("precision fp16: on a CPU Trainer computes in fp32 instead; use --precision bf16 or fp32")
     threads, expected = config.threads or torch.get_num_threads(), {}

@@ -281,6 +281,8 @@ def _differences(saved: dict, config: TrainConfig, identity: dict, folder: Path)
         for name, (old, new) in values.items()
         if old not in (new, _UNKNOWN)
     }
+    if kept_precision(saved, config, identity) == saved["precision"]:
+        changed.pop("precision", None)
     inexact = {name: changed.pop(name) for name in _INEXACT if name in changed} | there.inexact_differences(config)
     differing = there.differences(config, extending=config.extend) | changed
     if same_model[0] == same_model[1]:
@@ -290,6 +292,12 @@ def _differences(saved: dict, config: TrainConfig, identity: dict, folder: Path)
         differing |= {name: inexact[name] for name in layout if name in inexact}
         differing["windows in a step"] = f"({windows[0]}, {windows[1]})"
     return differing, inexact
+
+
+def kept_precision(saved: dict, config: TrainConfig, identity: dict) -> str:
+    """The precision in which a run resumes: with `auto` that of its checkpoint, on the same kind of device."""
+    kept = config.precision == "auto" and saved.get("device") == identity["device"]
+    return saved["precision"] if kept else identity["precision"]
 
 
 def _listed(differing: dict) -> str:

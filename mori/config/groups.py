@@ -235,7 +235,7 @@ class TrainDeviceConfig(DeviceConfig):
 
     precision: str = flag(
         "auto",
-        "precision of the forward pass; auto is bf16 or fp16 on a GPU and fp32 on a CPU",
+        "precision of the forward pass; auto is bf16 or fp16 on a GPU, and fp32 on a CPU unless bf16 is clearly faster there",
         choices=("auto", "fp32", "bf16", "fp16"),
         may_change=True,  # the checkpoint records what auto was
     )

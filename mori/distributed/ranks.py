@@ -163,8 +163,8 @@ class Runtime:
 def start(device: str = "auto", precision: str = "fp32", timeout: int = 1800) -> Runtime:
     """Find the device, join the ranks that `torchrun` started (environment variables), and resolve the precision.
 
-    `auto` precision is bf16 on a GPU with bf16 units, fp16 on an older one, fp32 on a CPU. The ranks give up one that does
-    not answer for `timeout` seconds. Raises UserError if the device does not exist, or if the variables describe no ranks.
+    `auto` precision is bf16 on a GPU with bf16 units, fp16 on an older one, fp32 on a CPU until `prepare.settle_precision` knows the
+    model. The ranks give up one that does not answer for `timeout` seconds. Raises UserError if the device does not exist, or if the variables describe no ranks.
     """
     world_size, local_rank = _variable("WORLD_SIZE", 1), _variable("LOCAL_RANK", 0)
     if world_size > 1:

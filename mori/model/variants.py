@@ -12,6 +12,7 @@ from mori.config import TrainConfig
 from mori.data.windows import IGNORE_INDEX
 from mori.model.lm import CausalLMLoss, attends_to_all_before, watch_head
 from mori.speed.fused import fuse_activations, fuse_layers
+from mori.speed.matmul import choose_library
 
 _CHECKED_TOKENS = 16  # so few that reading the weights dominates
 # Compilation takes one or two minutes and saves a tenth to a fifth of the rest of the run.
@@ -94,6 +95,16 @@ def takes_onednn(model: nn.Module, config: TrainConfig, runtime) -> bool:
         and all(parameter.dtype == torch.float32 for parameter in model.parameters())
         and not config.torch_compile
     )
+
+
+def choose_cpu_matmul(model: nn.Module, config: TrainConfig, runtime, saved: dict) -> str:
+    """The library of large matmuls on a CPU. A resumed run keeps that `saved` in its checkpoint: libraries differ in the last bits."""
+    if not takes_onednn(model, config, runtime):
+        return "torch"
+    # "products" is the name in checkpoints of earlier versions.
+    setting = saved.get("cpu_matmul") or saved.get("products", config.cpu_matmul)
+    setting = setting if setting in ("auto", "onednn") else "torch"
+    return runtime.on_main(lambda: choose_library(setting))
 
 
 def _enable_gradient_checkpointing(module: CausalLMLoss, config: TrainConfig) -> None:

@@ -7,7 +7,7 @@ reads a large matrix on one core if it is multiplied with a single row; a batch 
 import contextlib
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.nn.functional import linear
@@ -222,26 +222,35 @@ def onednn_speedup() -> float:
     """
     if not _has_onednn():
         return 0.0
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        torch_seconds, onednn_seconds = _best_of_five((256, 768, 768), time.thread_time)
-    finally:
-        torch.set_num_threads(threads)
+    with one_thread():
+        torch_seconds, onednn_seconds = best_of_five((256, 768, 768), time.thread_time)
     return torch_seconds / onednn_seconds
 
 
-def cpu_peak_flops() -> float:
-    """Operations per second of a large fp32 matmul on this CPU, by the faster library."""
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """The context in which PyTorch computes with one thread, whose CPU time is what a computation costs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def cpu_peak_flops(precision: str) -> float:
+    """Operations per second of a large matmul in fp32 or bf16 on this CPU, by the faster library."""
     rows = 256 * torch.get_num_threads()
-    return 2 * rows * 768 * 768 / min(_best_of_five((rows, 768, 768), time.perf_counter))
+    return 2 * rows * 768 * 768 / min(best_of_five((rows, 768, 768), time.perf_counter, precision))
 
 
-def _best_of_five(shape: tuple[int, int, int], clock: Callable[[], float]) -> list[float]:
-    """The least seconds by `clock` of a matmul of `shape` (M, K, N): PyTorch's own, and oneDNN's if there is one."""
+def best_of_five(shape: tuple[int, int, int], clock: Callable[[], float], precision: str = "fp32") -> list[float]:
+    """The least seconds by `clock` of a matmul of `shape` (M, K, N): PyTorch's own, and in fp32 oneDNN's if there is one."""
     generator = torch.Generator().manual_seed(0)  # the run's random numbers must not move
     a, b = torch.rand(shape[:2], generator=generator), torch.rand(shape[1:], generator=generator)
-    libraries = (torch.mm, onednn_matmul) if _has_onednn() else (torch.mm,)
+    libraries = (torch.mm, onednn_matmul) if precision == "fp32" and _has_onednn() else (torch.mm,)
+    if precision == "bf16":
+        a, b = a.bfloat16(), b.bfloat16()
     best = [float("inf")] * len(libraries)
     for _ in range(5):
         for number, matmul in enumerate(libraries):

@@ -45,9 +45,9 @@ def _elements(parameter: nn.Parameter) -> int:
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """Peak operations per second: a GPU's in 16 bits by its name, a CPU's measured on a matmul now; None if unknown."""
+    """Peak operations per second in that precision: a GPU's by its name, a CPU's measured on a matmul now; None if unknown."""
     if device.type == "cuda":
         name = f" {torch.cuda.get_device_name(device).replace('-', ' ')}"
         peaks = [peak for part, peak in _GPU_PEAKS.items() if f" {part}" in name]
         return peaks[0] * 1e12 if peaks and precision != "fp32" else None
-    return cpu_peak_flops() if device.type == "cpu" else None
+    return cpu_peak_flops(precision) if device.type == "cpu" and precision != "fp16" else None
