@@ -7,6 +7,7 @@ import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -22,7 +23,7 @@ from mori.generation.generate import model_settings
 from mori.model import saving
 from mori.model.adapters import files as adapter_files
 from mori.run import Run
-from mori.state import State
+from mori.state import PendingSave, State
 from mori.tracking.memory import peak_memory_bytes
 from mori.tracking.monitor import say
 from mori.tracking.overview import environment, results, sample_command
@@ -110,38 +111,76 @@ def check_disk(run: Run, planned: PlannedFiles) -> None:
 
 
 def save(run: Run, state: State) -> None:
-    """Save a checkpoint; a run resumed from it continues as if it had never stopped. A failure is a warning."""
-    runtime, root, failed = run.runtime, run.run_dir / "checkpoints", False
-    best_before = state.best.saved
-    if state.best.is_of(state.step):
+    """Save a checkpoint; a run resumed from it continues as if it had never stopped. A failure is a warning.
+
+    With `async_save` only the snapshot is taken now, and a thread writes it; `publish_staged` or `complete_save` publishes it.
+    """
+    complete_save(run, state)  # never two at once
+    runtime, root, step = run.runtime, run.run_dir / "checkpoints", state.step
+    before = state.saved_step, state.best.saved
+    if state.best.is_of(step):
         state.best.saved = {**state.best.evaluation, "samples": state.samples_after}
     saved = {**run.identity(), "cpu_matmul": run.module.cpu_matmul, **state.state_dict()}
+    written = None
     if runtime.is_main:
         run.monitor.sync()
+        take = partial(
+            writing.snapshot,
+            step,
+            model=state.stored,
+            optimizer=state.optimizer,
+            state=saved,
+            beside=run.model_files,
+            weights_file=adapter_files.WEIGHTS if run.config.use_peft else "model.safetensors",
+            memory=state.host_memory if run.config.async_save else None,
+        )
+        written = writing.Pending(root, step, take, in_background=run.config.async_save)
+    state.pending_save, state.saved_step = PendingSave(written, *before), step
+    if not run.config.async_save:
+        complete_save(run, state)
+
+
+def publish_staged(run: Run, state: State) -> None:
+    """Publish the pending checkpoint if it is on disk."""
+    pending = state.pending_save
+    if pending and not run.runtime.any(pending.written and not pending.written.is_staged):
+        complete_save(run, state)
+
+
+def complete_save(run: Run, state: State) -> None:
+    """Wait until the pending checkpoint is on disk, publish it, and delete old ones. A failure is a warning."""
+    if state.pending_save is None:
+        return
+    runtime, root, pending, failed = run.runtime, run.run_dir / "checkpoints", state.pending_save, False
+    if pending.written:
         try:
-            writing.save(
-                root,
-                state.step,
-                model=state.stored,
-                optimizer=state.optimizer,
-                state=saved,
-                beside=run.model_files,
-                weights_file=adapter_files.WEIGHTS if run.config.use_peft else "model.safetensors",
-            )
+            writing.publish(root, state.saved_step, pending.written.files())
         except writing.SAVE_ERRORS as error:
             if isinstance(error, (RuntimeError, MemoryError)) and not distributed.out_of_memory(error):
                 raise
-            run.monitor.say(f"WARNING: no checkpoint at step {state.step}: {error}; training continues")
+            run.monitor.say(f"WARNING: no checkpoint at step {state.saved_step}: {error}; training continues")
             failed = True
+        finally:
+            pending.written.end()
+    state.pending_save = None
     if runtime.any(failed):  # the ranks wait here, so that none exits during the save
-        state.best.saved = best_before
+        state.saved_step, state.best.saved = pending.saved_step, pending.best_saved
         return
-    state.saved_step = state.step
     if runtime.is_main:
         try:
             checkpoints.prune(root, run.config.save_total_limit, state.best.saved and state.best.saved["step"])
         except OSError as error:
             run.monitor.say(f"WARNING: could not delete an old checkpoint: {error}")
+
+
+def leave(run: Run, state: State, error: BaseException | None) -> None:
+    """After the loop, also after an error in it: publish the pending checkpoint if this rank writes all of it; end its thread."""
+    if state.pending_save and state.pending_save.written:
+        written = state.pending_save.written
+        with contextlib.suppress(*writing.SAVE_ERRORS):
+            if run.config.async_save and isinstance(error, Exception):  # a second Ctrl-C does not wait
+                writing.publish(written.root, written.step, written.files())
+        written.end()
 
 
 def finish(run: Run, state: State, signals: distributed.StopSignals) -> dict:
@@ -150,6 +189,7 @@ def finish(run: Run, state: State, signals: distributed.StopSignals) -> dict:
     Raises RunFailed if the upload fails, or if the last checkpoint was not saved, and Interrupted after a signal in the upload.
     """
     config, runtime = run.config, run.runtime
+    complete_save(run, state)
     if state.stops_early:
         run.monitor.say(
             f"step {state.step}: stops early, {plural(state.best.without_improvement, 'evaluation')} without an improvement"

@@ -192,6 +192,8 @@ def _figures(run: Run, state: State, seconds: dict[str, float], planned: output.
     """What `preflight.json` holds. Collective."""
     runtime, trained = run.runtime, sum(parameter.numel() for parameter in run.parameters)
     peaks = {"host": peak_memory_bytes(torch.device("cpu"))}
+    if run.config.async_save and runtime.is_main:
+        peaks["host"] += planned.checkpoint_bytes
     if runtime.device.type == "cuda":
         peaks["device"] = peak_memory_bytes(runtime.device)
     ranks, free = runtime.gather(peaks), runtime.on_main(lambda: shutil.disk_usage(run.run_dir).free)

@@ -2,11 +2,14 @@
 
 import math
 import time
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from mori import distributed
+from mori.checkpoint.tensors import HostMemory
+from mori.checkpoint.writing import Pending
 from mori.config import TrainConfig
 from mori.distributed import BatchSize, Runtime
 from mori.model.adapters import files as adapter_files
@@ -60,6 +63,20 @@ class Best:
         return self.evaluation is not None and self.evaluation["step"] == step
 
 
+@dataclass
+class PendingSave:
+    """A checkpoint that is not published yet.
+
+    Attributes:
+        written: the part that this rank writes; None on a rank that writes none.
+        saved_step, best_saved: the values in `State` and `Best` that hold if it fails.
+    """
+
+    written: Pending | None
+    saved_step: int | None
+    best_saved: dict | None
+
+
 class State:
     """Everything that the loop changes; a checkpoint holds `state_dict` and the tensors of `stored` and `optimizer`.
 
@@ -72,7 +89,9 @@ class State:
         skipped: `(2,)` on the device: skipped steps, in total and consecutive.
         compiled: whether the model was compiled unasked; None while that is undecided.
         micro_batch, eval_batch: windows in one forward pass; fewer than the config's after memory ran out.
-        saved_step: the step of the newest checkpoint.
+        saved_step: the step of the newest checkpoint, published or pending.
+        pending_save: the checkpoint that is not published yet.
+        host_memory: the memory of the snapshots of `async_save`.
     """
 
     def __init__(
@@ -100,6 +119,8 @@ class State:
         self.micro_batch = BatchSize(config.per_device_train_batch_size * accumulated)
         self.eval_batch = BatchSize(config.per_device_eval_batch_size)
         self.saved_step: int | None = None
+        self.pending_save: PendingSave | None = None
+        self.host_memory = HostMemory()
         self._batch_settings = {name: getattr(config, name) for name in _BATCH_SETTINGS}
         self.compiled: bool | None = None if config.torch_compile is None else False
         self._wall_seconds, self._started = 0.0, started

@@ -44,9 +44,11 @@ def train(config: TrainConfig, on_step: Callable[[int, float], None] = lambda st
         needs = preflight(run, state, train_step)
         if run.config.dry_run:
             return needs
+        locks.push(lambda kind, error, trace: output.leave(run, state, error))
         signals.defer()
         grad_norm = lr = None  # of the step before, unless the run resumes here
         while True:
+            output.publish_staged(run, state)
             if run.evaluation_is_due(state):
                 # Some models draw random numbers in evaluation mode.
                 with state.throughput.apart("evaluations"), run.runtime.unchanged_random_state():
@@ -244,8 +246,10 @@ def give_up(run: Run, state: State, loss: float, skipped_in_a_row: int) -> None:
 
 def stop(run: Run, state: State, received: str) -> None:
     """After a signal: save, and raise Interrupted; raises RunFailed if the step could not be saved."""
+    output.complete_save(run, state)
     if state.saved_step != state.step:
         output.save(run, state)
+        output.complete_save(run, state)
     run.monitor.close()
     reason = f"stopped by {received or 'another rank'}"
     if state.saved_step != state.step:

@@ -15,9 +15,9 @@ import unicodedata
 import pytest
 from conftest import ROOT
 
+import mori.output
 import mori.train
 from mori import optim
-from mori.checkpoint import checkpoints
 from mori.cli import clock, plural, printable
 from mori.tracking import throughput
 from mori.tracking.loggers import read_metrics
@@ -205,7 +205,7 @@ def test_train_shows_each_log_and_counts_evaluations_and_saves_in_the_time_left(
     takes(optim, "set_learning_rate", 20.0)
     takes(mori.train, "evaluate", 400.0)
     takes(mori.train, "generate", 10.0)
-    takes(checkpoints, "save", 3000.0)
+    takes(mori.output, "save", 3000.0)
     run_train(max_steps=10, eval_steps=4, save_steps=3, logging_steps=2)  # evaluates at 4, 8, 10; saves at 3, 6, 9, 10
     output = capsys.readouterr()
     assert "\r" not in output.out + output.err and not output.err

@@ -18,7 +18,7 @@ from conftest import ROOT, assert_equal_weights, flags
 
 import mori.run
 import mori.train
-from mori import optim
+from mori import optim, output
 from mori.checkpoint import checkpoints
 from mori.cli import Interrupted, interruptible
 from mori.distributed import StopSignals
@@ -38,7 +38,7 @@ PLACES = {
     "in an accumulation": (mori.train, "load_step", 5, 5),
     "in an evaluation": (mori.train, "evaluate", 2, 6),
     "in the samples": (mori.train, "generate", 2, 6),
-    "in a save": (checkpoints, "save", 1, 4),
+    "in a save": (output, "save", 1, 4),
     "in the last step": (optim, "set_learning_rate", 12, 12),
 }
 

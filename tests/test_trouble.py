@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from mori import optim, output
-from mori.checkpoint import checkpoints, files
+from mori.checkpoint import checkpoints, files, writing
 from mori.cli import RunFailed
 from mori.model import saving
 from mori.model.lm import CausalLMLoss
@@ -105,7 +105,7 @@ def test_interrupted_run_that_cannot_be_saved_fails(run_train, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "save", full)
+    monkeypatch.setattr(writing.Pending, "files", full)
     real = optim.set_learning_rate
     monkeypatch.setattr(optim, "set_learning_rate", lambda *a: (os.kill(os.getpid(), signal.SIGTERM), real(*a)))
     with pytest.raises(RunFailed, match="stopped by SIGTERM, NOT saved at step 1"):

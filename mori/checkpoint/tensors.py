@@ -13,6 +13,7 @@ DTYPES = {
     torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.complex64: "C64",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
+_PART = 1 << 14  # elements; PyTorch computes so few in the calling thread alone
 
 
 def distinct(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -36,7 +37,9 @@ def check_storable(tensors: dict[str, torch.Tensor]) -> None:
 def check_finite(tensors: dict[str, torch.Tensor], buffers: Container[str] = ()) -> None:
     """Raise FloatingPointError for NaN or infinity; an infinity in one of `buffers` may be a mask."""
     for name, tensor in tensors.items():
-        if tensor.isnan().any() or name not in buffers and not tensor.isfinite().all():
+        # Parts that stay in the cache, and in this thread: another thread may be training.
+        parts = tensor.detach().flatten().split(_PART) if tensor.is_cpu else [tensor]
+        if not all(part.isfinite().all() for part in parts) and (name not in buffers or tensor.isnan().any()):
             raise FloatingPointError(f"{name} is not finite")
 
 
@@ -54,3 +57,22 @@ def serialized(tensors: dict[str, torch.Tensor]) -> Iterator[bytes | memoryview]
         stored = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
         flat = stored.as_strided((stored.numel(),), (1,))  # reshape() may keep the stride of a single element
         yield memoryview(flat.view(torch.uint8).numpy())
+
+
+class HostMemory:
+    """Host memory that holds copies of tensors, and is reused by the next copies: fresh memory costs a page fault per page."""
+
+    def __init__(self):
+        self._copies: dict[tuple[str, ...], torch.Tensor] = {}
+
+    def copy(self, file: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Copies of the tensors of a file by name, in the place of the last copies of the same file."""
+        copies = {}
+        for name, tensor in tensors.items():
+            copy = self._copies.get((file, name))
+            if copy is None or (copy.shape, copy.dtype) != (tensor.shape, tensor.dtype):
+                copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            copies[name] = self._copies[file, name] = copy.copy_(tensor.detach(), non_blocking=True)
+        if any(tensor.is_cuda for tensor in tensors.values()):
+            torch.cuda.synchronize()
+        return copies

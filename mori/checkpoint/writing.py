@@ -1,14 +1,17 @@
 """Save a checkpoint in three parts: `snapshot` what this rank writes, `stage` it on disk, `publish` what was staged by a rename.
 
-Staging needs nothing of the model or the optimizer but the snapshot.
+Staging needs nothing of the model or the optimizer but the snapshot, so a thread may do it, see `Pending`.
 """
 
 import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,10 +20,14 @@ from torch import nn
 from mori.checkpoint import checkpoints, optimizer_state
 from mori.checkpoint.checkpoints import CorruptCheckpoint, folder_of, staged_folder_of
 from mori.checkpoint.files import rename_folder, set_aside, sync, write
-from mori.checkpoint.tensors import check_finite, check_storable, distinct, serialized
+from mori.checkpoint.tensors import HostMemory, check_finite, check_storable, distinct, serialized
 
 # What a save may raise; a RuntimeError may be a lack of memory.
 SAVE_ERRORS = (OSError, FloatingPointError, TypeError, RuntimeError, MemoryError, CorruptCheckpoint)
+
+
+class Abandoned(Exception):
+    """Nobody waits for the staged files any more."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +60,9 @@ def snapshot(
     state: dict,
     beside: Mapping[str, bytes] | None = None,
     weights_file: str = "model.safetensors",
+    memory: HostMemory | None = None,
 ) -> Snapshot:
-    """The checkpoint of `step` as one rank writes it; its tensors are those of `model` and `optimizer`, not copies.
+    """The checkpoint of `step` as one rank writes it; its tensors are those of `model` and `optimizer`, or copies in `memory`.
 
     `state` is everything else that the run needs, as JSON values; the keys `step` and `optimizer` are set here. `beside` are
     further files, by their paths in the folder. `weights_file` is the name of the file with the model's `state_dict()`.
@@ -66,16 +74,19 @@ def snapshot(
     check_storable(weights)
     check_storable(moments)
     text = json.dumps({**state, "step": step, "optimizer": plain}).encode()
+    tensors = {weights_file: weights, "optimizer.safetensors": moments}
     return Snapshot(
         step,
-        {weights_file: weights, "optimizer.safetensors": moments},
+        {file: memory.copy(file, content) for file, content in tensors.items()} if memory else tensors,
         {"state.json": text, **(beside or {})},
         frozenset(name for name, _ in model.named_buffers()),
     )
 
 
-def stage(root: Path, snapshot: Snapshot) -> dict[str, dict]:
+def stage(root: Path, snapshot: Snapshot, abandoned: Callable[[], bool] = lambda: False) -> dict[str, dict]:
     """Write the files of a snapshot into the staging folder, sync them, and read them back; returns their descriptions by name.
+
+    As soon as `abandoned()` is true it stops, and raises Abandoned.
 
     Raises FloatingPointError, before anything is written, if a tensor holds NaN, or infinity and is no buffer. Raises OSError
     with the space needed and the space free if the disk refuses, and CorruptCheckpoint if a file does not read back as it was
@@ -83,14 +94,20 @@ def stage(root: Path, snapshot: Snapshot) -> dict[str, dict]:
     """
     for content in snapshot.tensors.values():
         check_finite(content, snapshot.buffers)
-    return _write(root, snapshot)
+    return _write(root, snapshot, abandoned)
 
 
-def _write(root: Path, snapshot: Snapshot) -> dict[str, dict]:
+def _write(root: Path, snapshot: Snapshot, abandoned: Callable[[], bool] = lambda: False) -> dict[str, dict]:
+    def blocks(tensors: dict[str, torch.Tensor]) -> Iterator[bytes | memoryview]:
+        for block in serialized(tensors):
+            if abandoned():
+                raise Abandoned
+            yield block
+
     folder = staged_folder_of(root, snapshot.step)
     with _space_told(root, snapshot.nbytes):
         os.makedirs(folder, exist_ok=True)
-        files = {name: write(folder / name, serialized(content)) for name, content in snapshot.tensors.items()}
+        files = {name: write(folder / name, blocks(content)) for name, content in snapshot.tensors.items()}
         for name, content in snapshot.others.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             files[name] = write(folder / name, [content])
@@ -120,17 +137,59 @@ def discard(root: Path, step: int) -> None:
     shutil.rmtree(staged_folder_of(root, step), ignore_errors=True)
 
 
+class Pending:
+    """The checkpoint of a step from its snapshot to its publication, on a rank that writes a part of it.
+
+    `take()` returns the snapshot; it is called here, and what it raises is raised by `files`. With `in_background` a thread
+    stages the snapshot, else `files` does.
+    """
+
+    def __init__(self, root: Path, step: int, take: Callable[[], Snapshot], in_background: bool):
+        self.root, self.step = root, step
+        self._abandoned = threading.Event()
+        discard(root, step)
+        try:
+            taken = take()
+            self._stage = partial(stage, root, taken, self._abandoned.is_set)
+        except SAVE_ERRORS as error:
+            self._stage = partial(_fail, error)
+        self._staged: Future | None = None
+        if in_background:
+            thread = ThreadPoolExecutor(1)
+            self._staged = thread.submit(self._stage)
+            thread.shutdown(wait=False)  # once it is staged
+
+    @property
+    def is_staged(self) -> bool:
+        """Whether `files` returns, or raises, at once."""
+        return self._staged is not None and self._staged.done()
+
+    def files(self) -> dict[str, dict]:
+        """The descriptions of the staged files by name, once they are staged. Raises what `take` or `stage` raised."""
+        return self._staged.result() if self._staged else self._stage()
+
+    def end(self) -> None:
+        """Stop the thread, and remove what is staged and not published."""
+        self._abandoned.set()
+        if self._staged:
+            wait([self._staged])
+        discard(self.root, self.step)
+
+
+def _fail(error: Exception) -> None:
+    raise error
+
+
 def save(root: Path, step: int, **content) -> Path:
     """Take a snapshot of the whole state (see `snapshot`), stage and publish it; returns the checkpoint's folder.
 
     Raises what these raise; what was staged is removed then.
     """
-    taken = snapshot(step, **content)
-    discard(root, step)
+    pending = Pending(root, step, lambda: snapshot(step, **content), in_background=False)
     try:
-        return publish(root, step, stage(root, taken))
+        return publish(root, step, pending.files())
     finally:
-        discard(root, step)
+        pending.end()
 
 
 def rehearse(

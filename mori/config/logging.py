@@ -66,6 +66,10 @@ class LoggingConfig(Config):
         0.1, "interval of checkpoints, in steps; below 1 a fraction of all steps", above=0, share=True
     )
     save_total_limit: int = flag(2, "checkpoints to keep, besides the best one", above=0)
+    async_save: bool = flag(
+        False,
+        "write checkpoints in a thread while training goes on; takes host memory of the size of a checkpoint for a copy",
+    )
     load_best_model_at_end: bool = flag(
         False,
         "publish the weights of the best evaluation instead of the last; each evaluation that is better than all before is saved",

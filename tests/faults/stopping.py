@@ -10,9 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import mori.train
-from mori import optim
+from mori import optim, output
 from mori.checkpoint import checkpoints as checkpoint
-from mori.checkpoint import writing
 from mori.distributed import Runtime
 from mori.model.lm import CausalLMLoss
 from mori.tracking.loggers import read_metrics
@@ -256,7 +255,7 @@ def kills_in_saves(lab: Lab, full: bool, seed: int) -> list[dict]:
                 os._exit(0)
 
         config, whole = lab.config(name, save_total_limit=1), lab.whole(save_total_limit=1)
-        ended = run(config, patched(writing, "save", at, kill_soon))
+        ended = run(config, patched(output, "save", at, kill_soon))
         inside += any(lab.checkpoints(name).glob(".step-*"))
         # After the last save the run may end before its kill comes: it must then be complete.
         problem = ended.problem(-signal.SIGKILL, 0) or spoiled(lab, name, SAVE_STEPS * (at - 1))
@@ -283,7 +282,7 @@ def signals(lab: Lab, full: bool, seed: int) -> list[dict]:
         "an accumulation": (Runtime, "no_sync", [6, 11, 16]),
         "an evaluation": (CausalLMLoss, "forward", [1, 2, 3]),
         "the samples": (mori.train, "generate", [1, 2, 3]),
-        "a save": (writing, "save", [1, 2, 3]),
+        "a save": (output, "save", [1, 2, 3]),
     }
     numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
     pairs = [(place, number) for place in places for number in numbers]
