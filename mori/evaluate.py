@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from mori.cli import callable_module, checked, plural
+from mori.cli import RunFailed, callable_module, checked, plural
 from mori.config import EvaluateConfig, TrainConfig
 from mori.data.windows import IGNORE_INDEX, ShiftedDataset, Spread, count_targets
 from mori.distributed import BatchSize, Runtime, restored_backends, start
@@ -66,21 +66,32 @@ def evaluate(
     The token that ends a document counts towards the loss, and has no bytes; a token that only begins one is given, never
     predicted, and has no label in `dataset`. A batch that does not fit in memory is split in halves. `give_up` is called before
     every batch; the result is None once it returns true.
+
+    Raises RunFailed if a batch does not fit while the ranks share the weights, and so must compute batches of the same size.
     """
     if dataset is None:
         return Evaluation(None, None, None)
     was_training = module.training
     module.eval()
     totals = torch.zeros(2 + len(TOKEN_LOSS_EDGES) - 1, dtype=torch.float64)
-    share = (range(len(dataset)) if windows is None else windows)[runtime.rank :: runtime.world_size]
-    position = 0
+    windows = range(len(dataset)) if windows is None else windows
+    share, position = windows[runtime.rank :: runtime.world_size], 0
+    own = len(share)
+    if runtime.sharded and own < len(windows[:: runtime.world_size]):  # all ranks compute the same number of batches
+        share = [*share, windows[0]]
     while position < len(share):
         if give_up():
             module.train(was_training)
             return None
         input_ids, labels = dataset.batch(share[position : position + batch_size.size])
+        labels[own - position :] = IGNORE_INDEX
         with batch_size, runtime.autocast(), module.token_losses() as losses:
             loss_sum = module(input_ids.to(runtime.device), labels.to(runtime.device)).item()
+        if batch_size.halved and runtime.sharded:
+            raise RunFailed(
+                f"memory ran out in an evaluation on rank {runtime.rank}; the same command with a smaller "
+                f"--per_device_eval_batch_size than {len(labels)} resumes"
+            )
         if not batch_size.halved:
             counts = _histogram(torch.cat(losses).cpu()[labels.flatten() != IGNORE_INDEX])
             totals += torch.tensor([loss_sum, count_targets(labels), *counts], dtype=torch.float64)
@@ -159,8 +170,10 @@ def first_nonfinite_tensor(
     the loss backwards. None if all are finite: a loss scale may overflow them. The gradients are zeroed afterwards.
     """
     for name, parameter in module.model.named_parameters():
-        if _nonfinite(parameter):
+        if _nonfinite(parameter.to_local() if runtime.sharded else parameter):
             return f"the weight {name}"
+    if runtime.sharded:
+        return None  # a rank that stops at the first would leave the others waiting
     names: list[str] = []  # of the first output that is not finite
 
     def watch(name: str):

@@ -52,7 +52,7 @@ def rehearse(run: Run, state: State) -> int:
             run.model_files[adapter_files.CONFIG] = settings.encode()
     size = rehearse_checkpoint(run, state)
     if not state.optimizer.state and run.config.optim == "adamw_torch_fused":
-        size += 2 * sum(parameter.nbytes for parameter in run.parameters)
+        size += 2 * sum(parameter.nbytes for parameter in run.weights.in_model)
     return size
 
 
@@ -254,7 +254,7 @@ def publish_model(run: Run, run_summary: dict) -> None:
 
 def _published(run: Run, model: nn.Module) -> list[nn.Parameter]:
     """The weights that `output_dir` holds: those of the whole model, or of its adapters."""
-    return list(model.parameters()) if not run.config.use_peft or merges(run.config, model) else run.parameters
+    return list(model.parameters()) if not run.config.use_peft or merges(run.config, model) else run.weights.in_model
 
 
 def _write_model(run: Run, model: nn.Module, folder: Path, run_summary: dict, rehearsal: bool = False) -> None:
@@ -297,7 +297,7 @@ def summary(run: Run, state: State) -> dict:
         "run_name": run.config.run_name,
         "model": run.config.model,
         "parameters": sum(parameter.numel() for parameter in state.model.parameters()),
-        "trained_parameters": sum(parameter.numel() for parameter in run.parameters),
+        "trained_parameters": sum(parameter.numel() for parameter in run.weights.in_model),
         "sha256": {**run.data.hashes, "model_sha256": run.model_sha256},
         "ledger": asdict(run.data.ledger),
         "eval": {name: evaluation and _without("copying", evaluation) for name, evaluation in evaluations.items()},

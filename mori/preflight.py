@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from mori import optim, output
+from mori import output
 from mori.checkpoint import checkpoints
 from mori.checkpoint.files import write_json
 from mori.cli import UserError, guarded, plural
@@ -91,11 +91,11 @@ def _undone(run: Run, state: State) -> Iterator[None]:
         for module in state.model.modules()
         for name, buffer in module.named_buffers(recurse=False)
     ]
-    kept = [_kept(parameter, whole=run.config.optim not in AT_REST) for parameter in run.parameters]
+    kept = [_kept(parameter, whole=run.config.optim not in AT_REST) for parameter in run.weights.parameters]
     with run.runtime.unchanged_random_state(), torch.no_grad():
         with torch.enable_grad():
             yield
-        for parameter, (where, values) in zip(run.parameters, kept, strict=True):
+        for parameter, (where, values) in zip(run.weights.parameters, kept, strict=True):
             if values.numel():
                 parameter[where] = values.to(parameter.device)
         for module, name, buffer, values in buffers:
@@ -103,7 +103,7 @@ def _undone(run: Run, state: State) -> Iterator[None]:
             setattr(module, name, buffer)
     state.optimizer.zero_grad()
     state.optimizer.state.clear()  # frees its memory first
-    state.optimizer = optim.build_optimizer(state.model, run.config)
+    state.optimizer = run.weights.build_optimizer(run.config)
     if run.resumed:
         checkpoints.load_moments(run.resumed, state.optimizer)
 
@@ -163,10 +163,10 @@ def _seconds_per_evaluation(run: Run, state: State) -> float:
     tokens = min(config.max_new_tokens, _SAMPLED_TOKENS)
     sampling |= {"max_new_tokens": tokens, "min_new_tokens": min(config.min_new_tokens, tokens)}
     began = _now(run)
-    if runtime.is_main:
-        with contextlib.suppress(UserError), run.module.as_loaded() as model, runtime.autocast():
-            draw = partial(generate, model, run.data.tokenizer, config.prompt, seed=config.seed, **sampling)
-            guarded("no sample", draw)
+    if runtime.is_main or runtime.sharded:
+        draw = partial(generate, tokenizer=run.data.tokenizer, prompts=config.prompt, seed=config.seed, **sampling)
+        with contextlib.suppress(UserError), run.module.as_loaded(), runtime.autocast():
+            run.weights.call(lambda model: guarded("no sample", partial(draw, model)))
     return seconds + (_now(run) - began) * config.max_new_tokens / tokens
 
 
@@ -190,7 +190,7 @@ def _now(run: Run) -> float:
 
 def _figures(run: Run, state: State, seconds: dict[str, float], planned: output.PlannedFiles) -> dict:
     """What `preflight.json` holds. Collective."""
-    runtime, trained = run.runtime, sum(parameter.numel() for parameter in run.parameters)
+    runtime, trained = run.runtime, sum(parameter.numel() for parameter in run.weights.in_model)
     peaks = {"host": peak_memory_bytes(torch.device("cpu"))}
     if run.config.async_save and runtime.is_main:
         peaks["host"] += planned.checkpoint_bytes

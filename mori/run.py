@@ -22,6 +22,7 @@ from mori.cli import RunFailed, UserError, checked, one_line, plural
 from mori.config import TrainConfig, steps_of
 from mori.data.windows import Batches, load_step
 from mori.distributed import Runtime
+from mori.distributed.sharding import ShardedWeights, Weights
 from mori.evaluate import windows_to_score
 from mori.export import hub
 from mori.model import loading, special_tokens
@@ -58,7 +59,7 @@ class Run:
     parallel: nn.Module | None = None  # `module`, in DDP if there are several ranks
     monitor: Monitor | None = None
     step_graph: StepGraph | None = None
-    parameters: list[nn.Parameter] = field(default_factory=list)
+    weights: Weights | None = None
     model_files: dict[str, bytes] = field(default_factory=dict)  # a model folder without its weights, set by `rehearse`
     flops_per_token: float = 0.0
     peak_flops: float | None = None
@@ -225,6 +226,7 @@ def check(config: TrainConfig, locks: contextlib.ExitStack) -> Run:
     run_folder.check_apart(config.model, run_dir, output_dir)
     run_folder.check_writable(run_dir, output_dir)
     runtime = distributed.start(config.device, config.precision, config.ddp_timeout)
+    runtime.sharded = config.fsdp != "none" and runtime.world_size > 1
     if config.dtype == "bfloat16" and runtime.precision != "bf16":
         raise UserError(
             f"dtype bfloat16 needs bf16 arithmetic, but precision is {runtime.precision}; pass --precision bf16"
@@ -295,7 +297,9 @@ def build(run: Run, locks: contextlib.ExitStack) -> State:
         cpu_matmul=library,
         compiled=bool(saved.get("compiled")),
     )
-    state = State(config, runtime, model, optim.build_optimizer(model, config), run.schedule, run.started)
+    run.flops_per_token = flops_per_token(model, config.block_size)
+    run.weights = ShardedWeights(run.module, runtime, config.fsdp) if runtime.sharded else Weights(run.module)
+    state = State(config, runtime, model, run.weights.build_optimizer(config), run.schedule, run.started)
     distributed.set_seed(config.seed + runtime.rank)
     remembered = runtime.on_main(lambda: run_folder.remembered_batch_size(config, run.run_dir))
     state.micro_batch.size = min(state.micro_batch.size, remembered or state.micro_batch.size)
@@ -303,8 +307,6 @@ def build(run: Run, locks: contextlib.ExitStack) -> State:
         restore(run.resumed, saved, state)
     run.parallel = runtime.parallel(run.module, lambda: _empty_micro_batch(run))
     run.parallel.train()
-    run.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    run.flops_per_token = flops_per_token(model, config.block_size)
     run.peak_flops = peak_flops(runtime.device, runtime.precision)
     tables = {}
     if runtime.is_main:

@@ -10,7 +10,6 @@ from dataclasses import asdict
 from functools import partial
 
 import torch
-from torch.nn.utils import clip_grad_norm_
 
 from mori import distributed, optim, output
 from mori.checkpoint import run_folder
@@ -64,7 +63,7 @@ def train(config: TrainConfig, on_step: Callable[[int, float], None] = lambda st
             if run.is_over(state):
                 return output.finish(run, state, signals)
             state.throughput.start()
-            weights = optim.sampled_weights(run.parameters) if run.logs(state.step + 1) else None
+            weights = optim.sampled_weights(run.weights.parameters) if run.logs(state.step + 1) else None
             with run.monitor.profiled(state.step + 1):
                 grad_norm, lr = train_step(run, state)
             if run.log_is_due(state):
@@ -81,8 +80,9 @@ def train_step(run: Run, state: State) -> tuple[torch.Tensor, float]:
     loss = accumulate_gradients(run, state)
     lr = state.schedule.learning_rate(state.step)
     optim.set_learning_rate(optimizer, lr)
+    run.weights.take_gradients(state.scaler.is_enabled())
     state.scaler.unscale_(optimizer)
-    grad_norm = clip_grad_norm_(run.parameters, config.max_grad_norm or math.inf)
+    grad_norm = run.weights.clip_grad_norm_(config.max_grad_norm or math.inf)
     skipped = optim.step_if_finite(optimizer, grad_norm)
     state.scaler.update()
     optimizer.zero_grad(set_to_none=not run.step_graph.enabled)
@@ -170,7 +170,7 @@ def evaluate_and_sample(run: Run, state: State, signals: distributed.StopSignals
         state.schedule.observe(evaluation.loss)
         state.best.observe(state.after)
     monitor.say(f"step {state.step}: {evaluation}")
-    copied = draw_samples(run, state) if runtime.is_main else {}
+    copied = draw_samples(run, state) if runtime.is_main or runtime.sharded else {}
     monitor.scalars(state.step, {**evaluation.scalars(), **copied})
     monitor.histogram(state.step, "eval/token_loss", TOKEN_LOSS_EDGES, evaluation.token_losses)
     if state.step == 0:
@@ -182,9 +182,11 @@ def draw_samples(run: Run, state: State) -> dict[str, float]:
     """Continue the prompts of the config with the model as it is now; returns, by tag, how much of the text is copied."""
     config, tokenizer = run.config, run.data.tokenizer
     try:
-        with run.module.as_loaded() as model, run.runtime.autocast():
-            draw = partial(generate, model, tokenizer, config.prompt, seed=config.seed, **config.sampling())
-            completions = guarded("no sample", draw)
+        with run.module.as_loaded(), run.runtime.autocast():
+            settings = {"seed": config.seed, **config.sampling()}
+            completions = run.weights.call(
+                lambda model: guarded("no sample", partial(generate, model, tokenizer, config.prompt, **settings))
+            )
     except UserError as error:  # a model that cannot be sampled is still worth training
         state.samples_after = [f"({error})"]
         run.monitor.text(state.step, "samples/0", state.samples_after[0])
@@ -221,7 +223,7 @@ def log(
         "perf/peak_memory_gib": peak_memory_bytes(runtime.device) / 2**30,
     }
     if weights is not None:
-        values["train/update_ratio"] = optim.update_ratio(weights, run.parameters).item()
+        values["train/update_ratio"] = optim.update_ratio(weights, run.weights.parameters).item()
     if run.peak_flops:
         values["perf/mfu"] = tokens_per_second * run.flops_per_token / (run.peak_flops * runtime.world_size)
     run.monitor.scalars(state.step, values)

@@ -42,7 +42,7 @@ def everything(run, state) -> dict:
     return {
         "weights": {name: bits(tensor) for name, tensor in state.model.state_dict().items()},
         "buffers": {name: bits(buffer) for name, buffer in state.model.named_buffers()},
-        "gradients": [parameter.grad for parameter in run.parameters],
+        "gradients": [parameter.grad for parameter in run.weights.parameters],
         "moments": {name: bits(tensor) for name, tensor in moments.items()},
         "optimizer": plain,
         "learning rates": [group["lr"] for group in state.optimizer.param_groups],

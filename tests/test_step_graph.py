@@ -25,7 +25,7 @@ class FakeStepGraph(StepGraph):
         if self.failure:
             raise self.failure
         self.counts["captures"] += 1
-        parameters = function.args[0].parameters
+        parameters = function.args[0].weights.parameters
         addresses, inputs = [p.grad.data_ptr() for p in parameters], [tensor.clone() for tensor in tensors]
 
         def launch(*tensors):

@@ -116,6 +116,10 @@ VALUES = {
     "gradient_checkpointing": {"unsloth": True},
     "resume_from_checkpoint": {"true": "auto", "latest": "auto", "last": "auto", "false": "none"},
     "device": {"gpu": "cuda"},
+    "fsdp": {
+        "true": "full_shard", "false": "none", "": "none", "full_shard auto_wrap": "full_shard",
+        "shard_grad_op auto_wrap": "shard_grad_op", "hybrid_shard auto_wrap": "hybrid_shard",
+    },
     "eval_strategy": {"steps": "steps", "false": "no"},
     "report_to": {"all": "tensorboard", "true": "tensorboard", "tb": "tensorboard", "false": "none", "": "none"},
 }  # fmt: skip
@@ -263,8 +267,8 @@ _QUANTIZATION = (
     "--load_in_4bit holds the frozen weights of a run with --use_peft in NF4; there is no other quantization"
 )
 _NO_SHARDING = (
-    "weights are not sharded here: each GPU holds the whole model (torchrun starts one process per GPU); "
-    "--gradient_checkpointing and --optim adamw_bnb_8bit save memory"
+    "weights, gradients and moments are sharded by --fsdp (full_shard, shard_grad_op or hybrid_shard), each layer by itself; there "
+    "is nothing else to set"
 )
 
 # Names (`*` stands for anything), the values that hold anyway and are taken, and the answer to any other value. An answer counts
@@ -282,7 +286,7 @@ ANSWERS = [
     ("lora lora_* adapter adapter_*", OFF, "--model takes the folder of an adapter, which names its base model"),
     ("load_in_8bit use_bnb* bnb_* quantization quantization_* quantize double_quantization gptq", OFF, _QUANTIZATION),
     ("load_in_4bit load_in_8bit bnb_* quantization quantize", OFF, "weights are not quantized here; they stay in the type in which they are stored"),
-    ("fsdp fsdp_* deepspeed deepspeed_* zero_stage zero tensor_parallel* pipeline_parallel* parallelism_config context_parallel*", OFF, _NO_SHARDING),
+    ("fsdp_* deepspeed deepspeed_* zero_stage zero tensor_parallel* pipeline_parallel* parallelism_config context_parallel*", OFF, _NO_SHARDING),
     ("label_smoothing_factor label_smoothing", OFF, "label smoothing is not here: the loss is plain cross-entropy"),
     ("neftune_noise_alpha neftune*", OFF, "NEFTune's noise is not here; --dropout regularizes"),
     ("dataloader_drop_last drop_last", OFF, "the last, smaller batch of an epoch is trained on too"),

@@ -239,6 +239,14 @@ class TrainDeviceConfig(DeviceConfig):
         choices=("auto", "fp32", "bf16", "fp16"),
         may_change=True,  # the checkpoint records what auto was
     )
+    fsdp: str = flag(
+        "none",
+        "with several ranks, shard weights, gradients and moments over them (FSDP2), instead of a whole model on each: full_shard "
+        "gathers each layer's weights for its forward pass and again for its backward pass, shard_grad_op keeps them between the "
+        "two, hybrid_shard shards within each node",
+        choices=("none", "full_shard", "shard_grad_op", "hybrid_shard"),
+        inexact=True,
+    )
     ddp_timeout: int = flag(1800, "seconds before an unresponsive rank is treated as lost", above=0, may_change=True)
 
 

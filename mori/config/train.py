@@ -23,6 +23,13 @@ from mori.config.sampling import TrainSamplingConfig
 
 PRESETS = ("mini",)
 FOLLOW_EVALUATIONS = ("reduce_lr_on_plateau", "greedy")  # schedules of transformers that follow the held-out loss
+_ELEMENTWISE = (
+    "adamw_torch_fused",
+    "adamw_torch",
+    "sgd",
+    "rmsprop",
+    "adagrad",
+)  # optimizers that can work on any part of a weight
 NO_WARMUP = ("constant", *FOLLOW_EVALUATIONS)  # those without a warm-up
 
 
@@ -153,7 +160,18 @@ class TrainConfig(
         defaults = {f.name: getattr(AdapterConfig(), f.name) for f in fields(AdapterConfig)}
         unused = [n for n in defaults if (n in given and getattr(self, n)) or getattr(self, n) != defaults[n]]
         checks.append((self.trains_adapters or not unused, f"{', '.join(unused)} needs use_peft"))
-        return [message for ok, message in checks if not ok] + super().contradictions()
+        return [message for ok, message in checks if not ok] + self._unshardable() + super().contradictions()
+
+    def _unshardable(self) -> list[str]:
+        """Settings that need whole weights on every rank."""
+        if self.fsdp == "none":
+            return []
+        names = f"{', '.join(_ELEMENTWISE[:-1])} or {_ELEMENTWISE[-1]}"
+        checks = {
+            f"optim {self.optim} needs whole weights, and fsdp shards them; take {names}": self.optim in _ELEMENTWISE,
+            "load_in_4bit packs weights into blocks, which fsdp cannot shard; leave one out": not self.load_in_4bit,
+        }
+        return [mistake for mistake, ok in checks.items() if not ok]
 
     def _needs_evaluations(self) -> str:
         """The first setting that needs the held-out loss; empty if there is none."""

@@ -31,6 +31,7 @@ class Runtime:
     world_size: int
     precision: str
     control: dist.ProcessGroup | None = None  # gloo: messages between hosts that do not wait for the device
+    sharded: bool = False  # whether each rank holds a part of the weights, so that all ranks must compute together
 
     @property
     def device_name(self) -> str:
@@ -67,14 +68,14 @@ class Runtime:
         return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
     def parallel(self, model: nn.Module, example: Callable[[], tuple]) -> nn.Module:
-        """The model in DistributedDataParallel if there are several ranks; `example()` are arguments that give a loss of 0.
+        """The model in DistributedDataParallel if there are several ranks that hold it whole; `example()` are arguments that give a loss of 0.
 
         DDP rearranges its buckets after the first backward pass, and a gradient's bucket decides the order in which the
         ranks are summed. Two passes over the example settle the layout, so that the first step after a resume sums in the
         same order as every other step. A pass before them shows whether the loss uses every parameter: only if it does not,
         DDP has to search each step for the gradients that it must not wait for.
         """
-        if self.world_size == 1:
+        if self.world_size == 1 or self.sharded:
             return model
 
         def backward(module: nn.Module) -> None:
@@ -97,6 +98,9 @@ class Runtime:
 
     def no_sync(self, model: nn.Module, skip: bool):
         """The context of a micro-batch; with `skip`, its gradients are not exchanged between ranks yet."""
+        if self.sharded:
+            model.set_requires_gradient_sync(not skip)
+            return contextlib.nullcontext()
         return model.no_sync() if skip and self.world_size > 1 else contextlib.nullcontext()
 
     def all_sum(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ import contextlib
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers.cache_utils import DynamicLayer
 
 from mori.generation.reader import MARGIN, Reader, alike
@@ -70,7 +71,10 @@ def open_reader(model: nn.Module, pads: torch.Tensor, context: int | None) -> Re
     reader = Reader(model, pads, context)
     layers = reader.cache.layers if reader.cache else []
     ordinary = layers and all(type(layer) is DynamicLayer for layer in layers)
-    if not ordinary or "position_ids" not in reader.parameters or rope_depends_on_length(model.config):
+    is_sharded = any(
+        isinstance(parameter, DTensor) for parameter in model.parameters()
+    )  # gathered by each layer's own call
+    if not ordinary or is_sharded or "position_ids" not in reader.parameters or rope_depends_on_length(model.config):
         return reader
     return (GraphReader if uses_graphs(pads.device) else ReplayingReader)(model, pads, context)
 

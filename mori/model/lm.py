@@ -90,6 +90,10 @@ class CausalLMLoss(nn.Module):
             loss = loss + self.router_coefficient * router_loss * share
         return loss
 
+    def call(self, action: Callable[[nn.Module], object]):
+        """`action(model)` as a forward pass of this module, for which FSDP gathers the weights outside the layers."""
+        return action(self.model)
+
     @contextlib.contextmanager
     def token_losses(self) -> Iterator[list[torch.Tensor]]:
         """The context in which forward passes leave the loss of each token, in parts `(N,)`, with 0 for labels that are ignored."""

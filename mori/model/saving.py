@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig
 
 from mori.checkpoint.files import write_json
@@ -74,6 +75,7 @@ def _add_names_of_transformers_4(folder: Path) -> None:
 
 def _samples(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """One element of each tensor; tensors that share memory share it still."""
+    tensors = {name: t.to_local() if isinstance(t, DTensor) else t for name, t in tensors.items()}
     samples: dict[tuple, torch.Tensor] = {}
     for tensor in tensors.values():
         samples.setdefault(_memory(tensor), tensor[(slice(1),) * tensor.dim()].clone())

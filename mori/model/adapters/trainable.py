@@ -55,21 +55,24 @@ def _check_same(loaded: lora.LoRASettings, wanted: lora.LoRASettings) -> None:
             raise UserError(f"{member.name} is {ours}, but the adapter that continues has {theirs}; leave it out")
 
 
-def freeze(model: nn.Module, layers: int, modules: list[str], extra_modules: list[str]) -> None:
+def freeze(model: nn.Module, wanted: int, modules: list[str], extra_modules: list[str]) -> None:
     """Leave gradients on for parts of some layers, and off for all other parameters.
 
     Args:
-        layers: the number of layers that train: the last ones, or the first ones if it is negative.
+        wanted: the number of layers that train: the last ones, or the first ones if it is negative.
         modules: the modules of these layers that train, by a part of their names; `all` is all of them.
         extra_modules: modules outside the layers that train too, by a part of their names.
 
     Raises UserError if the model has no list of layers, or fewer, or if a name matches nothing.
     """
-    prefix, count = _layers(model)
-    if abs(layers) > count:
-        raise UserError(f"freeze_trainable_layers is {layers}, but the model has {count} layers")
-    chosen = range(count - layers, count) if layers > 0 else range(-layers)
-    layer, inside, outside = re.compile(rf"{re.escape(prefix)}(\d+)\."), {}, {}
+    prefix, all_layers = layers(model)
+    count = len(all_layers)
+    if not count:
+        raise UserError(f"freeze_trainable_layers: {type(model).__name__} has no list of layers")
+    if abs(wanted) > count:
+        raise UserError(f"freeze_trainable_layers is {wanted}, but the model has {count} layers")
+    chosen = range(count - wanted, count) if wanted > 0 else range(-wanted)
+    layer, inside, outside = re.compile(rf"{re.escape(prefix)}\.(\d+)\."), {}, {}
     for name, _ in model.named_parameters():
         if match := layer.match(name):
             inside[name] = int(match[1]) in chosen, name[match.end() :]
@@ -88,15 +91,12 @@ def freeze(model: nn.Module, layers: int, modules: list[str], extra_modules: lis
         parameter.requires_grad_(trains)
 
 
-def _layers(model: nn.Module) -> tuple[str, int]:
-    """The prefix of the layers' names in the model, and their number."""
+def layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The list of the model's layers, and its name; an empty list if there is none."""
     wanted = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    lists = [(name, len(module)) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    lists = [(name, length) for name, length in lists if length == wanted]
-    if not lists:
-        raise UserError(f"freeze_trainable_layers: {type(model).__name__} has no list of layers")
-    name, length = min(lists, key=lambda item: item[0].count("."))
-    return f"{name}.", length
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    lists = [(name, module) for name, module in lists if len(module) == wanted]
+    return min(lists, key=lambda item: item[0].count("."), default=("", nn.ModuleList()))
 
 
 def _named(name: str, modules: list[str]) -> bool:
