@@ -5,10 +5,11 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from torch import nn
 
@@ -29,6 +30,7 @@ from mori.tracking.monitor import say
 from mori.tracking.overview import environment, results, sample_command
 from mori.tracking.report.card import CARD, model_card
 
+Result = TypeVar("Result")
 _OF_WHOLE_MODELS = ("config.json", "generation_config.json")
 _SMALL_BYTES = 2 << 30  # of a model that is published whole, with its adapters merged
 
@@ -68,6 +70,7 @@ def rehearse_checkpoint(run: Run, state: State, sample_bytes: int = 0) -> int:
             optimizer=state.optimizer,
             beside=run.model_files,
             sample_bytes=sample_bytes,
+            as_saved=run.weights.as_saved,
         )
 
 
@@ -116,14 +119,17 @@ def save(run: Run, state: State) -> None:
     With `async_save` only the snapshot is taken now, and a thread writes it; `publish_staged` or `complete_save` publishes it.
     """
     complete_save(run, state)  # never two at once
-    runtime, root, step = run.runtime, run.run_dir / "checkpoints", state.step
+    config, runtime, root, step = run.config, run.runtime, run.run_dir / "checkpoints", state.step
     before = state.saved_step, state.best.saved
     if state.best.is_of(step):
         state.best.saved = {**state.best.evaluation, "samples": state.samples_after}
+    if runtime.is_main:
+        writing.discard(root, step)
     saved = {**run.identity(), "cpu_matmul": run.module.cpu_matmul, **state.state_dict()}
     written = None
     if runtime.is_main:
         run.monitor.sync()
+    if runtime.is_main or runtime.sharded:
         take = partial(
             writing.snapshot,
             step,
@@ -131,12 +137,14 @@ def save(run: Run, state: State) -> None:
             optimizer=state.optimizer,
             state=saved,
             beside=run.model_files,
-            weights_file=adapter_files.WEIGHTS if run.config.use_peft else "model.safetensors",
-            memory=state.host_memory if run.config.async_save else None,
+            weights_file=adapter_files.WEIGHTS if config.use_peft else writing.MODEL,
+            memory=state.host_memory if config.async_save else None,
+            as_saved=run.weights.as_saved,
+            ranks=runtime.world_size if runtime.sharded else 1,
         )
-        written = writing.Pending(root, step, take, in_background=run.config.async_save)
+        written = writing.Pending(root, step, take, in_background=config.async_save)
     state.pending_save, state.saved_step = PendingSave(written, *before), step
-    if not run.config.async_save:
+    if not config.async_save:
         complete_save(run, state)
 
 
@@ -151,19 +159,22 @@ def complete_save(run: Run, state: State) -> None:
     """Wait until the pending checkpoint is on disk, publish it, and delete old ones. A failure is a warning."""
     if state.pending_save is None:
         return
-    runtime, root, pending, failed = run.runtime, run.run_dir / "checkpoints", state.pending_save, False
-    if pending.written:
-        try:
-            writing.publish(root, state.saved_step, pending.written.files())
-        except writing.SAVE_ERRORS as error:
-            if isinstance(error, (RuntimeError, MemoryError)) and not distributed.out_of_memory(error):
-                raise
-            run.monitor.say(f"WARNING: no checkpoint at step {state.saved_step}: {error}; training continues")
-            failed = True
-        finally:
+    runtime, root, pending, step = run.runtime, run.run_dir / "checkpoints", state.pending_save, state.saved_step
+    try:
+        files, failure = _attempt(pending.written.files) if pending.written else ({}, "")
+        parts = runtime.gather((files, failure)) if runtime.sharded else [(files, failure)]
+        failure = next((failure for _, failure in parts if failure), "")
+        if runtime.is_main and not failure:
+            _, failure = _attempt(lambda: writing.publish(root, step, *(files for files, _ in parts)))
+    finally:
+        if pending.written:
             pending.written.end()
+        if runtime.is_main:
+            writing.discard(root, step)
     state.pending_save = None
-    if runtime.any(failed):  # the ranks wait here, so that none exits during the save
+    if failure:
+        run.monitor.say(f"WARNING: no checkpoint at step {step}: {failure}; training continues")
+    if runtime.any(failure):  # the ranks wait here, so that none exits during the save
         state.saved_step, state.best.saved = pending.saved_step, pending.best_saved
         return
     if runtime.is_main:
@@ -173,14 +184,27 @@ def complete_save(run: Run, state: State) -> None:
             run.monitor.say(f"WARNING: could not delete an old checkpoint: {error}")
 
 
+def _attempt(action: Callable[[], Result]) -> tuple[Result | None, str]:
+    """The result of a part of a save, and how it failed."""
+    try:
+        return action(), ""
+    except writing.SAVE_ERRORS as error:
+        if isinstance(error, (RuntimeError, MemoryError)) and not distributed.out_of_memory(error):
+            raise
+        return None, str(error)
+
+
 def leave(run: Run, state: State, error: BaseException | None) -> None:
     """After the loop, also after an error in it: publish the pending checkpoint if this rank writes all of it; end its thread."""
     if state.pending_save and state.pending_save.written:
         written = state.pending_save.written
         with contextlib.suppress(*writing.SAVE_ERRORS):
-            if run.config.async_save and isinstance(error, Exception):  # a second Ctrl-C does not wait
+            # A second Ctrl-C does not wait, and a rank that is lost cannot say what it has staged.
+            if run.config.async_save and isinstance(error, Exception) and not run.runtime.sharded:
                 writing.publish(written.root, written.step, written.files())
         written.end()
+        if run.runtime.is_main:
+            writing.discard(written.root, written.step)
 
 
 def finish(run: Run, state: State, signals: distributed.StopSignals) -> dict:

@@ -105,7 +105,7 @@ def _undone(run: Run, state: State) -> Iterator[None]:
     state.optimizer.state.clear()  # frees its memory first
     state.optimizer = run.weights.build_optimizer(run.config)
     if run.resumed:
-        checkpoints.load_moments(run.resumed, state.optimizer)
+        checkpoints.load_moments(run.resumed, state.optimizer, run.weights.as_saved)
 
 
 def _kept(weight: nn.Parameter, whole: bool) -> tuple:

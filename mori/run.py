@@ -304,7 +304,7 @@ def build(run: Run, locks: contextlib.ExitStack) -> State:
     remembered = runtime.on_main(lambda: run_folder.remembered_batch_size(config, run.run_dir))
     state.micro_batch.size = min(state.micro_batch.size, remembered or state.micro_batch.size)
     if run.resumed:
-        restore(run.resumed, saved, state)
+        restore(run.resumed, saved, state, run.weights)
     run.parallel = runtime.parallel(run.module, lambda: _empty_micro_batch(run))
     run.parallel.train()
     run.peak_flops = peak_flops(runtime.device, runtime.precision)
@@ -336,10 +336,10 @@ def build(run: Run, locks: contextlib.ExitStack) -> State:
     return state
 
 
-def restore(folder: Path, saved: dict, state: State) -> None:
+def restore(folder: Path, saved: dict, state: State, weights: Weights) -> None:
     """Load the tensors in `folder`, and the counters and random state in `saved`. UserError if they do not match this run."""
     try:
-        checkpoints.load_tensors(folder, state.stored, state.optimizer)
+        checkpoints.load_tensors(folder, state.stored, state.optimizer, weights.as_saved)
         state.load_state_dict(saved)
     except (UserError, torch.OutOfMemoryError):
         raise

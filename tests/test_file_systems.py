@@ -14,7 +14,7 @@ import pytest
 from conftest import assert_equal_weights, stop_after, weights
 
 from mori import output
-from mori.checkpoint import checkpoints, files
+from mori.checkpoint import files, tensors
 from mori.cli import RunFailed, UserError, errors
 
 
@@ -74,7 +74,7 @@ def test_refused_call_costs_no_work_and_is_said_once(run_train, tmp_path, monkey
 def test_checkpoint_is_read_without_mmap(run_train, tmp_path, monkeypatch):
     run_train(run_name="whole", output_dir=str(tmp_path / "whole"))
     stop_after(8, run_train)
-    refuse(monkeypatch, checkpoints, "load_file", errno.ENODEV)
+    refuse(monkeypatch, tensors, "safe_open", errno.ENODEV)
     run_train()
     assert_equal_weights(tmp_path / "whole", tmp_path / "brain")
 

@@ -226,7 +226,10 @@ def test_document_bos_is_not_changed_by_a_resume(run_with, tmp_path):
     for name in ("document_bos", "parse_special_tokens"):
         del state[name], state["config"][name]
     (folder / "state.json").write_text(json.dumps(state))
-    described = {name: checkpoints.describe(folder / name) for name in ("model.safetensors", *checkpoints._FILES)}
+    described = {
+        name: checkpoints.describe(folder / name)
+        for name in ("model.safetensors", "optimizer.safetensors", "state.json")
+    }
     checkpoints.write_manifest(folder, 4, described)
     with pytest.raises(UserError, match=r"document_bos \(False, True\)"):
         run_with(tokenizer, extend=True, max_steps=6)

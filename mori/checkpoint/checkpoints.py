@@ -7,6 +7,9 @@
         config.json ...        what `save_pretrained` writes beside the weights, so that transformers loads the folder
         manifest.json          the step, and size and SHA-256 of the files above; written last
 
+Of a model that is divided over ranks, each rank writes some tensors, whole: model-00001-of-00004.safetensors and so on with
+model.safetensors.index.json, as transformers does, and optimizer-00001-of-00004.safetensors.
+
 Safetensors and JSON only, so resuming from a checkpoint runs no code.
 """
 
@@ -20,28 +23,37 @@ from pathlib import Path, PurePosixPath
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, load_file
 from torch import nn
 
 from mori.checkpoint import optimizer_state
 from mori.checkpoint.files import describe, rename_folder, set_aside, write
-from mori.checkpoint.tensors import distinct
+from mori.checkpoint.optimizer_state import AsSaved
+from mori.checkpoint.sharded import local, part_of_this_rank
+from mori.checkpoint.tensors import Saved, distinct
 from mori.cli import UserError
 
-_FORMAT = 1
-_MANIFEST, _LARGEST_MANIFEST = "manifest.json", 1 << 16
+_FORMATS = (1, 2)  # 2 has files of several ranks
+_MANIFEST, _LARGEST_MANIFEST = "manifest.json", 1 << 24
 _STEP = re.compile(r"step-\d{8}")
-_FILES = {"optimizer.safetensors", "state.json"}
-_WEIGHTS = ("model.safetensors", "adapter_model.safetensors")
+_STATE, _OPTIMIZER, _WEIGHTS = "state.json", "optimizer", ("model", "adapter_model")
+_PART = r"(-\d{5}-of-\d{5})?\.safetensors"
 
 
 class CorruptCheckpoint(ValueError):
     """A checkpoint that differs from its manifest; the message names the file and the damage."""
 
 
-def write_manifest(folder: Path, step: int, files: dict[str, dict]) -> None:
-    """Write the manifest of the checkpoint in `folder`; `files` are the descriptions of its files, by name."""
-    manifest = {"format": _FORMAT, "step": step, "files": files, "seal": _seal(files)}
+def write_manifest(folder: Path, step: int, *parts: Mapping[str, dict]) -> None:
+    """Write the manifest of the checkpoint in `folder`; `parts` are the descriptions of each rank's files, by name.
+
+    Of several ranks it lists which files each has written. The names, types, shapes and offsets of the tensors are in the
+    headers of the safetensors files.
+    """
+    files = {name: description for part in parts for name, description in part.items()}
+    layout = [sorted(part) for part in parts] if len(parts) > 1 else None
+    manifest = {"format": _FORMATS[layout is not None], "step": step, "files": files, "seal": _seal(files, layout)}
+    if layout:
+        manifest["files_of_ranks"] = layout
     write(folder / _MANIFEST, [json.dumps(manifest).encode()])
 
 
@@ -61,9 +73,10 @@ def read_manifest(folder: Path) -> dict:
         if _plain_file(path).stat().st_size > _LARGEST_MANIFEST:
             raise CorruptCheckpoint(f"{path} is too large for a manifest")
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        if manifest["format"] != _FORMAT:
-            raise CorruptCheckpoint(f"{folder} has format {manifest['format']}, this mori reads {_FORMAT}")
-        if manifest["seal"] != _seal(manifest["files"]) or not _are_files_of_a_checkpoint(manifest["files"]):
+        if manifest["format"] not in _FORMATS:
+            raise CorruptCheckpoint(f"{folder} has format {manifest['format']}, this mori reads {_FORMATS[-1]}")
+        seal = _seal(manifest["files"], manifest.get("files_of_ranks"))
+        if manifest["seal"] != seal or not _are_files_of_a_checkpoint(manifest["files"]):
             raise CorruptCheckpoint(f"{path} is not what was written (its seal differs)")
         if _STEP.fullmatch(folder.name) and int(folder.name[5:]) != manifest["step"]:
             raise CorruptCheckpoint(f"{path} belongs to step {manifest['step']}")
@@ -148,27 +161,38 @@ def published(root: Path) -> list[Path]:
 def load_state(folder: Path) -> dict:
     """The `state` of a verified checkpoint, with its `step`. Raises UserError if it is not what `writing` writes."""
     try:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
         if isinstance(state, dict) and isinstance(state.get("step"), int):
             return state
     except (ValueError, RecursionError):
         pass
-    raise UserError(f"{folder / 'state.json'} is not what mori writes; take another checkpoint")
+    raise UserError(f"{folder / _STATE} is not what mori writes; take another checkpoint")
 
 
-def load_tensors(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def load_tensors(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, as_saved: AsSaved = optimizer_state.as_it_is
+) -> None:
     """Load a verified checkpoint into `model` and `optimizer`, which must be built as those that were saved.
 
-    Raises UserError if the model's tensors have other names, shapes or types, or the optimizer's state does not fit.
+    A rank that has a part of a tensor (a DTensor) reads that part alone; how the saved run divided its tensors does not matter.
+    `as_saved` is explained in `optimizer_state`. Raises UserError if the model's tensors have other names, shapes or types, or the
+    optimizer's state does not fit.
     """
     load_weights(folder, model)
-    load_moments(folder, optimizer)
+    load_moments(folder, optimizer, as_saved)
 
 
-def load_moments(folder: Path, optimizer: torch.optim.Optimizer) -> None:
+def load_moments(folder: Path, optimizer: torch.optim.Optimizer, as_saved: AsSaved = optimizer_state.as_it_is) -> None:
     """Load the state of a verified checkpoint's optimizer. Raises UserError if it does not fit `optimizer`."""
     try:
-        moments = load_tensors_of(folder / "optimizer.safetensors")
+        saved = Saved(_parts(folder, _OPTIMIZER))
+        whole = optimizer_state.whole_shapes(optimizer, as_saved)
+        moments = {}
+        for name, (shape, _) in saved.kinds().items():
+            like = whole.get(name.partition(".")[0])
+            moments[name] = saved.read(
+                name, part_of_this_rank(like) if like is not None and like.shape == shape else ()
+            )
         optimizer_state.unpack(optimizer, moments, load_state(folder).get("optimizer", {}))
     except SafetensorError as error:
         raise UserError(f"{folder} cannot be read: {error}") from None
@@ -184,23 +208,19 @@ def load_moments(folder: Path, optimizer: torch.optim.Optimizer) -> None:
 def load_weights(folder: Path, model: nn.Module) -> None:
     """Load the weights of a verified checkpoint into `model`. Raises UserError if they have other names, shapes or types."""
     try:
-        weights = load_tensors_of(next(folder / name for name in _WEIGHTS if (folder / name).exists()))
+        saved = Saved(next(filter(None, (_parts(folder, stem) for stem in _WEIGHTS))))
     except SafetensorError as error:
         raise UserError(f"{folder} cannot be read: {error}") from None
-    own = distinct(model.state_dict())
-    shapes, saved_shapes = ({name: (t.shape, t.dtype) for name, t in group.items()} for group in (own, weights))
-    if shapes != saved_shapes:
+    own = distinct(model.state_dict(keep_vars=True))
+    if {name: (tensor.shape, tensor.dtype) for name, tensor in own.items()} != saved.kinds():
         raise UserError(f"{folder} was saved from another model: its tensors have other names, shapes or types")
     for name, tensor in own.items():
-        tensor.copy_(weights[name])
+        local(tensor).copy_(saved.read(name, part_of_this_rank(tensor)))
 
 
-def load_tensors_of(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file; read at once if the file system refuses mmap."""
-    try:
-        return load_file(path)
-    except (OSError, RuntimeError, SafetensorError):
-        return load(path.read_bytes())
+def _parts(folder: Path, stem: str) -> list[Path]:
+    """The files of tensors in `folder` whose names begin with `stem`: one, or those of several ranks."""
+    return sorted(path for path in folder.glob(f"{stem}*") if re.fullmatch(stem + _PART, path.name))
 
 
 def prune(root: Path, keep: int, best_step: int | None) -> None:
@@ -224,7 +244,8 @@ def clean(root: Path) -> None:
 
 def files_of_the_run(folder: Path) -> list[str]:
     """The files of a checkpoint that no other program reads; none of another folder."""
-    return sorted({*_FILES, _MANIFEST}) if all((folder / name).is_file() for name in (*_FILES, _MANIFEST)) else []
+    paths = [folder / _STATE, folder / _MANIFEST, *(_parts(folder, _OPTIMIZER) or [folder / _OPTIMIZER])]
+    return sorted(path.name for path in paths) if all(path.is_file() for path in paths) else []
 
 
 def _plain_file(path: Path) -> Path:
@@ -237,8 +258,9 @@ def _are_files_of_a_checkpoint(names) -> bool:
     """Whether `names` hold all that a run needs, and nothing outside the folder."""
     paths = map(PurePosixPath, names)
     return (
-        set(names) >= _FILES
-        and not set(names).isdisjoint(_WEIGHTS)
+        _STATE in names
+        and any(re.fullmatch(_OPTIMIZER + _PART, name) for name in names)
+        and any(re.fullmatch(stem + _PART, name) for stem in _WEIGHTS for name in names)
         and not any(path.is_absolute() or ".." in path.parts for path in paths)
     )
 
@@ -257,5 +279,6 @@ def _files_in(folder: Path) -> Iterator[Path]:
     return (path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
 
 
-def _seal(files: dict) -> str:
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+def _seal(files: dict, layout: list | None) -> str:
+    sealed = files if layout is None else [files, layout]
+    return hashlib.sha256(json.dumps(sealed, sort_keys=True).encode()).hexdigest()

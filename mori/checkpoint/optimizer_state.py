@@ -8,10 +8,24 @@ from collections.abc import Callable
 
 import torch
 
+# From the number of a parameter, and a tensor of its state, to that tensor as checkpoints hold it: a DTensor for a rank's part.
+AsSaved = Callable[[int, torch.Tensor], torch.Tensor]
+
 SET_BY_CONFIG = frozenset({"params", "param_names", "lr", "initial_lr", "weight_decay", "betas", "eps"})
 
 
-def pack(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict]:
+def as_it_is(number: int, tensor: torch.Tensor) -> torch.Tensor:
+    """`AsSaved` of an optimizer that has whole parameters."""
+    return tensor
+
+
+def whole_shapes(optimizer: torch.optim.Optimizer, as_saved: AsSaved) -> dict[str, torch.Tensor]:
+    """The parameters as checkpoints would hold them, by the part of the names of `pack` before the first dot."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return {str(number): as_saved(number, parameter.detach()) for number, parameter in enumerate(parameters)}
+
+
+def pack(optimizer: torch.optim.Optimizer, as_saved: AsSaved = as_it_is) -> tuple[dict[str, torch.Tensor], dict]:
     """Split `optimizer.state_dict()` into tensors, named `<parameter index>.<name>`, and a JSON value for the rest.
 
     The JSON value holds the optimizer's class, the number of parameters in each group, and where not empty: `state`, the
@@ -47,6 +61,9 @@ def pack(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dic
     on_gpu = any(parameter.device.type != "cpu" for group in optimizer.param_groups for parameter in group["params"])
     on_cpu = [name for name, tensor in tensors.items() if on_gpu and tensor.device.type == "cpu"]
     plain = {"class": type(optimizer).__name__, "parameters": [len(group["params"]) for group in saved["param_groups"]]}
+    for path, tensor in tensors.items():
+        if (index := path.partition(".")[0]).isdecimal():
+            tensors[path] = as_saved(int(index), tensor)
     optional = {"state": state, "groups": groups if any(groups) else [], "other": other, "on_cpu": on_cpu}
     return tensors, plain | {name: value for name, value in optional.items() if value}
 
@@ -84,6 +101,7 @@ def unpack(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], p
         if not index.isdecimal() or not name or "." in name:
             raise ValueError(f"it has no place for the tensor {path}")
         state.setdefault(int(index), {})[name] = tensor
+    state = dict(sorted(state.items()))  # the files of several ranks have another order
     outside = [index for index in state if not 0 <= index < sum(sizes)]
     if outside:
         raise ValueError(f"it has state of parameter {outside[0]}, this optimizer has {sum(sizes)} parameters")

@@ -1,10 +1,14 @@
 """Tensors as a safetensors file, written with one tensor in host memory at a time."""
 
 import json
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 # https://huggingface.co/docs/safetensors, "Format"
 DTYPES = {
@@ -17,17 +21,23 @@ _PART = 1 << 14  # elements; PyTorch computes so few in the calling thread alone
 
 
 def distinct(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Keep tensors that share memory (tied weights) once, under their first name."""
+    """Keep tensors that share memory (tied weights) once, under their first name; of DTensors, those that are the same object."""
     first = {}
     for name, tensor in tensors.items():
-        shared = isinstance(tensor, torch.Tensor) and tensor.numel()
-        first.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride()) if shared else name, (name, tensor))
+        if isinstance(tensor, DTensor):
+            key = id(tensor)  # a part without elements has no address
+        elif isinstance(tensor, torch.Tensor) and tensor.numel():
+            key = tensor.data_ptr(), tensor.shape, tensor.stride()
+        else:
+            key = name
+        first.setdefault(key, (name, tensor))
     return dict(first.values())
 
 
 def check_storable(tensors: dict[str, torch.Tensor]) -> None:
     """Raise TypeError for a value that the file format cannot hold."""
     for name, tensor in tensors.items():
+        tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         if type(tensor) not in (torch.Tensor, nn.Parameter):
             raise TypeError(f"{name} cannot be saved: it is a {type(tensor).__name__}, not a plain tensor")
         if tensor.dtype not in DTYPES or tensor.layout is not torch.strided or tensor.is_meta:
@@ -57,6 +67,49 @@ def serialized(tensors: dict[str, torch.Tensor]) -> Iterator[bytes | memoryview]
         stored = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
         flat = stored.as_strided((stored.numel(),), (1,))  # reshape() may keep the stride of a single element
         yield memoryview(flat.view(torch.uint8).numpy())
+
+
+def _names(path: Path) -> list[str]:
+    """The names of the tensors in a safetensors file, in the order in which they were saved."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return [name for name in header if name != "__metadata__"]
+
+
+class Saved:
+    """The tensors of one or several safetensors files, read one at a time; a file at once if the file system refuses mmap.
+
+    Raises SafetensorError if a file is damaged.
+    """
+
+    def __init__(self, paths: Iterable[Path]):
+        self._sources = {}
+        for path in paths:
+            try:
+                source = safe_open(path, "pt")
+            except (OSError, RuntimeError, SafetensorError):
+                source = load(path.read_bytes())
+            self._sources |= dict.fromkeys(_names(path), source)
+
+    def kinds(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        """The shape and the type of each tensor."""
+        kinds, dtypes = {}, {name: dtype for dtype, name in DTYPES.items()}
+        for name, source in self._sources.items():
+            if isinstance(source, dict):
+                kinds[name] = source[name].shape, source[name].dtype
+            else:
+                part = source.get_slice(name)
+                kinds[name] = torch.Size(part.get_shape()), dtypes.get(part.get_dtype())
+        return kinds
+
+    def read(self, name: str, part: tuple[slice, ...] = ()) -> torch.Tensor:
+        """A tensor, or the part of it with this index, alone."""
+        source = self._sources[name]
+        if isinstance(source, dict):
+            return source[name][part]
+        if not part:
+            return source.get_tensor(name)
+        return source.get_slice(name)[part]
 
 
 class HostMemory:

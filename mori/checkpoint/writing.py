@@ -15,13 +15,16 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from mori.checkpoint import checkpoints, optimizer_state
+from mori.checkpoint import checkpoints, optimizer_state, sharded
 from mori.checkpoint.checkpoints import CorruptCheckpoint, folder_of, staged_folder_of
 from mori.checkpoint.files import rename_folder, set_aside, sync, write
-from mori.checkpoint.tensors import HostMemory, check_finite, check_storable, distinct, serialized
+from mori.checkpoint.optimizer_state import AsSaved
+from mori.checkpoint.tensors import HostMemory, Saved, check_finite, check_storable, distinct, serialized
 
+MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 # What a save may raise; a RuntimeError may be a lack of memory.
 SAVE_ERRORS = (OSError, FloatingPointError, TypeError, RuntimeError, MemoryError, CorruptCheckpoint)
 
@@ -59,28 +62,56 @@ def snapshot(
     optimizer: torch.optim.Optimizer,
     state: dict,
     beside: Mapping[str, bytes] | None = None,
-    weights_file: str = "model.safetensors",
+    weights_file: str = MODEL,
     memory: HostMemory | None = None,
+    as_saved: AsSaved = optimizer_state.as_it_is,
+    ranks: int = 1,
 ) -> Snapshot:
     """The checkpoint of `step` as one rank writes it; its tensors are those of `model` and `optimizer`, or copies in `memory`.
 
     `state` is everything else that the run needs, as JSON values; the keys `step` and `optimizer` are set here. `beside` are
-    further files, by their paths in the folder. `weights_file` is the name of the file with the model's `state_dict()`.
+    further files, by their paths in the folder. `weights_file` is the name of the file with the model's `state_dict()`. `as_saved`
+    is explained in `optimizer_state`.
+
+    With several `ranks` it is collective: each gets some of the tensors, whole and in host memory, and the first gets all else.
 
     Raises TypeError for a part of the optimizer's state that cannot be stored, see `optimizer_state.pack`.
     """
-    weights = distinct(model.state_dict())
-    moments, plain = optimizer_state.pack(optimizer)
+    tensors, plain = _content(model, optimizer, as_saved, weights_file)
+    others = {"state.json": json.dumps({**state, "step": step, "optimizer": plain}).encode(), **(beside or {})}
+    if ranks > 1:
+        tensors, others = _share(tensors, others, ranks, memory or HostMemory())
+    elif memory:
+        tensors = {file: memory.copy(file, content) for file, content in tensors.items()}
+    return Snapshot(step, tensors, others, frozenset(name for name, _ in model.named_buffers()))
+
+
+def _content(
+    model: nn.Module, optimizer: torch.optim.Optimizer, as_saved: AsSaved, weights_file: str
+) -> tuple[dict[str, dict[str, torch.Tensor]], dict]:
+    """The tensors of a checkpoint by file, and what `pack` returns beside tensors. Raises TypeError if it cannot be stored."""
+    weights = distinct(model.state_dict(keep_vars=True))
+    moments, plain = optimizer_state.pack(optimizer, as_saved)
     check_storable(weights)
     check_storable(moments)
-    text = json.dumps({**state, "step": step, "optimizer": plain}).encode()
-    tensors = {weights_file: weights, "optimizer.safetensors": moments}
-    return Snapshot(
-        step,
-        {file: memory.copy(file, content) for file, content in tensors.items()} if memory else tensors,
-        {"state.json": text, **(beside or {})},
-        frozenset(name for name, _ in model.named_buffers()),
-    )
+    return {weights_file: weights, OPTIMIZER: moments}, plain
+
+
+def _share(
+    tensors: dict[str, dict], others: dict[str, bytes], ranks: int, memory: HostMemory
+) -> tuple[dict[str, dict], dict[str, bytes]]:
+    """What this rank writes of a checkpoint whose tensors are divided over the ranks. Collective."""
+    own, rank = {}, dist.get_rank()
+    for file, content in tensors.items():
+        writers = ranks if file in (MODEL, OPTIMIZER) else 1  # transformers and PEFT know no parts of adapters
+        owner = sharded.owners(content, writers)
+        parts = sharded.file_names(file, owner)
+        copies = sharded.owned(file, content, owner, memory)
+        if rank in parts:
+            own[parts[rank]] = copies
+        if file == MODEL and len(parts) > 1:
+            others[f"{MODEL}.index.json"] = sharded.index(content, owner, parts)
+    return own, others if rank == 0 else {}
 
 
 def stage(root: Path, snapshot: Snapshot, abandoned: Callable[[], bool] = lambda: False) -> dict[str, dict]:
@@ -115,14 +146,15 @@ def _write(root: Path, snapshot: Snapshot, abandoned: Callable[[], bool] = lambd
     return files
 
 
-def publish(root: Path, step: int, files: Mapping[str, dict]) -> Path:
+def publish(root: Path, step: int, *parts: Mapping[str, dict]) -> Path:
     """Seal what was staged of the checkpoint of `step` with a manifest; rename it into place; returns its folder.
 
-    `files` are the descriptions of all its files, by name. Raises as `stage` does.
+    `parts` are the descriptions of each rank's files, by name. Raises as `stage` does.
     """
     final, staged = folder_of(root, step), staged_folder_of(root, step)
+    files = {name: description for part in parts for name, description in part.items()}
     with _space_told(root, sum(description["bytes"] for description in files.values())):
-        checkpoints.write_manifest(staged, step, dict(files))
+        checkpoints.write_manifest(staged, step, *parts)
         checkpoints.read_manifest(staged)
         for folder in {(staged / name).parent for name in files}:
             sync(folder)
@@ -138,7 +170,7 @@ def discard(root: Path, step: int) -> None:
 
 
 class Pending:
-    """The checkpoint of a step from its snapshot to its publication, on a rank that writes a part of it.
+    """The checkpoint of a step from its snapshot to its publication, on a rank that writes a part of it or all.
 
     `take()` returns the snapshot; it is called here, and what it raises is raised by `files`. With `in_background` a thread
     stages the snapshot, else `files` does.
@@ -147,7 +179,6 @@ class Pending:
     def __init__(self, root: Path, step: int, take: Callable[[], Snapshot], in_background: bool):
         self.root, self.step = root, step
         self._abandoned = threading.Event()
-        discard(root, step)
         try:
             taken = take()
             self._stage = partial(stage, root, taken, self._abandoned.is_set)
@@ -169,11 +200,10 @@ class Pending:
         return self._staged.result() if self._staged else self._stage()
 
     def end(self) -> None:
-        """Stop the thread, and remove what is staged and not published."""
+        """Stop the thread."""
         self._abandoned.set()
         if self._staged:
             wait([self._staged])
-        discard(self.root, self.step)
 
 
 def _fail(error: Exception) -> None:
@@ -185,11 +215,12 @@ def save(root: Path, step: int, **content) -> Path:
 
     Raises what these raise; what was staged is removed then.
     """
-    pending = Pending(root, step, lambda: snapshot(step, **content), in_background=False)
+    taken = snapshot(step, **content)
+    discard(root, step)
     try:
-        return publish(root, step, pending.files())
+        return publish(root, step, stage(root, taken))
     finally:
-        pending.end()
+        discard(root, step)
 
 
 def rehearse(
@@ -199,31 +230,33 @@ def rehearse(
     optimizer: torch.optim.Optimizer,
     beside: Mapping[str, bytes],
     sample_bytes: int = 0,
+    as_saved: AsSaved = optimizer_state.as_it_is,
 ) -> int:
     """Save, load and remove a checkpoint with one element of each type of tensor; returns the bytes that a whole one takes.
 
     `sample_bytes` of the largest tensor are saved too, if it has so many. Every cause that would make a save fail, except a full
     disk, raises the same errors here. A killed rehearsal leaves a folder that `checkpoints.clean` removes.
     """
-    whole = snapshot(0, model=model, optimizer=optimizer, state={}, beside=beside)
-    weights = whole.tensors["model.safetensors"]
-    samples = {str(tensor.dtype): tensor[(slice(1),) * tensor.dim()] for tensor in weights.values()}
+    tensors, plain = _content(model, optimizer, as_saved, MODEL)
+    text = json.dumps({"step": 0, "optimizer": plain}).encode()
+    weights = [sharded.local(tensor) for tensor in tensors[MODEL].values()]
+    samples = {str(tensor.dtype): tensor[(slice(1),) * tensor.dim()] for tensor in weights}
     if sample_bytes:
-        largest = max(weights.values(), key=lambda tensor: tensor.nbytes)
+        largest = max(weights, key=lambda tensor: tensor.nbytes)
         samples["largest"] = largest.flatten()[: sample_bytes // largest.element_size()]
         with contextlib.suppress(FloatingPointError):  # for its time alone
             check_finite(samples)
-    part = Snapshot(0, {"model.safetensors": samples, "optimizer.safetensors": {}}, whole.others)
+    part = Snapshot(0, {MODEL: samples, OPTIMIZER: {}}, {"state.json": text, **beside})
     discard(root, 0)
     try:
         inside = staged_folder_of(root, 0)
         folder = publish(inside, 0, _write(inside, part))
-        loaded = checkpoints.load_tensors_of(folder / "model.safetensors")
-        if any(loaded[name].dtype != sample.dtype for name, sample in samples.items()):
+        loaded = Saved([folder / MODEL])
+        if any(loaded.read(name).dtype != sample.dtype for name, sample in samples.items()):
             raise CorruptCheckpoint(f"{folder} reads back with other types of tensors")
     finally:
         discard(root, 0)
-    return whole.nbytes - len(whole.others["state.json"])
+    return Snapshot(0, tensors, dict(beside)).nbytes
 
 
 @contextlib.contextmanager

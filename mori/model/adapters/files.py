@@ -85,7 +85,7 @@ class Trained:
     def __init__(self, model: nn.Module):
         self._model = model
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
+    def state_dict(self, keep_vars: bool = False) -> dict[str, torch.Tensor]:
         """`tensors` of the model."""
         return tensors(self._model)
 
