@@ -28,7 +28,7 @@ from torch import nn
 from mori.checkpoint import optimizer_state
 from mori.checkpoint.files import describe, rename_folder, set_aside, write
 from mori.checkpoint.optimizer_state import AsSaved
-from mori.checkpoint.sharded import local, part_of_this_rank
+from mori.checkpoint.shards import local, rows
 from mori.checkpoint.tensors import Saved, distinct
 from mori.cli import UserError
 
@@ -190,9 +190,8 @@ def load_moments(folder: Path, optimizer: torch.optim.Optimizer, as_saved: AsSav
         moments = {}
         for name, (shape, _) in saved.kinds().items():
             like = whole.get(name.partition(".")[0])
-            moments[name] = saved.read(
-                name, part_of_this_rank(like) if like is not None and like.shape == shape else ()
-            )
+            part = rows(like) if like is not None and like.shape == shape else slice(None)
+            moments[name] = saved.read(name, part)
         optimizer_state.unpack(optimizer, moments, load_state(folder).get("optimizer", {}))
     except SafetensorError as error:
         raise UserError(f"{folder} cannot be read: {error}") from None
@@ -215,7 +214,7 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     if {name: (tensor.shape, tensor.dtype) for name, tensor in own.items()} != saved.kinds():
         raise UserError(f"{folder} was saved from another model: its tensors have other names, shapes or types")
     for name, tensor in own.items():
-        local(tensor).copy_(saved.read(name, part_of_this_rank(tensor)))
+        local(tensor).copy_(saved.read(name, rows(tensor)))
 
 
 def _parts(folder: Path, stem: str) -> list[Path]:

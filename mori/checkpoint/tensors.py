@@ -102,14 +102,12 @@ class Saved:
                 kinds[name] = torch.Size(part.get_shape()), dtypes.get(part.get_dtype())
         return kinds
 
-    def read(self, name: str, part: tuple[slice, ...] = ()) -> torch.Tensor:
-        """A tensor, or the part of it with this index, alone."""
+    def read(self, name: str, rows: slice = slice(None)) -> torch.Tensor:
+        """A tensor, or some rows of it alone."""
         source = self._sources[name]
-        if isinstance(source, dict):
-            return source[name][part]
-        if not part:
-            return source.get_tensor(name)
-        return source.get_slice(name)[part]
+        if rows == slice(None):
+            return source[name] if isinstance(source, dict) else source.get_tensor(name)
+        return source[name][rows] if isinstance(source, dict) else source.get_slice(name)[rows]
 
 
 class HostMemory:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from mori.checkpoint import checkpoints, optimizer_state, sharded
+from mori.checkpoint import checkpoints, optimizer_state, shards
 from mori.checkpoint.checkpoints import CorruptCheckpoint, folder_of, staged_folder_of
 from mori.checkpoint.files import rename_folder, set_aside, sync, write
 from mori.checkpoint.optimizer_state import AsSaved
@@ -104,13 +104,13 @@ def _share(
     own, rank = {}, dist.get_rank()
     for file, content in tensors.items():
         writers = ranks if file in (MODEL, OPTIMIZER) else 1  # transformers and PEFT know no parts of adapters
-        owner = sharded.owners(content, writers)
-        parts = sharded.file_names(file, owner)
-        copies = sharded.owned(file, content, owner, memory)
+        owner = shards.owners(content, writers)
+        parts = shards.file_names(file, owner)
+        copies = shards.owned(file, content, owner, memory)
         if rank in parts:
             own[parts[rank]] = copies
         if file == MODEL and len(parts) > 1:
-            others[f"{MODEL}.index.json"] = sharded.index(content, owner, parts)
+            others[f"{MODEL}.index.json"] = shards.index(content, owner, parts)
     return own, others if rank == 0 else {}
 
 
@@ -239,7 +239,7 @@ def rehearse(
     """
     tensors, plain = _content(model, optimizer, as_saved, MODEL)
     text = json.dumps({"step": 0, "optimizer": plain}).encode()
-    weights = [sharded.local(tensor) for tensor in tensors[MODEL].values()]
+    weights = [shards.local(tensor) for tensor in tensors[MODEL].values()]
     samples = {str(tensor.dtype): tensor[(slice(1),) * tensor.dim()] for tensor in weights}
     if sample_bytes:
         largest = max(weights, key=lambda tensor: tensor.nbytes)
