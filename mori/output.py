@@ -14,7 +14,7 @@ from typing import TypeVar
 from torch import nn
 
 from mori import distributed
-from mori.checkpoint import checkpoints, files, run_folder, writing
+from mori.checkpoint import checkpoints, files, run_folder, shards, writing
 from mori.checkpoint.files import advice, check_room, publish, rehearse_publication, staging_folder
 from mori.checkpoint.tensors import check_finite
 from mori.cli import RunFailed, UserError, one_line, plural
@@ -222,10 +222,11 @@ def finish(run: Run, state: State, signals: distributed.StopSignals) -> dict:
         run.monitor.say("\n".join(["after:", *state.samples_after]))
     run.monitor.close()
     run_summary = summary(run, state)
-    if runtime.is_main:
+    if runtime.is_main or runtime.sharded:
         if config.load_best_model_at_end:
             run_summary["published_step"] = load_best(run, state)
         publish_model(run, run_summary)
+    if runtime.is_main:
         with run.writes():
             run_summary["output_sha256"] = files.hashes(run.output_dir)
             files.write_json(run.run_dir / "summary.json", run_summary)
@@ -250,25 +251,41 @@ def load_best(run: Run, state: State) -> int:
     best = state.best.saved
     if best is None or best["step"] == state.step:
         return state.step
-    folder = checkpoints.folder_of(run.run_dir / "checkpoints", best["step"])
+    folder, error = checkpoints.folder_of(run.run_dir / "checkpoints", best["step"]), None
+    tell = say if run.runtime.is_main else lambda message: None
     try:
-        checkpoints.verify(folder)
-        checkpoints.load_weights(folder, state.stored)
-    except (checkpoints.CorruptCheckpoint, UserError) as error:
-        if isinstance(error, checkpoints.CorruptCheckpoint):
+        if run.runtime.is_main:
+            checkpoints.verify(folder)
+    except (checkpoints.CorruptCheckpoint, UserError) as raised:
+        error = raised
+    try:
+        error = run.runtime.gather(error)[0] if run.runtime.sharded else error
+        if error is None:
+            checkpoints.load_weights(folder, state.stored)
+    except UserError as raised:
+        error = raised
+    if error:
+        if isinstance(error, checkpoints.CorruptCheckpoint) and run.runtime.is_main:
             checkpoints.set_damaged_aside(folder, error, say)
-        say(f"WARNING: the best checkpoint cannot be published, so the last weights are: {error}")
+        tell(f"WARNING: the best checkpoint cannot be published, so the last weights are: {error}")
         return state.step
-    say("\n".join([f"at step {best['step']}, the best, which is published:", *best.get("samples", [])]))
+    tell("\n".join([f"at step {best['step']}, the best, which is published:", *best.get("samples", [])]))
     return best["step"]
 
 
 def publish_model(run: Run, run_summary: dict) -> None:
-    """Write the trained model and its card to `output_dir`; an existing model is renamed to `<name>.previous`."""
+    """Write the trained model and its card to `output_dir`; an existing model is renamed to `<name>.previous`.
+
+    Collective if the ranks share the weights.
+    """
     with run.module.as_loaded() as model:
         try:
-            check_finite(adapter_files.stored(model).state_dict(), dict(model.named_buffers()))
-            publish(run.output_dir, lambda folder: _write_model(run, model, folder, run_summary))
+            if not run.runtime.sharded:
+                check_finite(adapter_files.stored(model).state_dict(), dict(model.named_buffers()))
+            if run.runtime.is_main:
+                publish(run.output_dir, lambda folder: _write_model(run, model, folder, run_summary))
+            else:
+                _write_model(run, model, staging_folder(run.output_dir), run_summary)
         except FloatingPointError as error:
             raise RunFailed(f"the model is not written: {error}") from None
         except (OSError, UserError) as error:
@@ -285,10 +302,18 @@ def _write_model(run: Run, model: nn.Module, folder: Path, run_summary: dict, re
     """Write what `output_dir` holds: the whole model, or its adapters, and the card."""
     config, runtime, base = run.config, run.runtime, adapter_files.base_of(run.config.model)
     merged = not config.use_peft or merges(config, model)
-    if merged:
+    if merged and runtime.sharded and not rehearsal:
+        saving.save_divided(model, run.data.tokenizer, folder, writers=runtime.ranks_of_node)
+    elif merged:
         saving.save(model, run.data.tokenizer, folder, rehearsal=rehearsal)
     else:
-        adapter_files.save(model, run.data.tokenizer, folder, base)
+        adapters = adapter_files.tensors(model)
+        whole = {name: shards.local(t) for name, t in adapters.items()} if rehearsal else run.weights.whole(adapters)
+        if runtime.is_main:
+            check_finite({} if rehearsal else whole)
+            adapter_files.save(model, whole, run.data.tokenizer, folder, base)
+    if not runtime.is_main:
+        return
     card = model_card(
         run_summary,
         config,

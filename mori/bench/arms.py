@@ -193,7 +193,7 @@ def _trainers_model(config: TrainConfig, prepared: Prepared, folder: Path) -> nn
         return model
     from peft import PeftModel
 
-    adapter_files.save(model, prepared.tokenizer, folder / "adapter", base=config.model)
+    adapter_files.save(model, adapter_files.tensors(model), prepared.tokenizer, folder / "adapter", base=config.model)
     return PeftModel.from_pretrained(load(), folder / "adapter", is_trainable=True)
 
 

@@ -10,6 +10,7 @@ from safetensors.torch import load
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+MODEL = "model.safetensors"  # transformers' name for the weights of a model
 # https://huggingface.co/docs/safetensors, "Format"
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",

@@ -22,9 +22,9 @@ from mori.checkpoint import checkpoints, optimizer_state, shards
 from mori.checkpoint.checkpoints import CorruptCheckpoint, folder_of, staged_folder_of
 from mori.checkpoint.files import rename_folder, set_aside, sync, write
 from mori.checkpoint.optimizer_state import AsSaved
-from mori.checkpoint.tensors import HostMemory, Saved, check_finite, check_storable, distinct, serialized
+from mori.checkpoint.tensors import MODEL, HostMemory, Saved, check_finite, check_storable, distinct, serialized
 
-MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
+OPTIMIZER = "optimizer.safetensors"
 # What a save may raise; a RuntimeError may be a lack of memory.
 SAVE_ERRORS = (OSError, FloatingPointError, TypeError, RuntimeError, MemoryError, CorruptCheckpoint)
 

@@ -44,6 +44,11 @@ class Runtime:
         return self.rank == 0
 
     @property
+    def ranks_of_node(self) -> int:
+        """The number of ranks on this machine, as torchrun tells."""
+        return _variable("LOCAL_WORLD_SIZE", self.world_size)
+
+    @property
     def dtype(self) -> torch.dtype:
         """The type of the matmuls."""
         return _DTYPES.get(self.precision, torch.float32)

@@ -8,12 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from transformers import GenerationConfig
 
-from mori.checkpoint.files import write_json
+from mori.checkpoint import shards
+from mori.checkpoint.files import write, write_json
+from mori.checkpoint.tensors import MODEL, HostMemory, check_finite, distinct, serialized
 from mori.cli import UserError, guarded, one_line
 from mori.model.adapters import lora
 
@@ -41,6 +44,51 @@ def save(model: nn.Module, tokenizer, folder: Path, *, rehearsal: bool = False) 
         raise UserError(f"the model cannot be saved: {one_line(error)}") from None
     guarded("the tokenizer cannot be saved", lambda: tokenizer.save_pretrained(folder))
     _add_names_of_transformers_4(folder)
+
+
+def save_divided(model: nn.Module, tokenizer, folder: Path, writers: int) -> None:
+    """`save` for weights that are divided over ranks: each of the first `writers` ranks writes some, whole. Collective.
+
+    A rank holds no more than the tensors that it writes, and one more. Every rank raises what one of them raises: the errors of
+    `save`, or FloatingPointError if a weight is not finite.
+    """
+    rank = dist.get_rank()
+    with _agreed():
+        if rank == 0:
+            save(model, tokenizer, folder, rehearsal=True)
+            (folder / MODEL).unlink()
+    merged = lora.merged_state_dict(model, keep_vars=True)
+    tensors = distinct({name: _by_rows(tensor) for name, tensor in merged.items()})
+    owner = shards.owners(tensors, writers)
+    parts = shards.file_names(MODEL, owner)
+    own = shards.owned(MODEL, tensors, owner, HostMemory())
+    with _agreed():
+        check_finite(own, dict(model.named_buffers()))
+        if rank in parts:
+            write(folder / parts[rank], serialized(own))
+        if rank == 0 and len(parts) > 1:
+            write(folder / f"{MODEL}.index.json", [shards.index(tensors, owner, parts)])
+
+
+def _by_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor`, of which each rank has some rows if the ranks divide it: a transposed sum of two may be divided by columns."""
+    if not isinstance(tensor, DTensor) or all(p.is_replicate() or p.is_shard(0) for p in tensor.placements):
+        return tensor
+    return tensor.redistribute(placements=[p if p.is_replicate() else Shard(0) for p in tensor.placements])
+
+
+@contextlib.contextmanager
+def _agreed() -> Iterator[None]:
+    """The context of work whose error on one rank is raised on all."""
+    error = None
+    try:
+        yield
+    except (OSError, UserError, FloatingPointError) as raised:
+        error = raised
+    errors = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    if first := next(filter(None, errors), None):
+        raise first
 
 
 def _add_names_of_transformers_4(folder: Path) -> None:

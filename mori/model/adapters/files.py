@@ -99,17 +99,17 @@ def stored(model: nn.Module) -> nn.Module | Trained:
     return Trained(model) if adapted(model) else model
 
 
-def save(model: nn.Module, tokenizer, folder: Path, base: str) -> None:
+def save(model: nn.Module, whole: dict[str, torch.Tensor], tokenizer, folder: Path, base: str) -> None:
     """Write the adapters of `model`, their configuration, and the tokenizer into `folder`, as PEFT does.
+
+    `whole` are the `tensors` of the model, gathered if they are divided over ranks.
 
     Raises OSError if they cannot be written, and UserError if the tokenizer cannot.
     """
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(adapter_config(model, base), indent=2)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
-    save_file(
-        {name: tensor.cpu().contiguous() for name, tensor in tensors(model).items()}, folder / WEIGHTS, {"format": "pt"}
-    )
+    save_file({name: tensor.cpu().contiguous() for name, tensor in whole.items()}, folder / WEIGHTS, {"format": "pt"})
     guarded("the tokenizer cannot be saved", lambda: tokenizer.save_pretrained(folder))
 
 

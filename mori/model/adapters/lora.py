@@ -200,9 +200,11 @@ def _check_matched(ends: Iterable[str], names: list[str], flag: str) -> None:
             raise UserError(f"{flag}: {end} matches no layer of this model; its layers are named {known}")
 
 
-def merged_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The `state_dict()` of the model with its adapters merged into the weights; tied tensors stay tied."""
-    state = {name: tensor for name, tensor in model.state_dict().items() if ".lora.lora_" not in name}
+def merged_state_dict(model: nn.Module, keep_vars: bool = False) -> dict[str, torch.Tensor]:
+    """The `state_dict(keep_vars)` of the model with its adapters merged into the weights; tied tensors stay tied."""
+    state = {
+        name: tensor for name, tensor in model.state_dict(keep_vars=keep_vars).items() if ".lora.lora_" not in name
+    }
     return state | {f"{name}.weight": merged_weight(layer).detach() for name, layer in adapted(model).items()}
 
 
