@@ -22,7 +22,8 @@ from mori.cli import RunFailed, UserError, checked, one_line, plural
 from mori.config import TrainConfig, steps_of
 from mori.data.windows import Batches, load_step
 from mori.distributed import Runtime
-from mori.distributed.sharding import ShardedWeights, Weights
+from mori.distributed.sharding import Weights, weights_of
+from mori.distributed.unloaded import load_model
 from mori.evaluate import windows_to_score
 from mori.export import hub
 from mori.model import loading, special_tokens
@@ -273,23 +274,25 @@ def check(config: TrainConfig, locks: contextlib.ExitStack) -> Run:
 def build(run: Run, locks: contextlib.ExitStack) -> State:
     """Load the model, select its fastest verified variant, build the optimizer, restore a checkpoint, open the run's folder."""
     config, runtime = run.config, run.runtime
-    four_bit = runtime.dtype if config.load_in_4bit else None
-    model = loading.load_model(config.model, run.data.model_config, config.trust_remote_code, four_bit)
+    model, places = load_model(config, run.data.model_config, runtime)
     special_tokens.write_into(model, run.data.tokenizer)
-    model = loading.move(model, runtime.device)
     if "bfloat16" in (config.dtype, config.base_dtype):
         loading.store_in_bfloat16(model)
     saved = checkpoints.load_state(run.resumed) if run.resumed else {}
     library = choose_cpu_matmul(model, config, runtime, saved)
     batch = run.data.train.batch(range(min(len(run.data.train), config.per_device_train_batch_size)))
     check_positions(model, config.block_size)
+    input_ids = batch[0].to(runtime.device)
     with runtime.autocast():
-        other_loss = check_causal(model, config.model, batch[0].to(runtime.device))
-        trains = trainable.select(model, config, batch[0].to(runtime.device))
+        trains = trainable.select(model, config, input_ids)
+        run.module = CausalLMLoss(model)
+        run.flops_per_token = flops_per_token(model, config.block_size)
+        run.weights = weights_of(run.module, runtime, config.fsdp, places)
+        other_loss = run.weights.call(lambda model: check_causal(model, config.model, input_ids))
     if other_loss and runtime.is_main:
         say(f"WARNING: {other_loss}")
-    run.module, description = build_module(
-        model,
+    _, description = build_module(
+        run.module,
         config,
         batch,
         runtime,
@@ -297,8 +300,6 @@ def build(run: Run, locks: contextlib.ExitStack) -> State:
         cpu_matmul=library,
         compiled=bool(saved.get("compiled")),
     )
-    run.flops_per_token = flops_per_token(model, config.block_size)
-    run.weights = ShardedWeights(run.module, runtime, config.fsdp) if runtime.sharded else Weights(run.module)
     state = State(config, runtime, model, run.weights.build_optimizer(config), run.schedule, run.started)
     distributed.set_seed(config.seed + runtime.rank)
     remembered = runtime.on_main(lambda: run_folder.remembered_batch_size(config, run.run_dir))

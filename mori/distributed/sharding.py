@@ -15,6 +15,7 @@ from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_, get_total_nor
 from mori import optim
 from mori.cli import UserError
 from mori.config import TrainConfig
+from mori.distributed import unloaded
 from mori.distributed.ranks import Runtime
 from mori.model.adapters.trainable import layers
 from mori.model.lm import CausalLMLoss
@@ -72,11 +73,12 @@ class ShardedWeights(Weights):
     Args:
         module: the model and its loss, on its device; it is sharded in place, and its forward pass becomes collective.
         kind: the value of `config.fsdp`.
+        places: where the weights are stored, if they are still on the meta device: each rank reads its rows.
 
     Raises UserError if the ranks cannot be divided into nodes of equal size, or a weight cannot be sharded.
     """
 
-    def __init__(self, module: CausalLMLoss, runtime: Runtime, kind: str):
+    def __init__(self, module: CausalLMLoss, runtime: Runtime, kind: str, places: unloaded.Places | None = None):
         mesh = _mesh(runtime, kind)
         policy = MixedPrecisionPolicy(
             param_dtype=None if runtime.precision == "fp32" else runtime.dtype,
@@ -90,6 +92,10 @@ class ShardedWeights(Weights):
         except (ValueError, NotImplementedError, AssertionError) as error:
             raise UserError(f"fsdp: the weights of {type(module.model).__name__} cannot be sharded: {error}") from None
         register_fsdp_forward_method(module, "call")
+        module.register_forward_hook(_reshard_without_backward)
+        if places:
+            _allocate(module, runtime.device)
+            unloaded.read(module.model, places)
         super().__init__(module)
         self.parameters = [nn.Parameter(parameter.detach().to_local()) for parameter in self.in_model]
         self._group = mesh.get_group(mesh.ndim - 1)
@@ -164,6 +170,25 @@ class ShardedWeights(Weights):
             shape=parameter.shape,
             stride=parameter.stride(),
         )
+
+
+def weights_of(module: CausalLMLoss, runtime: Runtime, kind: str, places: unloaded.Places | None) -> Weights:
+    """The weights of `module`, sharded if the ranks share them; see `ShardedWeights`."""
+    return ShardedWeights(module, runtime, kind, places) if runtime.sharded else Weights(module)
+
+
+def _reshard_without_backward(module, inputs, output) -> None:
+    """A forward hook: weights outside the layers stay gathered for the backward pass, if there will be one."""
+    if not torch.is_grad_enabled():
+        module.reshard()
+
+
+def _allocate(module: nn.Module, device: torch.device) -> None:
+    """Allocate the weights, which are on the meta device; buffers keep their values."""
+    buffers = [(owner, name, b) for owner in module.modules() for name, b in owner.named_buffers(recurse=False)]
+    module.to_empty(device=device)
+    for owner, name, buffer in buffers:
+        setattr(owner, name, buffer.to(device))
 
 
 def _mesh(runtime: Runtime, kind: str) -> DeviceMesh:

@@ -107,6 +107,11 @@ def _weights(folder: Path, config) -> list[Path]:
     return []
 
 
+def weights_in(folder: Path) -> list[Path]:
+    """The files with the weights of the model in `folder`, which `check_folder` has accepted."""
+    return _weights(folder, _read_json(folder / "config.json"))
+
+
 def _check_text_file(path: Path, folder: Path) -> None:
     _check_file_type(path, folder)
     limit = _CONFIG_BYTES if path.name in _SETTINGS else _TEXT_BYTES

@@ -25,7 +25,7 @@ def check_causal(model: nn.Module, name: str, input_ids: torch.Tensor) -> str:
     pair, was_training = torch.cat([ids, changed]), model.training
     model.eval()
     try:
-        output = _output(model, name, pair)
+        output = read_text(model, name, pair)
     finally:
         model.train(was_training)
     before = output.logits[:, :half].float()
@@ -47,8 +47,11 @@ def check_positions(model: nn.Module, block_size: int) -> None:
         )
 
 
-def _output(model: nn.Module, name: str, input_ids: torch.Tensor):
-    """The model's output for `input_ids` as labels too, or without labels if it cannot have these."""
+def read_text(model: nn.Module, name: str, input_ids: torch.Tensor):
+    """The output of the model `name` for `input_ids` `(B, T)` as labels too, or without labels if it cannot have these.
+
+    Raises UserError if it cannot read text alone.
+    """
     reasons = (LookupError, TypeError, ValueError, AttributeError, AssertionError, NotImplementedError)
     try:
         output = model(input_ids=input_ids, labels=input_ids, use_cache=False)

@@ -20,7 +20,7 @@ WORTH_COMPILING_SECONDS = 1200
 
 
 def build_module(
-    model: nn.Module,
+    model: nn.Module | CausalLMLoss,
     config: TrainConfig,
     batch: tuple[torch.Tensor, torch.Tensor],
     runtime,
@@ -35,6 +35,7 @@ def build_module(
     and matmuls stay the model's own.
 
     Args:
+        model: a model of transformers; with its loss already, if it is sharded.
         batch: `input_ids` and `labels`, `(B, T)`, on the host.
         runtime: the `distributed.Runtime`.
         separators: the tokens at which a document begins.
@@ -43,8 +44,8 @@ def build_module(
 
     Raises UserError if the model has no gradient checkpointing, or cannot keep documents apart, and the config asks for it.
     """
-    module = CausalLMLoss(model)
-    chosen = []
+    module = model if isinstance(model, CausalLMLoss) else CausalLMLoss(model)
+    model, chosen = module.model, []
     if config.gradient_checkpointing:
         _enable_gradient_checkpointing(module, config)
         chosen.append("activations recomputed in the backward pass")

@@ -3,12 +3,14 @@
 A layer is recognized by what it computes: its output and its gradients for a few random rows must be those of the replacement.
 """
 
+import copy
 from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import activations
 
 _TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 4e-3}  # relative, of a replacement; else 1e-5
@@ -55,11 +57,11 @@ def fuse_layers(model: nn.Module, recompute: bool = True) -> list[str]:
     """
     replaced, verdicts = set(), {}
     for module in model.modules():
-        for name, fused, width in _candidates(module, recompute):
+        for number, (name, fused, width) in enumerate(_candidates(module, recompute)):
             settings = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str))}
             key = type(module), name, width, str(settings)
             if key not in verdicts:
-                verdicts[key] = _agrees(module, fused, width)
+                verdicts[key] = _agrees(module, number, recompute)
             if verdicts[key]:
                 module.forward = partial(_with_gradients, fused, module.forward)
                 replaced.add(name.split()[0])
@@ -91,8 +93,14 @@ def _with_gradients(fused: Callable, own: Callable, *args, **kwargs) -> torch.Te
     return (fused if is_usual else own)(*args, **kwargs)
 
 
-def _agrees(module: nn.Module, fused: Callable, width: int) -> bool:
-    """Whether `fused` gives the output and the gradient of `module` for random rows `(1, 2, width)`."""
+def _agrees(module: nn.Module, number: int, recompute: bool) -> bool:
+    """Whether candidate `number` gives the output and the gradient of `module` for random rows `(1, 2, width)`.
+
+    A module whose weights are sharded is tried with random ones.
+    """
+    if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+        module = _with_random_weights(module)
+    _, fused, width = _candidates(module, recompute)[number]
     weight = next(module.parameters())
     generator, is_training = torch.Generator().manual_seed(0), module.training
     x, direction = (torch.randn(1, 2, width, generator=generator).to(weight) for _ in range(2))
@@ -113,6 +121,20 @@ def _agrees(module: nn.Module, fused: Callable, width: int) -> bool:
         bool((actual - expected).norm() <= tolerance * expected.norm())
         for expected, actual in zip(*results, strict=True)
     )
+
+
+def _with_random_weights(module: nn.Module) -> nn.Module:
+    """A copy of `module` with whole weights, of the magnitude of trained ones."""
+    twin = copy.deepcopy(module)
+    for owner in twin.modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            values = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.to_local().device)
+            setattr(
+                owner,
+                name,
+                nn.Parameter(values.normal_(std=0.02, generator=torch.Generator(values.device).manual_seed(0))),
+            )
+    return twin
 
 
 def _gated(module: nn.Module, kind: str, recompute: bool, x: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from mori.cli import UserError
 from mori.config import TrainConfig
 from mori.config.adapters import AdapterConfig
 from mori.model.adapters import lora
+from mori.model.probes import read_text
 
 
 def select(model: nn.Module, config: TrainConfig, input_ids: torch.Tensor) -> str:
@@ -34,7 +35,7 @@ def select(model: nn.Module, config: TrainConfig, input_ids: torch.Tensor) -> st
         if layers := list(lora.adapted(model).values()):
             _check_same(layers[0].lora.settings, wanted)
         else:
-            called = lora.called_layers(model, lambda: model(input_ids=input_ids[:1, :2], use_cache=False))
+            called = lora.called_layers(model, lambda: read_text(model, config.model, input_ids[:1, :2]))
             lora.add(model, wanted, called=called)
     for layer in lora.adapted(model).values():
         layer.lora.fused = config.fused_adapters
