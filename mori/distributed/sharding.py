@@ -94,7 +94,7 @@ class ShardedWeights(Weights):
         register_fsdp_forward_method(module, "call")
         module.register_forward_hook(_reshard_without_backward)
         if places:
-            _allocate(module, runtime.device)
+            unloaded.allocate(module, runtime.device)
             unloaded.read(module.model, places)
         super().__init__(module)
         self.parameters = [nn.Parameter(parameter.detach().to_local()) for parameter in self.in_model]
@@ -181,14 +181,6 @@ def _reshard_without_backward(module, inputs, output) -> None:
     """A forward hook: weights outside the layers stay gathered for the backward pass, if there will be one."""
     if not torch.is_grad_enabled():
         module.reshard()
-
-
-def _allocate(module: nn.Module, device: torch.device) -> None:
-    """Allocate the weights, which are on the meta device; buffers keep their values."""
-    buffers = [(owner, name, b) for owner in module.modules() for name, b in owner.named_buffers(recurse=False)]
-    module.to_empty(device=device)
-    for owner, name, buffer in buffers:
-        setattr(owner, name, buffer.to(device))
 
 
 def _mesh(runtime: Runtime, kind: str) -> DeviceMesh:

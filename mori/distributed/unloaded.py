@@ -54,7 +54,9 @@ def unloaded(folder: Path, model_config, config: TrainConfig) -> tuple[nn.Module
 
 def _to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
     """Replaces a parameter as soon as it is registered, before its random values are drawn."""
-    return parameter if parameter is None else nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+    if parameter is None or parameter.is_meta:  # a tied weight is registered twice, and stays one
+        return None
+    return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
 
 
 def _places(model: nn.Module, paths: list[Path]) -> Places | None:
@@ -75,6 +77,22 @@ def _places(model: nn.Module, paths: list[Path]) -> Places | None:
     present = {id(parameter) for name, parameter in own.items() if name in places}
     is_whole = all(id(parameter) in present for parameter in own.values())
     return places if is_whole and not remaining else None
+
+
+def allocate(module: nn.Module, device: torch.device) -> None:
+    """Allocate the weights, which are on the meta device; buffers keep their values, and tied weights stay tied."""
+    owners = list(module.modules())
+    buffers = [(owner, name, b) for owner in owners for name, b in owner.named_buffers(recurse=False)]
+    tied: dict[int, list[tuple[nn.Module, str]]] = {}
+    for owner in owners:
+        for name, parameter in owner.named_parameters(recurse=False):
+            tied.setdefault(id(parameter), []).append((owner, name))
+    module.to_empty(device=device)
+    for (first, name), *others in tied.values():
+        for owner, other in others:
+            setattr(owner, other, getattr(first, name))
+    for owner, name, buffer in buffers:
+        setattr(owner, name, buffer.to(device))
 
 
 @torch.no_grad()
