@@ -56,7 +56,7 @@ CASES = {
     "llama": {"model": "llama", "gradient_accumulation_steps": 2},
     "weights kept until the backward pass": {"model": "llama", "fsdp": "shard_grad_op"},
     "hybrid": {"model": "gpt2", "fsdp": "hybrid_shard", "gradient_accumulation_steps": 2, "LOCAL_WORLD_SIZE": "1"},
-    "adapters": {"model": "llama", "use_peft": True, "lora_r": 4},
+    "adapters": {"model": "llama", "use_peft": True, "lora_r": 4, "save_merged": True},
     "last layer": {"model": "gpt2", "freeze_trainable_layers": 1},
     "recomputed activations": {"model": "llama", "gradient_checkpointing": True},
     "own loss and attention": {"model": "gpt2", "chunked_loss": False, "mask_free_attention": False},
@@ -75,7 +75,7 @@ def common(text_file, models) -> dict:
     return {
         "corpus": [str(text_file)], "block_size": 16, "held_out_fraction": 0.1, "max_steps": STEPS, "learning_rate": 1e-3,
         "dropout": 0.0, "max_grad_norm": 0.5, "eval_steps": 25, "save_strategy": "no", "logging_steps": 1,
-        "max_new_tokens": 5, "max_eval_windows": 0, "prompt": ["Halo"], "save_merged": True,
+        "max_new_tokens": 5, "max_eval_windows": 0, "prompt": ["Halo"],
     }  # fmt: skip
 
 
