@@ -3,12 +3,16 @@
 import gzip
 import json
 import re
+import time
+import types
 from collections import Counter
 
 import pytest
 import torch
 from conftest import assert_equal_weights, flags, run_script, stop_after
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
 
 from mori.cli import UserError
 from mori.config import TrainConfig
@@ -55,18 +59,56 @@ def test_profile_holds_the_operations_of_the_steps(run_train, tmp_path, capsys):
     assert not list(run_dir.glob("unfinished*"))
 
 
-def test_heaviest_takes_the_time_of_kernels_on_a_gpu():
-    class Event:
-        def __init__(self, key, count, cpu, gpu):
-            self.key, self.count, self.self_cpu_time_total, self.self_device_time_total = key, count, cpu, gpu
+def test_heaviest_counts_the_time_of_kernels_once_on_a_gpu():
+    def event(key: str, start: int, end: int, device_type: DeviceType, is_user_annotation: bool = False):
+        return FunctionEvent(
+            id=0, name=key, thread=0, start_us=start, end_us=end, device_type=device_type, use_device="cuda",
+            is_user_annotation=is_user_annotation,
+        )  # fmt: skip
 
-    events = [Event("ProfilerStep*", 1, 9e6, 9e6), Event("aten::mm", 4, 8000, 1000), Event("gemm", 4, 0, 3000)]
+    launch = event("aten::mm", 10, 20, DeviceType.CPU)
+    launch.append_kernel("gemm", 0, 3000)
+    events = [
+        event("ProfilerStep*", 0, 50, DeviceType.CPU, True),
+        launch,
+        event("ProfilerStep*", 1000, 9000, DeviceType.CUDA, True),
+        event("Optimizer.step#AdamW.step", 5000, 6000, DeviceType.CUDA, True),
+        event("gemm", 1000, 4000, DeviceType.CUDA),
+        event("adamw", 5000, 6000, DeviceType.CUDA),
+        event("evaluation", 9500, 19500, DeviceType.CUDA),
+    ]
     table = heaviest(events, [7], torch.device("cuda"))
     assert (table["steps"], table["total_ms"]) == ([7, 7], 4.0)
-    assert [(o["name"], o["ms"], o["share"]) for o in table["operations"]] == [
-        ("gemm", 3.0, 0.75),
-        ("aten::mm", 1.0, 0.25),
+    assert [(o["name"], o["calls"], o["ms"], o["share"]) for o in table["operations"]] == [
+        ("gemm", 1, 3.0, 0.75),
+        ("adamw", 1, 1.0, 0.25),
     ]
+
+
+def test_profile_table_leaves_out_what_lies_between_the_steps(run_train, tmp_path):
+    run_train(profile_steps="3:5", max_steps=6, eval_steps=4)
+    events = trace(tmp_path / "runs/run")
+    marks = [(e["ts"], e["ts"] + e["dur"]) for e in events if e["name"].startswith("ProfilerStep#")]
+    inside = Counter(e["name"] for e in events if any(begin <= e["ts"] <= end for begin, end in marks))
+    everywhere = Counter(e["name"] for e in events)
+    operations = json.loads((tmp_path / "runs/run/profile.json").read_text())["operations"]
+    assert any(inside[o["name"]] < everywhere[o["name"]] for o in operations)
+    assert all(o["calls"] <= inside[o["name"]] for o in operations)
+
+
+def test_tokens_per_second_leave_out_the_writing_of_a_profile(run_train, monkeypatch):
+    """The clock leaps by an hour while the trace is written."""
+    hours, export = [0], torch.profiler.profile.export_chrome_trace
+
+    def slow(self, path):
+        export(self, path)
+        hours[0] += 1
+
+    monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", slow)
+    clock = types.SimpleNamespace(perf_counter=lambda: time.perf_counter() + 3600 * hours[0])
+    monkeypatch.setattr("mori.tracking.throughput.time", clock)
+    summary = run_train(profile_steps="2:3", max_steps=4)
+    assert hours == [1] and summary["tokens_per_second"] > 4 * 64 / 3600 * 10
 
 
 def test_profile_changes_no_weights(run_train, tmp_path):

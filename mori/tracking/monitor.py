@@ -78,9 +78,11 @@ class Monitor:
         self._each("sync")
 
     def move(self, step: int) -> None:
-        """Move the progress bar to `step`."""
+        """Move the progress bar to `step`, which is done; write the profile if it ends there."""
         if self._progress:
             self._progress.move(step)
+        if self._profiler and self._profiler.is_over(step):
+            self._end_profile()
 
     def progress(self, step: int, values: dict[str, float]) -> None:
         """Show the newest figures, keyed by tag: beside the bar, or in a line of text where there is none."""
@@ -102,8 +104,6 @@ class Monitor:
         self._attempt(self._profiler, partial(self._profiler.begin, step))
         with self._profiler.mark(step):
             yield
-        if self._profiler.is_over(step):
-            self._end_profile()
 
     def _end_profile(self) -> None:
         """Write what was recorded; the heaviest operations are a text, too."""

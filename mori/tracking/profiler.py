@@ -3,10 +3,13 @@
 import contextlib
 import json
 import os
+from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch.autograd import DeviceType
 
 _HEAVIEST = 10
 TRACE = "profile.pt.trace.json.gz"  # TensorBoard's plugin looks for names with this end
@@ -60,7 +63,7 @@ class Profiler:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         profile.stop()
-        table = heaviest(profile.key_averages(), self._recorded, self._device)
+        table = heaviest(profile.events(), self._recorded, self._device)
         with self._staged(TRACE) as path:
             profile.export_chrome_trace(str(path))
         with self._staged(TABLE) as path:
@@ -86,19 +89,28 @@ def steps_in_words(table: dict) -> str:
 
 
 def heaviest(events, steps: list[int], device: torch.device) -> dict:
-    """The operations with the most time of their own, without the operations that they call, from `key_averages()`.
+    """The operations with the most time of their own, without the operations that they call, from the profiler's `events()`.
 
-    Times are those of the kernels on a GPU, and of the calls on a CPU, in milliseconds; `share` is the part of the time of all.
+    Only the steps count: an evaluation or a save between two of them is in the trace alone. Times are those of the kernels on a
+    GPU, and of the calls on a CPU, in milliseconds; `share` is the part of the time of all.
     """
     gpu = device.type == "cuda"
-    times = {e.key: (e.count, (e.self_device_time_total if gpu else e.self_cpu_time_total) / 1000) for e in events}
-    times = {key: value for key, value in times.items() if not key.startswith("ProfilerStep")}
-    total = sum(ms for _, ms in times.values())
-    order = sorted(times, key=lambda key: times[key][1], reverse=True)[:_HEAVIEST]
+    # On a GPU, each kernel's time is also that of the CPU's operation that launched it, and marks count as kernels.
+    events = [event for event in events if (event.device_type != DeviceType.CPU) == gpu]
+    marks = sorted((e.time_range.start, e.time_range.end) for e in events if e.key.startswith("ProfilerStep"))
+    times: dict[str, list[float]] = defaultdict(list)
+    for event in events:
+        place = bisect_right(marks, (event.time_range.start, float("inf"))) - 1
+        inside = place >= 0 and event.time_range.start <= marks[place][1]
+        if inside and not event.key.startswith("ProfilerStep") and not (gpu and event.is_user_annotation):
+            times[event.key].append((event.self_device_time_total if gpu else event.self_cpu_time_total) / 1000)
+    sums = {key: sum(values) for key, values in times.items()}
+    total = sum(sums.values())
+    order = sorted(sums, key=sums.get, reverse=True)[:_HEAVIEST]
     operations = [
-        {"name": key, "calls": times[key][0], "ms": round(times[key][1], 3), "share": round(times[key][1] / total, 4)}
+        {"name": key, "calls": len(times[key]), "ms": round(sums[key], 3), "share": round(sums[key] / total, 4)}
         for key in order
-        if times[key][1] > 0
+        if sums[key] > 0
     ]
     return {
         "steps": [steps[0], steps[-1]],
