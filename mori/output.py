@@ -25,7 +25,6 @@ from mori.model import saving
 from mori.model.adapters import files as adapter_files
 from mori.run import Run
 from mori.state import PendingSave, State
-from mori.tracking.memory import peak_memory_bytes
 from mori.tracking.monitor import say
 from mori.tracking.overview import environment, results, sample_command
 from mori.tracking.report.card import CARD, model_card
@@ -368,7 +367,7 @@ def summary(run: Run, state: State) -> dict:
         "skipped_steps": int(state.skipped[0]),
         "wall_seconds": state.wall_seconds,
         "tokens_per_second": state.throughput.average,
-        "peak_memory_bytes": peak_memory_bytes(run.runtime.device),
+        "peak_memory_bytes": state.peak_memory_bytes,
         "output_dir": run.config.output_dir,
     }
 

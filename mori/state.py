@@ -14,6 +14,7 @@ from mori.config import TrainConfig
 from mori.distributed import BatchSize, Runtime
 from mori.model.adapters import files as adapter_files
 from mori.optim import Schedule
+from mori.tracking.memory import peak_memory_bytes
 from mori.tracking.throughput import Throughput
 
 # The counters of a checkpoint and their types.
@@ -21,7 +22,7 @@ _PROGRESS = {
     "step": int, "before": (dict, type(None)), "best": (dict, type(None)), "after": (dict, type(None)),
     "samples_before": list, "samples_after": list, "unlogged_losses": list, "skipped_steps": int, "skipped_in_a_row": int,
     "tokens": int, "train_seconds": (int, float), "wall_seconds": (int, float), "train_batch_size": int,
-    "eval_batch_size": int, "best_saved": (dict, type(None)), "evaluations_without_improvement": (int, type(None)),
+    "eval_batch_size": int, "best_saved": (dict, type(None)), "evaluations_without_improvement": (int, type(None)), "peak_memory_bytes": int,
 }  # fmt: skip
 _BATCH_SETTINGS = ("per_device_train_batch_size", "gradient_accumulation_steps", "auto_find_batch_size")
 
@@ -123,12 +124,17 @@ class State:
         self.host_memory = HostMemory()
         self._batch_settings = {name: getattr(config, name) for name in _BATCH_SETTINGS}
         self.compiled: bool | None = None if config.torch_compile is None else False
-        self._wall_seconds, self._started = 0.0, started
+        self._wall_seconds, self._started, self._peak_memory_bytes = 0.0, started, 0
 
     @property
     def wall_seconds(self) -> float:
         """Seconds since the start of the run, over all resumes."""
         return self._wall_seconds + time.perf_counter() - self._started
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """The most memory in use since the start of the run, over all resumes; see `mori.tracking.memory`."""
+        return max(self._peak_memory_bytes, peak_memory_bytes(self.runtime.device))
 
     @property
     def evaluated(self) -> bool:
@@ -155,6 +161,7 @@ class State:
             "tokens": self.throughput.tokens,
             "train_seconds": self.throughput.seconds,
             "wall_seconds": self.wall_seconds,
+            "peak_memory_bytes": self.peak_memory_bytes,
             "train_batch_size": self.micro_batch.size,
             "eval_batch_size": self.eval_batch.size,
         }
@@ -184,7 +191,9 @@ class State:
         losses = [rank["unlogged_losses"] for rank in ranks]
         if len(ranks) != self.runtime.world_size:  # what is logged is the mean over the ranks
             losses = [[sum(step) / len(ranks) for step in zip(*losses, strict=True)]] * self.runtime.world_size
-        in_earlier_versions = {"best_saved": saved["progress"]["best"], "evaluations_without_improvement": None}
+        in_earlier_versions = {
+            "best_saved": saved["progress"]["best"], "evaluations_without_improvement": None, "peak_memory_bytes": 0,
+        }  # fmt: skip
         progress = {**in_earlier_versions, **saved["progress"], "unlogged_losses": losses[own]}
         if progress.keys() != _PROGRESS.keys():
             raise ValueError(f"progress has the fields {', '.join(progress)}")
@@ -203,6 +212,7 @@ class State:
         self.skipped = torch.tensor([float(progress[n]) for n in ("skipped_steps", "skipped_in_a_row")], device=device)
         self.throughput = Throughput(progress["tokens"], progress["train_seconds"])
         self._wall_seconds, self.saved_step = progress["wall_seconds"], self.step
+        self._peak_memory_bytes = progress["peak_memory_bytes"]
         if all(saved["config"].get(name, value) == value for name, value in self._batch_settings.items()):
             self.micro_batch.size = min(self.micro_batch.size, progress["train_batch_size"] or self.micro_batch.size)
         self.eval_batch.size = min(self.eval_batch.size, progress["eval_batch_size"] or self.eval_batch.size)

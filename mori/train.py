@@ -22,7 +22,6 @@ from mori.preflight import preflight
 from mori.run import Run, build, check
 from mori.state import State
 from mori.tracking import copying
-from mori.tracking.memory import peak_memory_bytes
 
 
 def train(config: TrainConfig, on_step: Callable[[int, float], None] = lambda step, seconds: None) -> dict:
@@ -220,7 +219,7 @@ def log(
         "train/skipped_steps": skipped_steps,
         "perf/tokens_per_second": tokens_per_second,
         "perf/data_wait": waited,
-        "perf/peak_memory_gib": peak_memory_bytes(runtime.device) / 2**30,
+        "perf/peak_memory_gib": state.peak_memory_bytes / 2**30,
     }
     if weights is not None:
         values["train/update_ratio"] = optim.update_ratio(weights, run.weights.parameters).item()
@@ -252,6 +251,7 @@ def stop(run: Run, state: State, received: str) -> None:
     if state.saved_step != state.step:
         output.save(run, state)
         output.complete_save(run, state)
+    run.monitor.report(output.summary(run, state))
     run.monitor.close()
     reason = f"stopped by {received or 'another rank'}"
     if state.saved_step != state.step:

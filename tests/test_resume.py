@@ -126,6 +126,14 @@ def test_run_killed_before_publishing_publishes(run_train, tmp_path, monkeypatch
     assert_equal_weights(tmp_path / "whole", tmp_path / "brain")
 
 
+def test_peak_memory_of_a_resumed_run_is_that_of_all_its_processes(run_train, tmp_path, monkeypatch):
+    monkeypatch.setattr("mori.state.peak_memory_bytes", lambda device: 5 << 30)
+    stop_after(8, run_train)
+    monkeypatch.setattr("mori.state.peak_memory_bytes", lambda device: 1 << 30)
+    assert run_train()["peak_memory_bytes"] == 5 << 30
+    assert read_metrics(tmp_path / "runs/run/metrics.jsonl")[-2]["perf/peak_memory_gib"] == 5
+
+
 def test_resume_refuses_other_settings(run_train, text_file, tmp_path):
     run_train(max_steps=4)
     with pytest.raises(UserError, match=r"learning_rate \(0.001, 0.002\)"):
