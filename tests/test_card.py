@@ -125,6 +125,13 @@ def test_card_without_an_evaluation_has_no_figures(short, tmp_path, changed):
     assert "model-index" not in card.data.to_dict() and "## Evaluation" not in card.text
 
 
+def test_card_names_a_local_base_and_the_warmup_in_percent(short, llama, tmp_path):
+    short(model=str(llama), warmup_steps=0.05)
+    card = (tmp_path / "brain" / "README.md").read_text()
+    assert "A causal language model: the local model llama, trained further" in card
+    assert "linear, warm-up 5% of the steps |" in card
+
+
 def test_card_names_a_base_on_the_hub_and_its_licence(short, small_model, tmp_path):
     base = cached(small_model, tmp_path / "hub", "license: other\nlicense_name: mine\nlicense_link: LICENSE")
     short(model=str(base), use_peft=True)

@@ -5,6 +5,7 @@ import math
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -14,11 +15,13 @@ import pytest
 from conftest import flags, run_script, stop_after
 
 from mori.__main__ import main
+from mori.cli import Interrupted
 from mori.config import TrainConfig
 from mori.tracking.loggers import read_metrics
 from mori.tracking.report import charts
 from mori.tracking.report.data import read_run
 from mori.tracking.report.write import Reporter, write_run
+from mori.train import train
 
 NASTY = [
     "Halo <script>alert(1)</script> & <b>bold</b> </td></table>",
@@ -187,7 +190,7 @@ def test_killed_run_has_a_report_and_its_end_replaces_it(run_train, tmp_path):
     stop_after(8, run_train)
     folder = tmp_path / "runs/run"
     for page in pages(folder).values():
-        assert "This run is not finished: it is at step 6 of 12" in page
+        assert "This run is not finished: this page covers it up to step 6 of 12" in page
     assert len(Html(pages(folder)["html"], "sample").texts) == 2  # at steps 0 and 6
     run_train()
     for page in pages(folder).values():
@@ -195,11 +198,18 @@ def test_killed_run_has_a_report_and_its_end_replaces_it(run_train, tmp_path):
     assert not (folder / "progress.json").exists()
 
 
+def test_run_that_a_signal_stops_has_a_report_of_its_last_step(settings, tmp_path):
+    with pytest.raises(Interrupted):
+        train(TrainConfig(**settings), on_step=lambda step, _: step == 8 and signal.raise_signal(signal.SIGINT))
+    for page in pages(tmp_path / "runs/run").values():
+        assert "This run is not finished: this page covers it up to step 8 of 12" in page
+
+
 def test_extended_run_that_was_killed_is_not_called_finished(run_train, tmp_path):
     run_train(max_steps=6, eval_steps=3)
     stop_after(3, lambda: run_train(max_steps=12, eval_steps=3, extend=True))
     page = pages(tmp_path / "runs/run")["html"]
-    assert "not finished: it is at step 6 of 12" in page or "not finished: it is at step 9 of 12" in page
+    assert re.search("not finished: this page covers it up to step (6|9) of 12", page)
 
 
 def test_report_that_cannot_be_written_is_one_warning(run_train, tmp_path, capsys):
@@ -283,7 +293,22 @@ def test_copying_is_shown_beside_the_held_out_text(tmp_path):
     folder = made_run(tmp_path / "run", metrics=metrics)
     write_run(read_run(folder))
     for page in pages(folder).values():
-        assert "40.0 %" in page and "held-out text 2.0 %, at most 40 tokens in a row" in page
+        assert "40.0%" in page and "at most 40 tokens in a row; held-out text 2.0%" in page
+
+
+def test_figures_of_short_runs_and_adapters_are_not_rounded_away(tmp_path):
+    losses = [{"step": step, "perf/mfu": mfu, "train/epoch": step / 1000} for step, mfu in ((2, 0.1), (4, 0.3))]
+    evaluations = {name: {"step": 4, "loss": 3.0} for name in ("best", "after")}
+    figures = {"parameters": 139_400_000, "trained_parameters": 4_880_000, "tokens_per_second": 50.0}
+    summary = {"steps": 4, "eval": evaluations, "scored_windows": 8, "held_out_windows": 57, **figures}
+    folder = made_run(
+        tmp_path / "run", config={"model": "/models/smol"}, summary=summary,
+        metrics=[*losses, {"step": 4, "eval/loss": 3.0}],
+    )  # fmt: skip
+    write_run(read_run(folder))
+    for page in pages(folder).values():
+        assert "smol (139.4 M parameters, 4.9 M of them trained), " in page and "../smol (" not in page
+        assert "0.004 epochs" in page and "MFU 20%" in page and "8 of 57 held-out windows scored." in page
 
 
 def test_plan_stands_beside_what_happened(tmp_path):
@@ -292,8 +317,8 @@ def test_plan_stands_beside_what_happened(tmp_path):
     write_run(read_run(folder))
     cells = Html(pages(folder)["html"], "td").texts
     assert [cells[i : i + 4] for i, cell in enumerate(cells) if cell in ("Time", "Peak memory")] == [
-        ["Time", "0:50", "1:00", "20.4 % higher"],
-        ["Peak memory", "1.00 GiB", "1.50 GiB", "50.0 % higher"],
+        ["Time", "0:50", "1:00", "20.4% higher"],
+        ["Peak memory", "1.00 GiB", "1.50 GiB", "50.0% higher"],
     ]
 
 
@@ -319,7 +344,7 @@ def test_heaviest_operations_of_a_profile_are_listed(tmp_path):
     write_run(read_run(folder))
     cells = Html(pages(folder)["html"], "td").texts
     for name in ("aten::mm<float>", "aten::add_<float>"):
-        assert cells[cells.index(name) : cells.index(name) + 4] == [name, "12", "3.2", "50.0 %"]
+        assert cells[cells.index(name) : cells.index(name) + 4] == [name, "12", "3.2", "50.0%"]
     assert "Steps 3 to 5." in pages(folder)["html"] and r"aten\:\:mm\<float\>" in pages(folder)["md"]
 
 
@@ -423,6 +448,21 @@ def test_compare_table_has_all_runs_the_best_first(tmp_path, mori):
     assert "1.750" in page["html"] and len([1 for tag, a in html.tags if tag == "path" and a["class"] == "line"]) == 3
 
 
+def test_compare_shows_the_training_losses_that_were_logged(tmp_path, mori):
+    for name in "ab":
+        made_run(tmp_path / f"runs/{name}")  # 40 points: 4.95, 4.90, ... 3.00
+    mori("report", "runs")
+    assert "| Training loss, a | 4.9500 (step 1) | 3.0000 (step 40) |" in pages(tmp_path / "runs")["md"]
+
+
+def test_compare_leaves_out_settings_that_change_no_model(tmp_path, mori):
+    for name, steps in (("a", 10), ("b", 20)):
+        settings = {"save_steps": steps, "logging_steps": steps, "profile_steps": f"1:{steps}", "language": [name]}
+        made_run(tmp_path / f"runs/{name}", config={"model": "mini", "max_steps": steps, **settings})
+    mori("report", "runs")
+    assert "| Run | max\\_steps |\n" in pages(tmp_path / "runs")["md"]
+
+
 def test_compare_ranks_by_the_loss_if_a_run_has_no_bits_per_byte(tmp_path, mori):
     for name, evaluation in (
         ("a", {"eval/loss": 3.0, "eval/bits_per_byte": 1.0}),
@@ -445,6 +485,9 @@ def test_compare_warns_of_different_held_out_texts(tmp_path, mori):
     made_run(tmp_path / "runs/c", ledger={"bytes": 77})
     mori("report", "runs")
     assert all("2 different held-out texts" in page for page in pages(tmp_path / "runs").values())
+    made_run(tmp_path / "runs/d", config={"model": "mini", "max_eval_windows": 8})  # scores a part of the text
+    mori("report", "runs")
+    assert all("3 different held-out texts" in page for page in pages(tmp_path / "runs").values())
 
 
 def test_compare_names_what_is_damaged(tmp_path, mori):
@@ -583,6 +626,16 @@ def test_axis_covers_its_values_with_a_few_round_ticks(low, high):
     assert 3 <= len(places) <= 8 and places == sorted(places)
     assert 0 <= axis(low) <= axis(high) <= 1 and all(-1e-9 <= place <= 1 + 1e-9 for place in places)
     assert len({label for _, label in axis.ticks()}) == len(places)
+
+
+@pytest.mark.parametrize("shares, labels", [
+    ([0.0, 0.06], ["0%", "2%", "4%", "6%"]),
+    ([0.0, 0.0], ["0%", "20%", "40%", "60%", "80%", "100%"]),
+    ([0.001, 0.004], ["0.1%", "0.2%", "0.3%", "0.4%"]),
+])  # fmt: skip
+def test_axis_of_shares_is_written_in_percent(shares, labels):
+    chart = charts.Chart("copied", [charts.Series("samples", list(enumerate(shares)), "held")], ".1%")
+    assert [label for _, label in chart.axis.ticks()] == labels
 
 
 def test_logarithmic_axis_is_taken_for_values_of_many_sizes():

@@ -84,9 +84,8 @@ def merged_card(card: str, name: str) -> str:
     data.library_name = "transformers"
     if data.base_model:
         data.base_model_relation = "finetune"
-    origin = (
-        f"A causal language model: {_linked(data.base_model)} with LoRA adapters, which are merged into its weights."
-    )
+    parent = _linked(data.base_model) if data.base_model else "a local model"
+    origin = f"A causal language model: {parent} with LoRA adapters, which are merged into its weights."
     code = _code(f'generate = pipeline("text-generation", {_quoted(name)})', parts[1])
     return f"---\n{data.to_yaml()}\n---\n\n# {_plain(name)}\n\n{origin}\n\n## Use\n\n{code}\n{parts[2]}"
 
@@ -109,7 +108,8 @@ def _results(evaluation: dict) -> list[EvalResult]:
 
 def _origin(summary: dict, config: TrainConfig, base: dict[str, str], lora: dict | None, merged: bool) -> str:
     """What the model is, and which of the run's weights it has."""
-    name, parent = base.get("base_model"), _linked(base.get("base_model"))
+    name = base.get("base_model")
+    parent = _linked(name) if name else f"the local model {_plain(Path(config.model).resolve().name)}"
     size, trained = compact(summary["parameters"]), compact(summary["trained_parameters"])
     if config.model in PRESETS:
         origin = f"A small causal language model of {size} parameters, trained from random weights on plain text."
@@ -147,9 +147,9 @@ def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False).replace("`", "\\x60")
 
 
-def _linked(name: str | None) -> str:
+def _linked(name: str) -> str:
     """A model by its name on the hub, with a link."""
-    return f"[{name}](https://huggingface.co/{name})" if name else "a local model"
+    return f"[{name}](https://huggingface.co/{name})"
 
 
 def _vllm(name: str, adapter: dict) -> str:
@@ -216,7 +216,7 @@ def _settings(summary: dict, config: TrainConfig, environment: dict, lora: dict 
     accumulation, ranks = config.gradient_accumulation_steps, environment["world_size"]
     windows = config.per_device_train_batch_size * accumulation * ranks
     warmup = config.warmup_steps or 0
-    warmup = f"{warmup:g} of the steps" if 0 < warmup < 1 else plural(int(warmup), "step")
+    warmup = f"{warmup * 100:g}% of the steps" if 0 < warmup < 1 else plural(int(warmup), "step")
     rows = {
         "steps": f"{count(summary['steps'])} of {plural(windows, 'window')}",
         "optimizer": f"{config.optim}, weight decay {config.weight_decay:g}, gradient norm clipped to {config.max_grad_norm:g}",

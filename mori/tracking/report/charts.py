@@ -3,7 +3,7 @@
 import html
 import math
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 _SIZE = 1000  # of the drawing, in both directions; the page stretches it
 _MOST_POINTS = 500  # of a line: more are thinner than a pixel
@@ -62,13 +62,15 @@ class Chart:
                 f"Not finite, so not drawn: step {', '.join(f'{s:,}' for s in steps[:8])}{', …' * (len(steps) > 8)}"
             )
         self.series = [series for series in self.series if any(drawable(value) for _, value in series.points)]
-        if self.crowded:
-            self.series = [replace(s, points=smoothed(s.points)) if s.smooth else s for s in self.series]
-        values = [value for series in self.series for _, value in series.points if drawable(value)]
+        values = [value for series in self.series for _, value in self.drawn(series) if drawable(value)]
         steps = [step for series in self.series for step, _ in series.points]
         logarithmic = self.logarithmic and bool(values) and 0 < _LOGARITHMIC_FROM * min(values) < max(values)
-        self.axis = Axis(min(values, default=0), max(values, default=1), logarithmic)
+        self.axis = Axis(min(values, default=0), max(values, default=1), logarithmic, percent=self.digits.endswith("%"))
         self.steps = Axis(min([0, *steps]), max(steps, default=1), tight=True)
+
+    def drawn(self, series: Series) -> list[tuple[int, float]]:
+        """The points of the line itself: in a crowded chart the moving mean of a long one."""
+        return smoothed(series.points) if self.crowded and _is_smoothed(series) else series.points
 
 
 class Axis:
@@ -77,10 +79,11 @@ class Axis:
     Args:
         logarithmic: by the logarithm of the values.
         tight: keep the ends as they are.
+        percent: the values are shares, from 0 to 1, and are written in percent.
     """
 
-    def __init__(self, low: float, high: float, logarithmic: bool = False, tight: bool = False):
-        self.logarithmic = logarithmic
+    def __init__(self, low: float, high: float, logarithmic: bool = False, tight: bool = False, percent: bool = False):
+        self.logarithmic, self.percent = logarithmic, percent
         if logarithmic:
             low, high = math.log10(low), math.log10(high)
         if not high > low:
@@ -109,6 +112,8 @@ class Axis:
     def _label(self, value: float) -> str:
         """A value with the digits in which its neighbours differ."""
         top, step = max(abs(self.low), abs(self.high)), self.step
+        if self.percent:
+            return f"{value:.{max(0, -math.floor(math.log10(step) + 1e-9) - 2)}%}"
         if top >= 1e12 or top < 0.01:
             digits = max(0, math.floor(math.log10(abs(value) or 1)) - math.floor(math.log10(step)))
             return (
@@ -153,6 +158,11 @@ def smoothed(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
     return result
 
 
+def _is_smoothed(series: Series) -> bool:
+    """Whether a moving mean of the line is drawn."""
+    return series.smooth and len(series.points) >= _SMOOTHED_FROM
+
+
 def svg(chart: Chart) -> str:
     """The chart as HTML: an inline SVG that fills its box, and the labels of its axes. The box has a size from the style sheet."""
     lines = [f'<path class="gridline" d="M0 {_y(place)}H{_SIZE}"/>' for place, _ in chart.axis.ticks()]
@@ -188,9 +198,11 @@ def _in_words(chart: Chart) -> str:
 
 def _line(chart: Chart, series: Series) -> list[str]:
     """The paths of a series: its line, broken where values are not finite, and its dots with their values."""
-    smooth = series.smooth and not chart.crowded and len(series.points) >= _SMOOTHED_FROM
+    smooth = _is_smoothed(series) and not chart.crowded
     style = f'style="stroke:var(--{series.colour})"'
-    paths = [f'<path class="line{" faint" if smooth else ""}" {style} d="{_path(chart, thinned(series.points))}"/>']
+    paths = [
+        f'<path class="line{" faint" if smooth else ""}" {style} d="{_path(chart, thinned(chart.drawn(series)))}"/>'
+    ]
     if smooth:
         mean = thinned(smoothed(series.points))
         paths.append(f'<path class="line" {style} d="{_path(chart, mean)}"/>')

@@ -12,10 +12,11 @@ from mori.tracking.report.page import Code, Figure, Headline, Link, Page, Table,
 
 _COLOURS = 8  # that the style sheet has for runs; the others are grey
 _MOST_RUNS = 40  # of a chart
-# They differ between any two runs, or only say where and when files are written.
-_NOT_COMPARED = frozenset(
-    {"run_name", "output_dir", "logging_dir", "resume_from_checkpoint", "extend", "hub_model_id", "push_to_hub"}
-)
+# They differ between any two runs, or only say where and when files are written, and what stands in them.
+_NOT_COMPARED = frozenset((
+    "run_name", "output_dir", "logging_dir", "resume_from_checkpoint", "extend", "hub_model_id", "push_to_hub", "hub_private_repo",
+    "language", "report_to", "logging_steps", "logging_strategy", "save_steps", "save_strategy", "save_total_limit", "profile_steps",
+))  # fmt: skip
 
 
 def folder_page(folder: Path, runs: list[RunFiles]) -> Page:
@@ -55,7 +56,8 @@ def _best(run: RunFiles, name: str) -> float | None:
 def _held_out(run: RunFiles, hashed: bool) -> tuple:
     """What identifies the text that a run is evaluated on, by its hash or, as far as older runs tell, its size."""
     corpus = text(run.results, "sha256", "documents_sha256") if hashed else number(run.ledger, "bytes")
-    return corpus, str(run.config.get("validation_file")), number(run.config, "held_out_fraction")
+    validation_file, scored = (str(run.config.get(name)) for name in ("validation_file", "max_eval_windows"))
+    return corpus, validation_file, number(run.config, "held_out_fraction"), scored
 
 
 def _headline(run: RunFiles, measure: str) -> Headline:

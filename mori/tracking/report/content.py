@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 from mori.cli import clock, plural
+from mori.config import PRESETS
 from mori.tracking.report.charts import Chart, Series, drawable
 from mori.tracking.report.data import (
     METRICS,
@@ -89,8 +90,14 @@ def _at_step(name: str, evaluation: dict) -> str:
 
 
 def _summary(run: RunFiles) -> str:
-    model, parameters = run.relative(text(run.config, "model")) or "A model", number(run.results, "parameters")
-    size = f" ({compact(parameters)} parameters)" if parameters else ""
+    model, parameters = text(run.config, "model"), number(run.results, "parameters")
+    trained = number(run.results, "trained_parameters")
+    size = ", ".join(
+        [f"{compact(parameters)} parameters"] * bool(parameters)
+        + ["from random weights"] * (model in PRESETS)
+        + [f"{compact(trained)} of them trained"] * bool(parameters and trained and trained != parameters)
+    )
+    model = (os.path.basename(model.rstrip("/")) if os.path.isabs(model) else model) or "A model"
     corpus = texts(run.config, "corpus")
     names = ", ".join(os.path.basename(name.rstrip("/")) or name for name in corpus[:3]) + ", …" * (len(corpus) > 3)
     source = names or "the transcripts that ship with mori" * (text(run.config, "model") != "")
@@ -98,7 +105,8 @@ def _summary(run: RunFiles) -> str:
     amount = f" ({plural(documents, 'document')}, {count(size_in_bytes)} bytes)" if documents else ""
     hardware = ", ".join(filter(None, (text(run.environment, "device"), text(run.environment, "precision"))))
     return (
-        f"{model}{size}"
+        model
+        + (f" ({size})" if size else "")
         + (f", trained on {source}{amount}" if source else "")
         + (f", on {hardware}" if hardware else "")
         + "."
@@ -141,7 +149,7 @@ def _figures(run: RunFiles, before: dict, after: dict) -> list[Figure]:
         epochs = run.last("train/epoch")
         notes = [
             f"of {count(total)}{', stopped early' * run.finished}" if total and total != step else "",
-            f"{fixed(epochs, 1)} epochs" if epochs else "",
+            f"{epochs:,.1f} epochs" if (epochs or 0) >= 1 else f"{epochs:.2g} epochs" if epochs else "",
         ]
         figures.append(Figure("Steps", count(step), ", ".join(filter(None, notes))))
     seconds = number(results, "wall_seconds")
@@ -149,24 +157,25 @@ def _figures(run: RunFiles, before: dict, after: dict) -> list[Figure]:
         figures.append(Figure("Time", clock(seconds), "with evaluations and saves"))
     speed = number(results, "tokens_per_second") or run.last("perf/tokens_per_second")
     if speed:
-        mfu = run.last("perf/mfu")
-        figures.append(Figure("Tokens/s", count(speed), f"MFU {fixed(mfu * 100, 0)} %" if mfu else ""))
+        mfu = [value for _, value in run.points("perf/mfu") if drawable(value)]
+        note = f"MFU {fixed(sum(mfu) / len(mfu) * 100, 0)}%" if mfu else ""
+        figures.append(Figure("Tokens/s", count(speed), note))
     peak = number(results, "peak_memory_bytes") or (run.last("perf/peak_memory_gib") or 0) * 2**30
     if peak:
         figures.append(Figure("Peak memory", memory(peak)))
-    share, longest = run.last("copying/share_of_8_tokens"), run.last("copying/longest_run")
+    share, longest = run.last("copying/share_of_8_tokens"), whole(run.last("copying/longest_run"))
     if share is not None:
         beside = run.last("copying/baseline_share_of_8_tokens")
         notes = [
+            f"at most {plural(longest, 'token')} in a row" if longest else "",
             "" if beside is None else f"held-out text {_percent(beside)}",
-            f"at most {count(longest)} tokens in a row" if longest else "",
         ]
-        figures.append(Figure("Copied", _percent(share), ", ".join(filter(None, notes))))
+        figures.append(Figure("Copied", _percent(share), "; ".join(filter(None, notes))))
     return figures
 
 
 def _percent(share: float) -> str:
-    return f"{fixed(share * 100, 1)} %"
+    return f"{fixed(share * 100, 1)}%"
 
 
 def _warnings(run: RunFiles) -> list[str]:
@@ -174,7 +183,9 @@ def _warnings(run: RunFiles) -> list[str]:
     if not run.finished:
         total = number(run.results, "total_steps")
         end = f" of {count(total)}" if total else ""
-        lines.append(f"This run is not finished: it is at step {count(run.step)}{end}. The same command continues it.")
+        lines.append(
+            f"This run is not finished: this page covers it up to step {count(run.step)}{end}. The same command continues the run."
+        )
     if skipped:
         lines.append(f"{plural(skipped, 'step')} skipped, because the gradient was not finite.")
     best, last = run.best_evaluation, run.last_evaluation
@@ -257,6 +268,9 @@ def _evaluations(run: RunFiles) -> Table:
     note = "The marked row has the lowest held-out loss." if best in shown else ""
     if every > 1:
         note += f" {len(shown)} of {len(steps)} evaluations; metrics.jsonl has all."
+    scored, held_out = whole(run.results, "scored_windows"), whole(run.results, "held_out_windows")
+    if scored and held_out and scored < held_out:
+        note += f" {count(scored)} of {plural(held_out, 'held-out window')} scored."
     columns = ["#Step", "#Training loss", "#Held-out loss", "#Perplexity", "#Bits per byte"]
     return Table("Evaluations", columns, rows, note.strip(), shown.index(best) if best in shown else None)
 

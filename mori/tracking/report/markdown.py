@@ -58,7 +58,8 @@ def _charts(charts: list[Chart]) -> str:
             ends = " | ".join(
                 f"{value:{chart.digits}} (step {step:,})" for step, value in ((first, before), (last, after))
             )
-            rows.append(f"| {_text(chart.title)}, {_text(series.name)} | {ends} | {sparkline(series.points)} |")
+            name = chart.title if chart.title.lower() == series.name else f"{chart.title}, {series.name}"
+            rows.append(f"| {_text(name)} | {ends} | {sparkline(series.points)} |")
         notes += [f"{_text(chart.title)}: {chart.lost}"] if chart.lost else []
     return "\n".join(["## Curves", "", *rows, *(line for note in notes for line in ("", note))]) if charts else ""
 

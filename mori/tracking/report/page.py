@@ -148,4 +148,4 @@ def change(before: float | None, after: float | None) -> str:
     if before is None or after is None or not (math.isfinite(before) and math.isfinite(after)) or not before:
         return ""
     percent = (after - before) / before * 100
-    return f"{abs(percent):.1f} % {'lower' if percent < 0 else 'higher'}"
+    return f"{abs(percent):.1f}% {'lower' if percent < 0 else 'higher'}"
