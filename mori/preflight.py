@@ -74,7 +74,8 @@ def preflight(run: Run, state: State, train_step: Step) -> dict:
     if runtime.is_main:
         with run.writes():
             write_json(run.run_dir / "preflight.json", figures)
-        run.monitor.say("\n".join([plan(figures), *_smaller_batches(run, state, *windows)]))
+        end = f"dry run: nothing is trained; these figures are in {run.run_dir / 'preflight.json'}"
+        run.monitor.say("\n".join([plan(figures), *_smaller_batches(run, state, *windows), *[end] * dry_run]))
     if dry_run and runtime.is_main:
         with contextlib.suppress(OSError):  # it holds checkpoints of an earlier run
             (run.run_dir / "checkpoints").rmdir()

@@ -172,6 +172,7 @@ def test_dry_run_leaves_nothing_that_changes_the_run(settings, tmp_path):
     assert "takes   about " in done.stdout and "memory  " in done.stdout and "\ndisk    " in done.stdout
     [folder] = [path for path in (tmp_path / "runs").iterdir() if path.name[0] != "."]
     assert [path.name for path in folder.iterdir() if path.name != ".lock"] == ["preflight.json"]
+    assert done.stdout.endswith(f"dry run: nothing is trained; these figures are in {folder / 'preflight.json'}\n")
     assert not (tmp_path / "brain").exists()
     other = run_script("train.py", *words, "--dry_run", "--learning_rate", "1e-4")
     assert other.returncode == 0 and len(list((tmp_path / "runs").glob("[!.]*"))) == 1

@@ -464,6 +464,8 @@ def test_introduction_says_what_is_read_trained_and_written(tmp_path):
     assert len(lines) == 8 and lines[6] == "tokens  none" and str(tmp_path) in lines[7]
     assert overview.introduction(config, **values, notes=["a", "b"]).endswith("\na\nb")
     assert overview.introduction(config, **values, resumed=(7, tmp_path)).endswith(f"\nresumed at step 7 ({tmp_path})")
+    finished = overview.introduction(config, **values, resumed=(12, tmp_path))
+    assert finished.endswith(f"\nresumed at step 12 ({tmp_path}): no step is left to train")
 
 
 def test_results_say_loss_and_skipped_steps():

@@ -94,7 +94,8 @@ def introduction(
     )
     lines = [versions, *(f"{name:8}{value}" for name, value in rows.items())]
     if resumed:
-        lines.append(f"resumed at step {resumed[0]:,} ({_short(resumed[1])})")
+        rest = ": no step is left to train" * (resumed[0] >= total_steps)
+        lines.append(f"resumed at step {resumed[0]:,} ({_short(resumed[1])}){rest}")
     return "\n".join(_folded(line) for line in [*lines, *notes])
 
 
