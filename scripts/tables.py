@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write the tables of runs/README.md and tests/faults/README.md from the JSON files in runs/bench."""
+"""Write the tables of runs/README.md, tests/faults/README.md, and of the speed in README.md, from the JSON files in runs/bench."""
 
 import argparse
 import json
@@ -110,6 +110,32 @@ def faults() -> list[str]:
     ]
 
 
+def speed() -> list[str]:
+    """The README's table: how much faster `mori` is, and its share of the processor's peak, without empty rows and columns."""
+    table = [[SPEED_TITLE, "compared with", "faster by", "than nanoGPT's loop", "share of the peak"]]
+    for what, reference, name, pairs in SPEED:
+        path = BENCH / "zen5" / f"{name}.json"
+        if not path.is_file():
+            continue
+        report = json.loads(path.read_text(encoding="utf-8"))
+        figures = "; ".join(_figure(path, report, "ratios", pair) for pair in pairs)
+        loop = _figure(path, report, "ratios", "nanogpt / mori")
+        table.append([what, reference, figures, loop, _figure(path, report, "arms", "mori", "median_share_of_peak")])
+    columns = [column for column in zip(*table, strict=True) if set(column[1:]) != {"–"}]
+    return _table(list(zip(*columns, strict=True)), left=2)
+
+
+def _figure(path: Path, report: dict, *keys: str) -> str:
+    """An entry of a report as a link to it; a dash if it has none."""
+    entry = report
+    for key in keys:
+        entry = entry.get(key, {})
+    if not entry:
+        return "–"
+    text = _spread(entry).replace(" to ", "–") if isinstance(entry, dict) else f"{entry:.2f}"
+    return f'[{text}]({path.relative_to(ROOT)} "{".".join(keys)}")'
+
+
 def _spread(ratio: dict) -> str:
     median, low, high = (f"{ratio[key]:.2f}" for key in ("median", "min", "max"))
     return median if ratio["min"] == ratio["max"] else f"{median} ({low} to {high})"
@@ -127,6 +153,18 @@ def _table(rows: list[list], left: int) -> list[str]:
     return [header, f"| {' | '.join(alignment)} |", *body]
 
 
+SPEED_TITLE = "124M GPT-2, random weights, 2 cores of an AMD Zen 5"
+SPEED = [
+    ("training, 4 windows of 128 tokens, fp32", "`Trainer`", "train-124m-batch4-block128-fp32-cpu", ["trainer / mori"]),
+    ("training, 4 windows of 512 tokens, fp32", "`Trainer`", "train-124m-batch4-block512-fp32-cpu", ["trainer / mori"]),
+    ("the same, both in bf16", "`Trainer`", "train-124m-batch4-block512-bf16-cpu", ["trainer / mori"]),
+    ("start to first step, without evaluation before it", "`Trainer`", "startup-124m-batch4-block128-fp32-cpu", ["trainer / mori"]),
+    (
+        "decoding, batch 1, greedy; sampled", "`generate()`", "decode-124m-batch1",
+        ["generate-greedy / mori-greedy", "generate-sampled / mori-sampled"],
+    ),
+    ("tokenizing 100 MB", "`datasets`, a process per core", "tokenize", ["run_clm / mori"]),
+]  # fmt: skip
 TABLES = {
     ROOT / "runs/README.md": {"benchmarks": benchmarks, "comparisons": comparisons},
     ROOT / "tests/faults/README.md": {"faults": faults},
@@ -140,14 +178,22 @@ def updated(text: str, name: str, lines: list[str]) -> str:
     return "\n".join([before + start, "", *lines, "", end + rest.split(end)[1]])
 
 
+def with_speed(text: str, lines: list[str]) -> str:
+    """The README with `lines` in place of its table of the speed, which its title shows."""
+    start = text.index(f"| {SPEED_TITLE} |")
+    return text[:start] + "\n".join(lines) + text[text.index("\n\n", start) :]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a file is not up to date")
     check, stale = parser.parse_args().check, []
-    for path, tables in TABLES.items():
+    for path, tables in {ROOT / "README.md": {}, **TABLES}.items():
         text = current = path.read_text(encoding="utf-8")
         for name, lines in tables.items():
             text = updated(text, name, lines())
+        if path == ROOT / "README.md":
+            text = with_speed(text, speed())
         if text != current:
             stale.append(path.relative_to(ROOT))
             if not check:

@@ -78,16 +78,17 @@ def small(cls, tmp_path, **changed):
 
 def test_bench_train_measures_every_arm(in_this_process, monkeypatch, tmp_path):
     words = "train --shape tiny --block_size 16 --max_steps 6 --logging_steps 3 --uncounted_steps 2 --repeats 1"
-    words += f" --threads 1 --arms trainer,bare mori --device cpu --output_dir {tmp_path}"
+    words += f" --threads 1 --arms trainer,bare,nanogpt mori --device cpu --output_dir {tmp_path}"
     with pytest.raises(SystemExit) as end:
         run_command("bench", "bench.py", words.split())
     assert end.value.code == 0
     report = json.loads((tmp_path / "train-tiny-batch4-block16-fp32-cpu.json").read_text())
     figures = ("seconds", "steps_per_second", "tokens_per_second", "training_peak_memory_bytes")
-    assert_complete(report, {"mori", "trainer", "bare"}, 1, figures)
-    assert set(report["ratios"]) == {"trainer / mori", "bare / mori"}
+    assert_complete(report, {"mori", "trainer", "bare", "nanogpt"}, 1, figures)
+    assert set(report["ratios"]) == {"trainer / mori", "bare / mori", "nanogpt / mori"}
     assert report["shape"]["block_size"] == 16 and "accelerate" in report["versions"]
     for arm in report["arms"].values():
+        assert arm["median_share_of_peak"] == arm["share_of_peak"][0] > 0
         assert arm["losses"].keys() == {"3", "6"} and arm["max_relative_loss_diff"] <= 1e-4
         assert arm["losses"]["3"] == pytest.approx(math.log(8192), rel=0.02)  # the loss of random weights
         assert arm["tokens_per_second"][0] * arm["seconds"][0] == pytest.approx(4 * 4 * 16)
@@ -261,7 +262,7 @@ def test_tables_are_up_to_date():
 
 
 def test_tables_check_reports_a_stale_file(tmp_path):
-    for name in ("scripts/tables.py", "runs/README.md", "tests/faults/README.md"):
+    for name in ("scripts/tables.py", "README.md", "runs/README.md", "tests/faults/README.md"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     shutil.copytree(ROOT / "runs/bench", tmp_path / "runs/bench")
@@ -273,6 +274,27 @@ def test_tables_check_reports_a_stale_file(tmp_path):
     assert "runs/README.md is" not in stale.stdout
     assert subprocess.run(command).returncode == 0 and subprocess.run([*command, "--check"]).returncode == 0
     assert "| 32 | 31 |" in (tmp_path / "tests/faults/README.md").read_text()
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_tables_write_the_share_of_the_peak_and_a_new_row_into_the_readme(tmp_path):
+    """A benchmark in bf16 with the arm nanogpt brings two columns and a row; each figure links to its entry."""
+    for name in ("scripts/tables.py", "README.md", "runs/README.md", "tests/faults/README.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    shutil.copytree(ROOT / "runs/bench", tmp_path / "runs/bench")
+    folder = tmp_path / "runs/bench/zen5"
+    report = json.loads((folder / "train-124m-batch4-block512-fp32-cpu.json").read_text())
+    report["ratios"]["nanogpt / mori"] = {"median": 1.444, "min": 1.4, "max": 1.5}
+    report["arms"]["mori"]["median_share_of_peak"] = 0.613
+    (folder / "train-124m-batch4-block512-bf16-cpu.json").write_text(json.dumps(report))
+    assert subprocess.run([sys.executable, tmp_path / "scripts/tables.py"]).returncode == 0
+    [row] = [
+        line for line in (tmp_path / "README.md").read_text(encoding="utf-8").splitlines() if "both in bf16" in line
+    ]
+    file = "runs/bench/zen5/train-124m-batch4-block512-bf16-cpu.json"
+    assert f'[1.44 (1.40–1.50)]({file} "ratios.nanogpt / mori")' in row
+    assert f'[0.61]({file} "arms.mori.median_share_of_peak")' in row
 
 
 @pytest.mark.parametrize(

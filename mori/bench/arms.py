@@ -31,6 +31,7 @@ from mori.model.adapters import files as adapter_files
 from mori.model.adapters import trainable
 from mori.model.lm import CausalLMLoss
 from mori.prepare import Prepared, prepare
+from mori.speed.fused import fuse_activations
 from mori.tracking.loggers import read_metrics
 from mori.tracking.memory import peak_memory_bytes
 from mori.tracking.monitor import Monitor
@@ -50,12 +51,12 @@ _SAME_IN_TRAINER = (
 def run_arm(arm: str, config: TrainConfig, folder: Path, started: float, warm_up_steps: int = 3) -> dict:
     """Do the run of one arm; return its figures.
 
-    Writes the model to `folder/model`, and `folder/metrics.jsonl` and TensorBoard events (`bare` writes none of them).
+    Writes the model to `folder/model`, and `folder/metrics.jsonl` and TensorBoard events (`bare` and `nanogpt` write none of them).
     `started` is the time (`time.time()`) from which `first_step_seconds` counts. The clock waits for the GPU after
     `warm_up_steps`, so that the seconds after them contain none of their work.
     """
-    if arm == "bare":
-        return _bare_arm(config, warm_up_steps)
+    if arm in ("bare", "nanogpt"):
+        return _bare_arm(config, warm_up_steps, fused=arm == "nanogpt")
     clock = _Clock(started, warm_up_steps, distributed.start(config.device))
     result = (_mori_arm if arm.startswith("mori") else _trainer_arm)(arm, config, folder, clock)
     lines = [line for line in read_metrics(folder / "metrics.jsonl") if "train/loss" in line]
@@ -312,12 +313,17 @@ class _Record:
 # ------------------------------------------------------------------------------------------------------ minimal loop
 
 
-def _bare_arm(config: TrainConfig, warm_up_steps: int) -> dict:
-    """Train with the loop of a tutorial, to show the cost of PyTorch and the model alone."""
+def _bare_arm(config: TrainConfig, warm_up_steps: int, fused: bool) -> dict:
+    """Train with the loop of a tutorial, to show the cost of PyTorch and the model alone.
+
+    With `fused`, GELU is PyTorch's kernel, as in nanoGPT; attention and AdamW are fused in either case. Nothing else is changed.
+    """
     runtime = distributed.start(config.device, config.precision)
     windows = prepare(config, runtime).train
     batches = _batches(config, len(windows))
     model = AutoModelForCausalLM.from_pretrained(config.model).to(runtime.device).train()
+    if fused:
+        fuse_activations(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True)
     scaler, losses, seconds = runtime.grad_scaler(), torch.zeros(config.max_steps, device=runtime.device), []
     for step in range(config.max_steps):

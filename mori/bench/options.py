@@ -12,7 +12,7 @@ NOT_IN_TRAINER = ("muon",)  # optimizers
 _ONE_WAY = (
     "eval_strategy", "save_strategy", "logging_strategy", "load_best_model_at_end", "early_stopping_patience",
 )  # fmt: skip
-TRAIN_ARMS = ("mori", "trainer", "trainer-tuned", "bare", "mori-compiled")
+TRAIN_ARMS = ("mori", "trainer", "trainer-tuned", "bare", "nanogpt", "mori-compiled")
 DECODE_ARMS = ("mori-greedy", "generate-greedy", "mori-sampled", "generate-sampled", "mori-process", "generate-process")
 TOKENIZE_ARMS = ("mori", "run_clm", "one-call")
 

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import statistics
 import tempfile
 import time
 from dataclasses import asdict
@@ -59,8 +60,8 @@ def train(config: TrainBenchConfig) -> None:
     The arms are those of `mori.bench.arms`. Counts the steps after `uncounted_steps` with logging, without evaluation
     and saving. Raises RunFailed if the losses of an arm differ from those of `mori`, because other work takes other time.
 
-    `share_of_peak` is the share of the device's peak that the model's own operations reach (`peak_flops`, measured
-    before each process on a CPU).
+    `share_of_peak` is the share of the device's peak, in the precision used, that the model's own operations reach (`peak_flops`,
+    measured before each process on a CPU).
     """
     results, runtime = _measure(config)
     with torch.device("meta"):
@@ -82,6 +83,10 @@ def train(config: TrainBenchConfig) -> None:
         }
         for arm, runs in results.items()
     }
+    for arm, figures in arms.items():
+        if all(figures["share_of_peak"]):
+            figures["median_share_of_peak"] = statistics.median(figures["share_of_peak"])
+            print(f"{arm:34} {figures['median_share_of_peak']:.2f} of the peak in {runtime.precision}")
     ratios = {f"{arm} / mori": harness.ratio(seconds[arm], seconds["mori"]) for arm in arms if arm != "mori"}
     _write("train", config, runtime, arms, ratios)
 
