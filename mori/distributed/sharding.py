@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
 
@@ -143,7 +143,7 @@ class ShardedWeights(Weights):
                 return None
 
         result = self.module.call(attempt)
-        self.module.reshard()
+        _reshard(self.module)
         if mistakes:
             raise mistakes[0]
         return result
@@ -177,10 +177,16 @@ def weights_of(module: CausalLMLoss, runtime: Runtime, kind: str, places: unload
     return ShardedWeights(module, runtime, kind, places) if runtime.sharded else Weights(module)
 
 
-def _reshard_without_backward(module, inputs, output) -> None:
-    """A forward hook: weights outside the layers stay gathered for the backward pass, if there will be one."""
+def _reshard_without_backward(module: nn.Module, inputs, output) -> None:
+    """A forward hook: weights that stay gathered until the backward pass are given back if there will be none."""
     if not torch.is_grad_enabled():
-        module.reshard()
+        _reshard(module)
+
+
+def _reshard(module: nn.Module) -> None:
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 def _mesh(runtime: Runtime, kind: str) -> DeviceMesh:
