@@ -307,7 +307,7 @@ def test_figures_of_short_runs_and_adapters_are_not_rounded_away(tmp_path):
     )  # fmt: skip
     write_run(read_run(folder))
     for page in pages(folder).values():
-        assert "smol (139.4 M parameters, 4.9 M of them trained), " in page and "../smol (" not in page
+        assert "smol (139.4 M parameters, 4.9 M of them trainable), " in page and "../smol (" not in page
         assert "0.004 epochs" in page and "MFU 20%" in page and "8 of 57 held-out windows scored." in page
 
 

@@ -95,7 +95,7 @@ def _summary(run: RunFiles) -> str:
     size = ", ".join(
         [f"{compact(parameters)} parameters"] * bool(parameters)
         + ["from random weights"] * (model in PRESETS)
-        + [f"{compact(trained)} of them trained"] * bool(parameters and trained and trained != parameters)
+        + [f"{compact(trained)} of them trainable"] * bool(parameters and trained and trained != parameters)
     )
     model = (os.path.basename(model.rstrip("/")) if os.path.isabs(model) else model) or "A model"
     corpus = texts(run.config, "corpus")
