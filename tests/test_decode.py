@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from families import FAMILIES, expected, greedy, prompts_of
+from families import FAMILIES, expected, greedy, prompts_of, small_config
 from families import small_model as model_of
 from packaging.version import Version
 from transformers import AutoModelForCausalLM
@@ -41,6 +41,34 @@ def test_decode_greedy_ids_equal_generate(family, replays):
         prompts = prompts_of(*lengths)
         assert greedy(model, prompts, count) == expected(model, prompts, count), lengths
     assert (len(replays) > 100) == (family in REPLAYED and not OLD), len(replays)
+
+
+@needs_replay
+@pytest.mark.parametrize("family", ["mistral", "gemma3_text", "phi3", "starcoder2"])
+def test_decode_replays_sliding_windows_while_the_text_fits(family, replays):
+    config = small_config(family, 97, sliding_window=32)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.generation_config.eos_token_id = None
+    for lengths, count, fits in (((9,), 22, True), ((9,), 40, False), ((31,), 9, False), ((3, 9, 6), 22, True)):
+        replays.clear()
+        assert greedy(model, prompts_of(*lengths), count) == expected(model, prompts_of(*lengths), count)
+        assert bool(replays) == fits, (lengths, count)
+
+
+def test_decode_does_not_record_a_model_again_that_cannot_be_replayed(monkeypatch):
+    """Which experts compute depends on the values. Padded texts are tried by themselves."""
+    recorded, original = [], ReplayingReader._recorded
+    monkeypatch.setattr(ReplayingReader, "_recorded", lambda self, *a: recorded.append(1) or original(self, *a))
+    config = small_config("mixtral", 97, sliding_window=None, output_router_logits=False)
+    model, again = (AutoModelForCausalLM.from_config(config).eval() for _ in range(2))
+    counts = []
+    for prompts in (prompts_of(5), prompts_of(7), prompts_of(5, 7), prompts_of(4, 6)):
+        assert greedy(model, prompts, 12) == expected(model, prompts, 12)
+        counts.append(len(recorded))
+    assert counts[0] == counts[1] > 0 and counts[1] < counts[2] == counts[3]
+    greedy(again, prompts_of(5), 12)
+    assert len(recorded) > counts[3]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "qwen2"])

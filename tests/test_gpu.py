@@ -175,7 +175,7 @@ def test_decoding_on_a_gpu_has_no_host_sync(controls):
     """Between the blocks of ids that the host reads, once the step is captured."""
     model, [prompt] = small_model("llama", 97).eval().cuda(), prompts_of(9)
     sampler = Sampler([1], SamplingConfig(**controls), device="cuda", eos_ids=[2])
-    reader = open_reader(model, torch.zeros(1, 1, dtype=torch.long, device="cuda"), 64)
+    reader = open_reader(model, torch.zeros(1, 1, dtype=torch.long, device="cuda"), 64, 64)
     assert isinstance(reader, GraphReader)
     texts = torch.tensor([prompt + [0] * 20], device="cuda")
     try:

@@ -34,12 +34,13 @@ def decode(
     for row, prompt in zip(texts, prompts, strict=True):
         row[longest - len(prompt) : longest] = torch.tensor(prompt, device=device)
     input_ids = texts.masked_fill(texts == vocabulary, 0)
-    reader, first = open_reader(model, pads, context), 0  # the reader knows the texts from column `first` on
+    length = min(longest + max_new_tokens, context or 2**62)
+    reader, first = open_reader(model, pads, context, length), 0  # the reader knows the texts from column `first` on
     for start in range(longest, longest + max_new_tokens, steps_at_once):
         drawn = []
         for end in range(start, min(start + steps_at_once, longest + max_new_tokens)):
             if context and not reader.padded and end - first > context:
-                reader, first = open_reader(model, pads, context), end - max(1, context // 2)
+                reader, first = open_reader(model, pads, context, length), end - max(1, context // 2)
             logits = reader.read(input_ids[:, first:end])
             with torch.inference_mode():
                 drawn.append(sampler(logits, texts[:, :end], end - longest))

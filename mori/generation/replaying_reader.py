@@ -1,19 +1,23 @@
 """A faster reader for models with an ordinary key-value cache: their step is recorded, then replayed without its Python.
 
-On a GPU the step has one shape (attention reads whole buffers behind a mask) and is captured as a CUDA graph. Sliding windows,
-state spaces and experts whose path depends on the values keep the plain `Reader`.
+On a GPU the step has one shape (attention reads whole buffers behind a mask) and is captured as a CUDA graph. Sliding windows
+that a text does not fit in, state spaces and experts whose path depends on the values keep the plain `Reader`.
 """
 
 import contextlib
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from mori.generation.reader import MARGIN, Reader, alike
 from mori.model.context import rope_depends_on_length
 from mori.speed.replay import Graph, Recording, Replay
+
+# The models whose recordings were of no use, with the circumstances: later texts are read without recording.
+_not_replayed: WeakKeyDictionary[nn.Module, set[tuple[bool, bool]]] = WeakKeyDictionary()
 
 
 class BufferedLayer(DynamicLayer):
@@ -66,17 +70,31 @@ class BufferedLayer(DynamicLayer):
         return self.length
 
 
-def open_reader(model: nn.Module, pads: torch.Tensor, context: int | None) -> Reader:
-    """The fastest reader for the model and its device; arguments as for `Reader`."""
+def open_reader(model: nn.Module, pads: torch.Tensor, context: int | None, length: int) -> Reader:
+    """The fastest reader for the model, its device and texts of up to `length` tokens; other arguments as for `Reader`."""
     reader = Reader(model, pads, context)
     layers = reader.cache.layers if reader.cache else []
-    ordinary = layers and all(type(layer) is DynamicLayer for layer in layers)
+    ordinary = layers and all(_keeps_all(layer, length) for layer in layers)
     is_sharded = any(
         isinstance(parameter, DTensor) for parameter in model.parameters()
     )  # gathered by each layer's own call
     if not ordinary or is_sharded or "position_ids" not in reader.parameters or rope_depends_on_length(model.config):
         return reader
+    if _circumstances(reader) in _not_replayed.get(model, ()):
+        return reader
     return (GraphReader if uses_graphs(pads.device) else ReplayingReader)(model, pads, context)
+
+
+def _keeps_all(layer: DynamicLayer, length: int) -> bool:
+    """Whether a layer of the cache keeps a text of `length` tokens, as a sliding window does that the text fits in."""
+    if type(layer) is DynamicSlidingWindowLayer:
+        return layer.sliding_window > length
+    return type(layer) is DynamicLayer
+
+
+def _circumstances(reader: Reader) -> tuple[bool, bool]:
+    """What decides whether the step of a model can be replayed: padding and autocast."""
+    return reader.padded, torch.is_autocast_enabled(reader.pads.device.type)
 
 
 def uses_graphs(device: torch.device) -> bool:
@@ -155,6 +173,7 @@ class ReplayingReader(Reader):
         self.recording = recording
         if not self.recordable:
             self.replay, self.splits = None, False
+            _not_replayed.setdefault(self.model, set()).add(_circumstances(self))
             self._set_length(self.length - 1)
             return self.forward(newest)
         self._set_length(self.length)
