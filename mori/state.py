@@ -174,6 +174,11 @@ class State:
             "compiled": self.compiled,
         }
 
+    def wait_for_snapshot(self) -> None:
+        """Wait until weights and optimizer may change: until a pending checkpoint has its copy of them."""
+        if self.pending_save and self.pending_save.written:
+            self.pending_save.written.wait_for_copy()
+
     def loss_scale(self) -> torch.Tensor | None:
         """The factor of the scaled loss, a scalar that stays on the device; None if losses are not scaled."""
         return self.scaler.scale(torch.ones((), device=self.runtime.device)) if self.scaler.is_enabled() else None

@@ -82,6 +82,7 @@ def train_step(run: Run, state: State) -> tuple[torch.Tensor, float]:
     run.weights.take_gradients(state.scaler.is_enabled())
     state.scaler.unscale_(optimizer)
     grad_norm = run.weights.clip_grad_norm_(config.max_grad_norm or math.inf)
+    state.wait_for_snapshot()  # a thread may be copying the weights for a checkpoint
     skipped = optim.step_if_finite(optimizer, grad_norm)
     state.scaler.update()
     optimizer.zero_grad(set_to_none=not run.step_graph.enabled)

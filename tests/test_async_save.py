@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -65,6 +66,27 @@ def test_async_save_writes_the_checkpoints_of_a_run_without_it(run_train, settin
         f"step-{step:08d}" for step in (4, 8, 12)
     ]
     assert_equal_weights(tmp_path / "whole", tmp_path / "brain")
+
+
+def test_async_save_copies_while_the_gradients_are_computed_and_the_optimizer_waits(run_train, tmp_path, monkeypatch):
+    run_train(save_total_limit=9, run_name="whole", output_dir=str(tmp_path / "whole"))
+    gradients, copy, rate = threading.Event(), HostMemory.copy, optim.set_learning_rate
+    threads = []
+
+    def slow(memory, file, tensors):
+        threads.append(threading.current_thread() is threading.main_thread())
+        assert gradients.wait(60)
+        time.sleep(0.2)
+        return copy(memory, file, tensors)
+
+    monkeypatch.setattr(HostMemory, "copy", slow)
+    monkeypatch.setattr(optim, "set_learning_rate", lambda *a: (gradients.set(), rate(*a)))
+    real_save = output.save
+    monkeypatch.setattr(output, "save", lambda *a: (gradients.clear(), real_save(*a)))
+    finish = output.finish
+    monkeypatch.setattr(output, "finish", lambda *a: (gradients.set(), finish(*a))[1])
+    run_train(save_total_limit=9, async_save=True)
+    assert saved(tmp_path) == saved(tmp_path, "whole") and threads and not any(threads)
 
 
 def test_async_save_publishes_between_steps_once_it_is_staged(settings, tmp_path, gate, monkeypatch):

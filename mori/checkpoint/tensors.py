@@ -4,6 +4,7 @@ import json
 from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 
+import numpy
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
@@ -124,7 +125,16 @@ class HostMemory:
             copy = self._copies.get((file, name))
             if copy is None or (copy.shape, copy.dtype) != (tensor.shape, tensor.dtype):
                 copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            copies[name] = self._copies[file, name] = copy.copy_(tensor.detach(), non_blocking=True)
+            if tensor.is_cpu and tensor.is_contiguous():
+                numpy.copyto(_memory(copy), _memory(tensor))  # in the calling thread alone: another may be training
+            else:
+                copy.copy_(tensor.detach(), non_blocking=True)
+            copies[name] = self._copies[file, name] = copy
         if any(tensor.is_cuda for tensor in tensors.values()):
             torch.cuda.synchronize()
         return copies
+
+
+def _memory(tensor: torch.Tensor) -> numpy.ndarray:
+    """The bytes of a contiguous tensor, in the same memory."""
+    return tensor.detach().view(-1).view(torch.uint8).numpy()

@@ -10,7 +10,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -41,12 +41,21 @@ class Snapshot:
         tensors: the tensors of each safetensors file, by the file's name.
         others: the content of every other file, by its path in the folder.
         buffers: the names of the tensors that may hold infinity.
+        memory: where copies of the tensors go, see `copied`; None if they need no copy.
     """
 
     step: int
     tensors: dict[str, dict[str, torch.Tensor]]
     others: dict[str, bytes]
     buffers: frozenset[str] = frozenset()
+    memory: HostMemory | None = None
+
+    def copied(self) -> "Snapshot":
+        """The same, of which no tensor changes any more."""
+        if self.memory is None:
+            return self
+        copies = {file: self.memory.copy(file, content) for file, content in self.tensors.items()}
+        return replace(self, tensors=copies, memory=None)
 
     @property
     def nbytes(self) -> int:
@@ -67,23 +76,27 @@ def snapshot(
     as_saved: AsSaved = optimizer_state.as_it_is,
     ranks: int = 1,
 ) -> Snapshot:
-    """The checkpoint of `step` as one rank writes it; its tensors are those of `model` and `optimizer`, or copies in `memory`.
+    """The checkpoint of `step` as one rank writes it; its tensors are those of `model` and `optimizer`, except buffers, which any
+    forward pass may change. With `memory` they can be `copied`.
 
     `state` is everything else that the run needs, as JSON values; the keys `step` and `optimizer` are set here. `beside` are
     further files, by their paths in the folder. `weights_file` is the name of the file with the model's `state_dict()`. `as_saved`
     is explained in `optimizer_state`.
 
-    With several `ranks` it is collective: each gets some of the tensors, whole and in host memory, and the first gets all else.
+    With several `ranks` it is collective: each gets copies of some tensors, whole and in host memory, and the first gets all else.
 
     Raises TypeError for a part of the optimizer's state that cannot be stored, see `optimizer_state.pack`.
     """
     tensors, plain = _content(model, optimizer, as_saved, weights_file)
     others = {"state.json": json.dumps({**state, "step": step, "optimizer": plain}).encode(), **(beside or {})}
+    buffers = frozenset(name for name, _ in model.named_buffers())
     if ranks > 1:
         tensors, others = _share(tensors, others, ranks, memory or HostMemory())
-    elif memory:
-        tensors = {file: memory.copy(file, content) for file, content in tensors.items()}
-    return Snapshot(step, tensors, others, frozenset(name for name, _ in model.named_buffers()))
+        return Snapshot(step, tensors, others, buffers)
+    if memory:
+        weights = tensors[weights_file]
+        weights |= {name: tensor.clone() for name, tensor in weights.items() if name in buffers}
+    return Snapshot(step, tensors, others, buffers, memory)
 
 
 def _content(
@@ -173,22 +186,37 @@ class Pending:
     """The checkpoint of a step from its snapshot to its publication, on a rank that writes a part of it or all.
 
     `take()` returns the snapshot; it is called here, and what it raises is raised by `files`. With `in_background` a thread
-    stages the snapshot, else `files` does.
+    copies and stages the snapshot, and the model and the optimizer must not change before `wait_for_copy` returns; else `files`
+    stages it.
     """
 
     def __init__(self, root: Path, step: int, take: Callable[[], Snapshot], in_background: bool):
         self.root, self.step = root, step
-        self._abandoned = threading.Event()
+        self._abandoned, self._copied = threading.Event(), threading.Event()
         try:
             taken = take()
-            self._stage = partial(stage, root, taken, self._abandoned.is_set)
+            if any(tensor.is_cuda for content in taken.tensors.values() for tensor in content.values()):
+                taken = taken.copied()  # a copy by another thread would end the capture of a CUDA graph
+            self._stage = partial(self._copy_and_stage, taken)
         except SAVE_ERRORS as error:
+            self._copied.set()
             self._stage = partial(_fail, error)
         self._staged: Future | None = None
         if in_background:
             thread = ThreadPoolExecutor(1)
             self._staged = thread.submit(self._stage)
             thread.shutdown(wait=False)  # once it is staged
+
+    def _copy_and_stage(self, taken: Snapshot) -> dict[str, dict]:
+        try:
+            taken = taken.copied()
+        finally:
+            self._copied.set()
+        return stage(self.root, taken, self._abandoned.is_set)
+
+    def wait_for_copy(self) -> None:
+        """Wait until the thread needs the tensors of the model and the optimizer no more."""
+        self._copied.wait()
 
     @property
     def is_staged(self) -> bool:
