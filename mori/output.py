@@ -6,7 +6,7 @@
 import contextlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -15,10 +15,11 @@ from torch import nn
 
 from mori import distributed
 from mori.checkpoint import checkpoints, files, run_folder, shards, writing
-from mori.checkpoint.files import advice, check_room, publish, rehearse_publication, staging_folder
+from mori.checkpoint.files import advice, publish, rehearse_publication, staging_folder
 from mori.checkpoint.tensors import check_finite
 from mori.cli import RunFailed, UserError, one_line, plural
 from mori.config import TrainConfig
+from mori.distributed import nodes
 from mori.export import hub
 from mori.generation.generate import model_settings
 from mori.model import saving
@@ -35,23 +36,28 @@ _SMALL_BYTES = 2 << 30  # of a model that is published whole, with its adapters 
 
 
 def rehearse(run: Run, state: State) -> int:
-    """Save and publish a part of the model in the true places, and undo it; sets `model_files`.
+    """Save and publish a part of the model in the true places, and undo it; sets `model_files`. Collective.
 
     Returns the bytes of a whole checkpoint, as far as they are known: before its first step, only AdamW's moments are.
     Raises UserError if a later save would fail for another reason than a full disk (see `check_disk`).
     """
-    with _readable_failures(run):
-        with run.module.as_loaded() as model:
+    runtime, beside = run.runtime, {}
+
+    def rehearse_model() -> None:
+        with _readable_failures(run), run.module.as_loaded() as model:
             planned = summary(run, state)
-            beside = rehearse_publication(
-                run.output_dir, lambda folder: _write_model(run, model, folder, planned, rehearsal=True)
-            )
-        run.model_files = {name: data for name, data in beside.items() if not name.endswith((".safetensors", CARD))}
+            fill = partial(_write_model, run, model, run_summary=planned, rehearsal=True)
+            contents = rehearse_publication(run.output_dir, fill)
+        beside.update((n, data) for n, data in contents.items() if not n.endswith((".safetensors", CARD)))
         if run.config.use_peft:  # transformers takes a folder with a config.json for a whole model
             settings = json.dumps(adapter_files.adapter_config(state.model, adapter_files.base_of(run.config.model)))
-            run.model_files = {n: data for n, data in run.model_files.items() if n not in _OF_WHOLE_MODELS}
-            run.model_files[adapter_files.CONFIG] = settings.encode()
-    size = rehearse_checkpoint(run, state)
+            for name in _OF_WHOLE_MODELS:
+                beside.pop(name, None)
+            beside[adapter_files.CONFIG] = settings.encode()
+
+    runtime.agreed(rehearse_model, runtime.is_publisher)
+    run.model_files = runtime.from_main(beside)
+    size = runtime.on_writers(lambda: rehearse_checkpoint(run, state))
     if not state.optimizer.state and run.config.optim == "adamw_torch_fused":
         size += 2 * sum(parameter.nbytes for parameter in run.weights.in_model)
     return size
@@ -86,32 +92,6 @@ def _readable_failures(run: Run) -> Iterator[None]:
         raise UserError(f"this model cannot be saved: {one_line(error)}") from None
 
 
-@dataclass(frozen=True)
-class PlannedFiles:
-    """What a run will write until it ends: `checkpoints` more at once, each of `checkpoint_bytes`, and the trained model."""
-
-    checkpoints: int
-    checkpoint_bytes: int
-    model_bytes: int
-
-
-def planned_files(run: Run, state: State, checkpoint_bytes: int) -> PlannedFiles:
-    """The files to come: a checkpoint is written before an older one is deleted, and the best is kept beside the newest."""
-    config, root = run.config, run.run_dir / "checkpoints"
-    evaluates = config.eval_strategy != "no" and run.data.held_out is not None
-    most, present = config.save_total_limit + evaluates + 1, len(checkpoints.published(root)) if run.resumed else 0
-    is_over = run.is_over(state) and state.saved_step == state.step
-    saves = 0 if is_over else max(run.work_left(state)["saves"], 1)  # a signal saves, too
-    more = max(min(most, present + saves) - present, min(saves, 1))
-    return PlannedFiles(more, checkpoint_bytes, sum(p.nbytes for p in _published(run, state.model)))
-
-
-def check_disk(run: Run, planned: PlannedFiles) -> None:
-    """Raise UserError if the disk has no room for `planned`. The folders of checkpoints and model must be there."""
-    root, beside_model = run.run_dir / "checkpoints", staging_folder(run.output_dir).parent
-    check_room({root: planned.checkpoints * planned.checkpoint_bytes, beside_model: planned.model_bytes})
-
-
 def save(run: Run, state: State) -> None:
     """Save a checkpoint; a run resumed from it continues as if it had never stopped. A failure is a warning.
 
@@ -122,13 +102,13 @@ def save(run: Run, state: State) -> None:
     before = state.saved_step, state.best.saved
     if state.best.is_of(step):
         state.best.saved = {**state.best.evaluation, "samples": state.samples_after}
-    if runtime.is_main:
+    if runtime.is_writer:
         writing.discard(root, step)
-    saved = {**run.identity(), "cpu_matmul": run.module.cpu_matmul, **state.state_dict()}
+    saved = runtime.from_main({**run.identity(), "cpu_matmul": run.module.cpu_matmul, **state.state_dict()})
     written = None
-    if runtime.is_main:
+    if runtime.is_writer:
         run.monitor.sync()
-    if runtime.is_main or runtime.sharded:
+    if runtime.is_writer or runtime.sharded:
         take = partial(
             writing.snapshot,
             step,
@@ -163,20 +143,24 @@ def complete_save(run: Run, state: State) -> None:
         files, failure = _attempt(pending.written.files) if pending.written else ({}, "")
         parts = runtime.gather((files, failure)) if runtime.sharded else [(files, failure)]
         failure = next((failure for _, failure in parts if failure), "")
-        if runtime.is_main and not failure:
+        if runtime.is_writer and not failure:
             _, failure = _attempt(lambda: writing.publish(root, step, *(files for files, _ in parts)))
     finally:
         if pending.written:
             pending.written.end()
-        if runtime.is_main:
+        if runtime.is_writer:
             writing.discard(root, step)
     state.pending_save = None
-    if failure:
-        run.monitor.say(f"WARNING: no checkpoint at step {step}: {failure}; training continues")
-    if runtime.any(failure):  # the ranks wait here, so that none exits during the save
+    results = runtime.gather((runtime.is_writer, failure))  # the ranks wait here, so that none exits during the save
+    failures = {rank: reason for rank, (is_writer, reason) in enumerate(results) if is_writer}
+    for rank, reason in failures.items():
+        if reason and (rank == 0 or reason != failures[0]):
+            where = f" on the node of rank {rank}" if rank else ""
+            run.monitor.say(f"WARNING: no checkpoint at step {step}{where}: {reason}; training continues")
+    if all(failures.values()) or runtime.sharded and any(failures.values()):  # without shards, any whole copy will do
         state.saved_step, state.best.saved = pending.saved_step, pending.best_saved
         return
-    if runtime.is_main:
+    if runtime.is_writer and not failure:
         try:
             checkpoints.prune(root, run.config.save_total_limit, state.best.saved and state.best.saved["step"])
         except OSError as error:
@@ -202,7 +186,7 @@ def leave(run: Run, state: State, error: BaseException | None) -> None:
             if run.config.async_save and isinstance(error, Exception) and not run.runtime.sharded:
                 writing.publish(written.root, written.step, written.files())
         written.end()
-        if run.runtime.is_main:
+        if run.runtime.is_writer:
             writing.discard(written.root, written.step)
 
 
@@ -220,15 +204,20 @@ def finish(run: Run, state: State, signals: distributed.StopSignals) -> dict:
     if state.samples_after:
         run.monitor.say("\n".join(["after:", *state.samples_after]))
     run.monitor.close()
-    run_summary = summary(run, state)
-    if runtime.is_main or runtime.sharded:
-        if config.load_best_model_at_end:
-            run_summary["published_step"] = load_best(run, state)
+    published_step = state.step
+    if config.load_best_model_at_end and state.best.saved:
+        nodes.bring_everywhere(runtime, _best_checkpoint(run, state), run.monitor.say)
+    if config.load_best_model_at_end and (runtime.is_publisher or runtime.sharded):
+        published_step = load_best(run, state)
+    run_summary = runtime.from_main({**summary(run, state), "published_step": published_step})
+    if runtime.is_publisher or runtime.sharded:
         publish_model(run, run_summary)
-    if runtime.is_main:
+    runtime.barrier()
+    if runtime.is_writer and run.output_dir.is_dir():  # of a sharded model, the first node has it
         with run.writes():
             run_summary["output_sha256"] = files.hashes(run.output_dir)
             files.write_json(run.run_dir / "summary.json", run_summary)
+    if runtime.is_main:
         run.monitor.report(run_summary, finished=True)
         is_last_step = run_summary["published_step"] == state.step
         same = runtime.precision == "fp32" and is_last_step and bool(state.samples_after)
@@ -250,10 +239,10 @@ def load_best(run: Run, state: State) -> int:
     best = state.best.saved
     if best is None or best["step"] == state.step:
         return state.step
-    folder, error = checkpoints.folder_of(run.run_dir / "checkpoints", best["step"]), None
+    folder, error = _best_checkpoint(run, state), None
     tell = say if run.runtime.is_main else lambda message: None
     try:
-        if run.runtime.is_main:
+        if run.runtime.is_publisher:
             checkpoints.verify(folder)
     except (checkpoints.CorruptCheckpoint, UserError) as raised:
         error = raised
@@ -264,12 +253,16 @@ def load_best(run: Run, state: State) -> int:
     except UserError as raised:
         error = raised
     if error:
-        if isinstance(error, checkpoints.CorruptCheckpoint) and run.runtime.is_main:
+        if isinstance(error, checkpoints.CorruptCheckpoint) and run.runtime.is_publisher:
             checkpoints.set_damaged_aside(folder, error, say)
         tell(f"WARNING: the best checkpoint cannot be published, so the last weights are: {error}")
         return state.step
     tell("\n".join([f"at step {best['step']}, the best, which is published:", *best.get("samples", [])]))
     return best["step"]
+
+
+def _best_checkpoint(run: Run, state: State) -> Path:
+    return checkpoints.folder_of(run.run_dir / "checkpoints", state.best.saved["step"])
 
 
 def publish_model(run: Run, run_summary: dict) -> None:
@@ -281,7 +274,7 @@ def publish_model(run: Run, run_summary: dict) -> None:
         try:
             if not run.runtime.sharded:
                 check_finite(adapter_files.stored(model).state_dict(), dict(model.named_buffers()))
-            if run.runtime.is_main:
+            if run.runtime.is_publisher:
                 publish(run.output_dir, lambda folder: _write_model(run, model, folder, run_summary))
             else:
                 _write_model(run, model, staging_folder(run.output_dir), run_summary)
@@ -290,11 +283,6 @@ def publish_model(run: Run, run_summary: dict) -> None:
         except (OSError, UserError) as error:
             reason = f"{advice(error)}: it resumes from the newest checkpoint"
             raise RunFailed(f"cannot write the trained model to {run.output_dir}: {reason}") from None
-
-
-def _published(run: Run, model: nn.Module) -> list[nn.Parameter]:
-    """The weights that `output_dir` holds: those of the whole model, or of its adapters."""
-    return list(model.parameters()) if not run.config.use_peft or merges(run.config, model) else run.weights.in_model
 
 
 def _write_model(run: Run, model: nn.Module, folder: Path, run_summary: dict, rehearsal: bool = False) -> None:
@@ -308,10 +296,10 @@ def _write_model(run: Run, model: nn.Module, folder: Path, run_summary: dict, re
     else:
         adapters = adapter_files.tensors(model)
         whole = {name: shards.local(t) for name, t in adapters.items()} if rehearsal else run.weights.whole(adapters)
-        if runtime.is_main:
+        if runtime.is_publisher:
             check_finite({} if rehearsal else whole)
             adapter_files.save(model, whole, run.data.tokenizer, folder, base)
-    if not runtime.is_main:
+    if not runtime.is_publisher:
         return
     card = model_card(
         run_summary,
@@ -340,7 +328,7 @@ def summary(run: Run, state: State) -> dict:
     """
     evaluations = {"before": state.before, "best": state.best.evaluation, "after": state.after}
     copying = {name: (evaluation or {}).get("copying", {}) for name, evaluation in evaluations.items()}
-    checkpoint = state.best.saved and checkpoints.folder_of(run.run_dir / "checkpoints", state.best.saved["step"])
+    checkpoint = state.best.saved and _best_checkpoint(run, state)
     return {
         "run_name": run.config.run_name,
         "model": run.config.model,
@@ -378,9 +366,13 @@ def _without(name: str, values: dict) -> dict:
 
 def finished_summary(run: Run) -> dict | None:
     """Close a run that has nothing left to do, say so, upload its model, and return its summary; None for any other run."""
-    config = run.config
-    summary = run_folder.finished_summary(config, run.run_dir, run.output_dir, run.resumed, run.total_steps)
-    if summary and run.runtime.is_main:
+    config, runtime = run.config, run.runtime
+    summaries = runtime.agreed(
+        lambda: run_folder.finished_summary(config, run.run_dir, run.output_dir, run.resumed, run.total_steps) or {},
+        runtime.is_publisher,
+    )
+    summary = summaries[0] if all(summary for summary in summaries if summary is not None) else None
+    if summary and runtime.is_main:
         steps, again = plural(run.total_steps, "step"), "To train again"
         if summary["steps"] != run.total_steps:
             steps = f"stopped early at step {summary['steps']} of {run.total_steps}"
@@ -390,7 +382,7 @@ def finished_summary(run: Run) -> dict | None:
             "use another --run_name, or --resume_from_checkpoint none (the old run is set aside)"
         )
     if summary:
-        run.runtime.close()
-    if summary and run.runtime.is_main and config.push_to_hub and not config.dry_run:
+        runtime.close()
+    if summary and runtime.is_main and config.push_to_hub and not config.dry_run:
         hub.push(config, config.output_dir)
     return summary

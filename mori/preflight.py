@@ -9,7 +9,7 @@ import contextlib
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import torch
@@ -17,7 +17,7 @@ from torch import nn
 
 from mori import output
 from mori.checkpoint import checkpoints
-from mori.checkpoint.files import write_json
+from mori.checkpoint.files import check_room, staging_folder, write_json
 from mori.cli import UserError, guarded, plural
 from mori.evaluate import evaluate
 from mori.generation.generate import generate
@@ -58,16 +58,16 @@ def preflight(run: Run, state: State, train_step: Step) -> dict:
     little room or the model cannot be saved, and RunFailed if not even one window fits in memory.
     """
     runtime, dry_run = run.runtime, run.config.dry_run
-    size = runtime.on_main(lambda: output.rehearse(run, state))
+    size = output.rehearse(run, state)
     if run.total_steps - state.step < FEWEST_STEPS and not dry_run:
-        runtime.on_main(lambda: output.check_disk(run, output.planned_files(run, state, size)))
+        runtime.on_writers(lambda: check_disk(run, planned_files(run, state, size)))
         return {}
     windows = state.micro_batch.size, state.eval_batch.size
     with _undone(run, state):
         seconds, size = _measure(run, state, train_step)
-    planned, refusal = runtime.on_main(lambda: output.planned_files(run, state, size)), None
+    planned, refusal = runtime.on_main(lambda: planned_files(run, state, size)), None
     try:
-        runtime.on_main(lambda: output.check_disk(run, planned))
+        runtime.on_writers(lambda: check_disk(run, planned))
     except UserError as error:
         refusal = error
     figures = _figures(run, state, seconds, planned) | {"refused": [str(refusal)] if refusal else []}
@@ -76,12 +76,47 @@ def preflight(run: Run, state: State, train_step: Step) -> dict:
             write_json(run.run_dir / "preflight.json", figures)
         end = f"dry run: nothing is trained; these figures are in {run.run_dir / 'preflight.json'}"
         run.monitor.say("\n".join([plan(figures), *_smaller_batches(run, state, *windows), *[end] * dry_run]))
-    if dry_run and runtime.is_main:
+    if dry_run and runtime.is_writer:
         with contextlib.suppress(OSError):  # it holds checkpoints of an earlier run
             (run.run_dir / "checkpoints").rmdir()
     if refusal:
         raise refusal
     return figures
+
+
+@dataclass(frozen=True)
+class PlannedFiles:
+    """What a run will write until it ends: `checkpoints` more at once, each of `checkpoint_bytes`, and the trained model."""
+
+    checkpoints: int
+    checkpoint_bytes: int
+    model_bytes: int
+
+
+def planned_files(run: Run, state: State, checkpoint_bytes: int) -> PlannedFiles:
+    """The files to come: a checkpoint is written before an older one is deleted, and the best is kept beside the newest."""
+    config, root = run.config, run.run_dir / "checkpoints"
+    evaluates = config.eval_strategy != "no" and run.data.held_out is not None
+    most, present = config.save_total_limit + evaluates + 1, len(checkpoints.published(root)) if run.resumed else 0
+    is_over = run.is_over(state) and state.saved_step == state.step
+    saves = 0 if is_over else max(run.work_left(state)["saves"], 1)  # a signal saves, too
+    more = max(min(most, present + saves) - present, min(saves, 1))
+    return PlannedFiles(more, checkpoint_bytes, sum(p.nbytes for p in _published(run, state.model)))
+
+
+def check_disk(run: Run, planned: PlannedFiles) -> None:
+    """Raise UserError if the disk has no room for `planned`. The folders of checkpoints and model must be there."""
+    root, beside_model = run.run_dir / "checkpoints", staging_folder(run.output_dir).parent
+    check_room({root: planned.checkpoints * planned.checkpoint_bytes, beside_model: planned.model_bytes})
+
+
+def _published(run: Run, model: nn.Module) -> list[nn.Parameter]:
+    """The weights that `output_dir` holds: those of the whole model, or of its adapters."""
+    return (
+        list(model.parameters())
+        if not run.config.use_peft or output.merges(run.config, model)
+        else run.weights.in_model
+    )
 
 
 @contextlib.contextmanager
@@ -178,7 +213,7 @@ def _seconds_of_saves(run: Run, state: State, saves: int) -> tuple[float, int]:
         began = time.perf_counter()
         size = output.rehearse_checkpoint(run, state, sample_bytes)
         times.append(time.perf_counter() - began)
-    planned = output.planned_files(run, state, size)
+    planned = planned_files(run, state, size)
     largest = max(tensor.nbytes for tensor in state.stored.state_dict().values())
     per_byte = max(times[1] - times[0], 0.0) / min(largest, _SAVED_BYTES)
     return saves * (times[0] + per_byte * size) + times[0] + per_byte * planned.model_bytes, size
@@ -189,7 +224,7 @@ def _now(run: Run) -> float:
     return time.perf_counter()
 
 
-def _figures(run: Run, state: State, seconds: dict[str, float], planned: output.PlannedFiles) -> dict:
+def _figures(run: Run, state: State, seconds: dict[str, float], planned: PlannedFiles) -> dict:
     """What `preflight.json` holds. Collective."""
     runtime, trained = run.runtime, sum(parameter.numel() for parameter in run.weights.in_model)
     peaks = {"host": peak_memory_bytes(torch.device("cpu"))}

@@ -133,7 +133,7 @@ def read(names: list[str], config: TrainConfig | EvaluateConfig, runtime: Runtim
     """The documents that some values of `--corpus` name, checked and measured. Raises UserError as `read_corpus` does."""
     files = find_files(names)
     options = ReadOptions(config.text_column, config.encoding)
-    return runtime.main_first(lambda: read_corpus(files, options, _cache_dir(config)))
+    return runtime.writers_first(lambda: read_corpus(files, options, _cache_dir(config)))
 
 
 def tokenized(
@@ -146,7 +146,7 @@ def tokenized(
 ) -> TokenFile:
     """The token ids of a corpus, cached in `logging_dir`. Raises UserError if they do not fit the model or its tokenizer."""
     loading.check_fits(model_config, block_size=config.block_size, max_id=0)
-    token_file = runtime.main_first(lambda: make_token_file(corpus, tokenizer, _cache_dir(config), special.begin))
+    token_file = runtime.writers_first(lambda: make_token_file(corpus, tokenizer, _cache_dir(config), special.begin))
     loading.check_fits(model_config, block_size=config.block_size, max_id=token_file.header["max_id"])
     check_expressed(corpus.measures, token_file.header["text"])
     special_tokens.check_corpus(special, token_file.header["text"]["special_tokens"])
@@ -169,7 +169,7 @@ def scored_text(
     if text["unknown_tokens"] or text["lost_bytes"]:
         return windows, None
     # The first token is never a label, so its bytes are not counted.
-    return windows, runtime.main_first(lambda: text_bytes_from(start + 1, token_file, corpus, tokenizer))
+    return windows, runtime.writers_first(lambda: text_bytes_from(start + 1, token_file, corpus, tokenizer))
 
 
 def _cache_dir(config: TrainConfig | EvaluateConfig) -> Path:

@@ -21,7 +21,7 @@ from mori.checkpoint.files import advice, set_aside, write_json
 from mori.cli import RunFailed, UserError, checked, one_line, plural
 from mori.config import TrainConfig, steps_of
 from mori.data.windows import Batches, load_step
-from mori.distributed import Runtime
+from mori.distributed import Runtime, nodes
 from mori.distributed.sharding import Weights, weights_of
 from mori.distributed.unloaded import load_model
 from mori.evaluate import windows_to_score
@@ -49,12 +49,12 @@ class Run:
     config: TrainConfig
     runtime: Runtime
     data: Prepared
-    batches: Batches
-    total_steps: int
     run_dir: Path
     output_dir: Path
     started: float  # by time.perf_counter()
-    schedule: optim.Schedule | None = None  # set by `check`
+    batches: Batches | None = None  # set by `plan_steps`
+    total_steps: int = 0
+    schedule: optim.Schedule | None = None
     resumed: Path | None = None  # the checkpoint that the run resumes from
     module: CausalLMLoss | None = None  # set by `build`
     parallel: nn.Module | None = None  # `module`, in DDP if there are several ranks
@@ -108,6 +108,23 @@ class Run:
         commit = getattr(self.data.model_config, "_commit_hash", None)
         return adapter_files.base_identity(adapter_files.base_of(self.config.model), commit)
 
+    def plan_steps(self, windows_per_step: int | None = None) -> None:
+        """Set batches, number of steps and schedule. Raises UserError if a setting reaches beyond the last step."""
+        config, runtime = self.config, self.runtime
+        self.batches = Batches(
+            len(self.data.train),
+            batch_size=config.per_device_train_batch_size,
+            accumulation=config.gradient_accumulation_steps,
+            seed=config.seed,
+            rank=runtime.rank,
+            world_size=runtime.world_size,
+            windows_per_step=windows_per_step,
+        )
+        self.total_steps = config.total_steps(self.batches.steps_per_epoch)
+        if mistake := config.too_late(self.total_steps):
+            raise UserError(mistake)
+        self.schedule = optim.Schedule(config, self.warmup_steps, self.total_steps)
+
     def identity(self) -> dict:
         """The settings, data and hardware that a checkpoint records, to be compared with those of a resumed run."""
         runtime = self.runtime
@@ -115,6 +132,7 @@ class Run:
             "config": asdict(self.config),
             "precision": runtime.precision,
             "world_size": runtime.world_size,
+            "windows_per_step": self.batches.windows_per_step,
             "device": runtime.device_name,
             "model_sha256": self.model_sha256,
             "base_sha256": self.base_sha256,
@@ -217,17 +235,12 @@ def check(config: TrainConfig, locks: contextlib.ExitStack) -> Run:
     started = time.perf_counter()
     is_named = bool(config.run_name)
     config = checked(config).resolve()
-    if distributed.restarted():  # `none`, or a named checkpoint, was meant for the first start
-        config = replace(config, resume_from_checkpoint="auto")
     run_dir, output_dir = Path(config.logging_dir).resolve() / config.run_name, Path(config.output_dir).resolve()
-    if any("\udc80" <= letter <= "\udcff" for letter in str(output_dir)):
-        raise UserError(
-            f"the path {str(output_dir)!a} is not UTF-8, so no tokenizer can be saved there; use another --output_dir"
-        )
-    run_folder.check_apart(config.model, run_dir, output_dir)
-    run_folder.check_writable(run_dir, output_dir)
     runtime = distributed.start(config.device, config.precision, config.ddp_timeout)
     runtime.sharded = config.fsdp != "none" and runtime.world_size > 1
+    nodes.introduce(runtime, config, run_dir, output_dir)
+    if runtime.any(distributed.restarted()):  # `none`, or a named checkpoint, was meant for the first start
+        config = replace(config, resume_from_checkpoint="auto")
     if config.dtype == "bfloat16" and runtime.precision != "bf16":
         raise UserError(
             f"dtype bfloat16 needs bf16 arithmetic, but precision is {runtime.precision}; pass --precision bf16"
@@ -241,32 +254,19 @@ def check(config: TrainConfig, locks: contextlib.ExitStack) -> Run:
     if runtime.device.type == "cpu":
         keep_freed_memory()
     data = prepare(config, runtime)
-    batches = Batches(
-        len(data.train),
-        batch_size=config.per_device_train_batch_size,
-        accumulation=config.gradient_accumulation_steps,
-        seed=config.seed,
-        rank=runtime.rank,
-        world_size=runtime.world_size,
-    )
-    total_steps = config.total_steps(batches.steps_per_epoch)
-    run = Run(config, runtime, data, batches, total_steps, run_dir, output_dir, started)
-    if mistake := config.too_late(total_steps):
-        raise UserError(mistake)
+    run = Run(config, runtime, data, run_dir, output_dir, started)
+    run.plan_steps()
     if "bits_per_byte" in config.metric_for_best_model and data.held_out_bytes is None:
         raise UserError("metric_for_best_model bits_per_byte: the tokenizer loses text, so there is none; take loss")
-    run.schedule = optim.Schedule(config, run.warmup_steps, run.total_steps)
-
-    def lock_and_find() -> tuple[Path, Path | None]:
-        folder = run_dir if is_named else run_folder.choose(config, run_dir, run.identity())
-        if folder.is_dir():
-            locks.enter_context(run_folder.lock(folder))
-        return folder, run_folder.find_checkpoint(config, folder, run.identity(), run.total_steps)
-
-    run.run_dir, run.resumed = runtime.on_main(lock_and_find)
+    identity = run.identity()
+    nodes.check_same_data(runtime, identity)
+    run.run_dir, run.resumed = nodes.find_run(runtime, config, run_dir, is_named, identity, locks)
     if run.resumed:
         saved = checkpoints.load_state(run.resumed)
-        runtime.precision = run_folder.kept_precision(saved, config, run.identity())
+        windows = runtime.on_main(lambda: run_folder.check_resumed(config, run.resumed, identity, run.total_steps))
+        run.plan_steps(windows)
+        run_folder.check_length(run.resumed, run.total_steps)
+        runtime.precision = run_folder.kept_precision(saved, config, identity)
     run.config = replace(config, run_name=run.run_dir.name)
     return run
 
@@ -302,17 +302,16 @@ def build(run: Run, locks: contextlib.ExitStack) -> State:
     )
     state = State(config, runtime, model, run.weights.build_optimizer(config), run.schedule, run.started)
     distributed.set_seed(config.seed + runtime.rank)
-    remembered = runtime.on_main(lambda: run_folder.remembered_batch_size(config, run.run_dir))
-    state.micro_batch.size = min(state.micro_batch.size, remembered or state.micro_batch.size)
+    remembered = runtime.agreed(lambda: run_folder.remembered_batch_size(config, run.run_dir), runtime.is_writer)
+    state.micro_batch.size = min([state.micro_batch.size, *filter(None, remembered)])
     if run.resumed:
         restore(run.resumed, saved, state, run.weights)
     run.parallel = runtime.parallel(run.module, lambda: _empty_micro_batch(run))
     run.parallel.train()
     run.peak_flops = peak_flops(runtime.device, runtime.precision)
-    tables = {}
+    about = environment(runtime.device, runtime.precision, runtime.world_size)
+    tables = _open_folder(run, locks, about) if runtime.is_writer else {}
     if runtime.is_main:
-        about = environment(runtime.device, runtime.precision, runtime.world_size)
-        tables = _open_folder(run, locks, about)
         say(_introduction(run, state, description, about, trains))
     run.monitor = Monitor(
         run.run_dir,
@@ -391,6 +390,7 @@ def _introduction(run: Run, state: State, description: str, about: dict, trains:
         parameters=sum(parameter.numel() for parameter in state.model.parameters()),
         total_steps=run.total_steps,
         steps_per_epoch=run.batches.steps_per_epoch,
+        windows_per_step=run.batches.windows_per_step,
         evaluations=evaluations_in_words(run.config, run.eval_every, len(run.eval_windows), run.data.held_out),
         faster=description,
         special=run.data.special_tokens.describe(state.model, run.data.tokenizer),

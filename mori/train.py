@@ -264,15 +264,20 @@ def stop(run: Run, state: State, received: str) -> None:
 
 @contextlib.contextmanager
 def _readable_failures() -> Iterator[None]:
-    """Convert out-of-memory and lost-rank errors to RunFailed."""
+    """Convert out-of-memory and lost-rank errors to RunFailed; the other ranks hear of a mistake that this one alone has made."""
     try:
         yield
     except RunFailed:
+        raise
+    except UserError as mistake:
+        distributed.tell_others(mistake)
         raise
     except (RuntimeError, MemoryError) as error:
         if distributed.out_of_memory(error):
             reason = f"memory ran out: {one_line(error)}; use a smaller --block_size or --model, or --precision bf16"
         elif distributed.lost_a_rank(error):
+            if mistake := distributed.told_by_others():
+                raise mistake from None
             reason = "another rank exited or timed out; the same command resumes from the last checkpoint"
         else:
             raise

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from conftest import ROOT, flags, weights
 
 from mori import distributed
 from mori.cli import UserError
-from mori.distributed import restarted, start
+from mori.distributed import ranks, restarted, start
+from mori.distributed.ranks import _store_of_this_start
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "scripts/train.py"]
 
@@ -35,15 +37,39 @@ def test_two_ranks_train_a_model_with_unused_parameters_as_one_rank_does(
         torch.testing.assert_close(found[name], tensor, msg=name)
 
 
+def test_start_ignores_what_earlier_starts_left_in_the_store():
+    """torchrun's store outlives its restarts, and a node that joins late has another number of restarts than the others."""
+    store = dist.HashStore()
+    store.append("arrivals", "killed-before-it-was-answered ")
+    for size in (3, 2, 4):  # nodes leave and join
+        with ThreadPoolExecutor(size) as pool:
+            parts = list(pool.map(lambda rank, size=size: _store_of_this_start(store, rank, size, 10), range(size)))
+        assert not any(part.check(["key"]) for part in parts)
+        parts[0].set("key", "value")
+        assert all(part.check(["key"]) for part in parts)
+
+
+def test_start_gives_up_ranks_that_do_not_come():
+    with pytest.raises(dist.DistStoreError, match="not all 2 ranks"):
+        _store_of_this_start(dist.HashStore(), 0, 2, 0)
+
+
 @pytest.mark.parametrize("device, backend", [("cuda", "nccl"), ("cpu", "gloo")])
 def test_start_binds_a_rank_to_its_gpu(device, backend, monkeypatch):
     """A bound NCCL connects in `start`: its errors show before anything is loaded."""
     joined = []
-    ranks = {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
-    for name, value in ranks.items():
+    environment = {
+        "WORLD_SIZE": "4",
+        "RANK": "3",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "29500",
+    }
+    for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(ranks, "_store_of_this_start", lambda store, *_: store)
     monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(dist.HashStore(), 3, 4)]))
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: joined.append((backend, options)))
     monkeypatch.setattr(dist, "new_group", lambda **_: None)

@@ -269,7 +269,9 @@ def _holds_its_files_only(folder: Path) -> bool:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
         sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in _files_in(folder)}
         sizes.pop(_MANIFEST)
-        return sizes == {name: description["bytes"] for name, description in manifest["files"].items()}
+        whole = {name: description["bytes"] for name, description in manifest["files"].items()}
+        # Without a shared disk, a node has the files of its own ranks.
+        return sizes == whole or "files_of_ranks" in manifest and sizes.items() <= whole.items()
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

@@ -65,6 +65,10 @@ def check_writable(run_dir: Path, output_dir: Path) -> None:
 
     Both paths are absolute, without links.
     """
+    if any("\udc80" <= letter <= "\udcff" for letter in str(output_dir)):
+        raise UserError(
+            f"the path {str(output_dir)!a} is not UTF-8, so no tokenizer can be saved there; use another --output_dir"
+        )
     if output_dir in (run_dir, *run_dir.parents, *Path.cwd().parents, Path.cwd()):
         raise UserError(f"output_dir: {output_dir} contains other things than a model; choose another folder")
     if (run_dir / "checkpoints") in (output_dir, *output_dir.parents):
@@ -203,66 +207,58 @@ def _strict_differences(saved: dict, config: TrainConfig, identity: dict, folder
     return differing
 
 
-def find_checkpoint(config: TrainConfig, run_dir: Path, identity: dict, total_steps: int) -> Path | None:
-    """The checkpoint that the run resumes from, or None for a new run. Call it while the folder is locked.
+def check_resumed(config: TrainConfig, checkpoint: Path, identity: dict, total_steps: int) -> int:
+    """The windows of a step of the run that resumes from a checkpoint: those that it had, also on another number of ranks.
 
     Raises UserError if the checkpoint belongs to a run whose weights would differ, and names the fields that do; with `extend`
-    the length of the run may differ.
+    the length of the run may differ. Notes say what only rounds otherwise.
     """
-    root = run_dir / "checkpoints"
-    if config.resume_from_checkpoint == "none":
-        return None
-    if config.resume_from_checkpoint == "auto":
-        checkpoints.clean(root)
-        folder = checkpoints.newest(root, print_error)
-    else:
-        folder = _named_checkpoint(config, run_dir, root)
-    if folder is None:
-        if config.extend:
-            raise UserError(f"extend: {run_dir} has no checkpoint to resume from; leave --extend out to start a run")
-        return None
-    saved = checkpoints.load_state(folder)
-    differing, inexact = _differences(saved, config, identity, folder)
+    saved = checkpoints.load_state(checkpoint)
+    differing, inexact = _differences(saved, config, identity, checkpoint)
     if differing:
-        only_length = not _differences(saved, replace(config, extend=True), identity, folder)[0]
+        only_length = not _differences(saved, replace(config, extend=True), identity, checkpoint)[0]
         longer = "--extend (to resume up to the new length), " if only_length and total_steps > saved["step"] else ""
         raise UserError(
-            f"{folder} belongs to a run with other settings (there, now): "
+            f"{checkpoint} belongs to a run with other settings (there, now): "
             f"{_listed(differing)}. Use those settings, {longer}another --run_name, or --resume_from_checkpoint none (the old run is set aside)"
-        )
-    if saved["step"] > total_steps:
-        raise UserError(
-            f"{folder} has done {plural(saved['step'], 'step')} already, more than the {total_steps} of this run"
         )
     if saved["config"].get("model") != config.model:
         print_error(
             f"note: the model was {saved['config'].get('model')} and is {config.model} now; its configuration is the same"
         )
+    windows = _windows_per_step(saved, config, identity)[0]
     if inexact:
+        kept = f". A step keeps its {plural(windows, 'window')}" if "world_size" in inexact else ""
         print_error(
-            "note: resumes with other settings (there, now): "
-            f"{_listed(inexact)}. The run continues, but its weights will "
+            f"note: resumes with other settings (there, now): {_listed(inexact)}{kept}. The run continues, but its weights will "
             "not be equal to the bit to those of a run that never stopped"
         )
-    return folder
+    return windows
 
 
-def _named_checkpoint(config: TrainConfig, run_dir: Path, root: Path) -> Path:
-    """The checkpoint whose folder the user gave, verified."""
-    folder = Path(config.resume_from_checkpoint)
+def check_length(checkpoint: Path, total_steps: int) -> None:
+    """Raise UserError if a checkpoint has done more steps than the run has."""
+    step = checkpoints.load_state(checkpoint)["step"]
+    if step > total_steps:
+        raise UserError(
+            f"{checkpoint} has done {plural(step, 'step')} already, more than the {total_steps} of this run"
+        )
+
+
+def check_named(folder: Path, run_dir: Path) -> None:
+    """Raise UserError if the checkpoint whose folder the user gave is damaged, or the run has gone on beyond it."""
     if not folder.is_dir():
         raise UserError(f"resume_from_checkpoint: {folder} is not a folder; give auto, none, or a checkpoint's folder")
     try:
         checkpoints.verify(folder)
     except checkpoints.CorruptCheckpoint as error:
         raise UserError(f"resume_from_checkpoint: {error}") from None
-    newer = [path.name for path in checkpoints.published(root) if path.name > folder.name]
+    newer = [path.name for path in checkpoints.published(run_dir / "checkpoints") if path.name > folder.name]
     if newer:
         raise UserError(
             f"resume_from_checkpoint: the run {run_dir} has gone on to {newer[-1]}; leave the flag out to resume there, or give "
             f"another --run_name to branch off {folder}"
         )
-    return folder
 
 
 def _differences(saved: dict, config: TrainConfig, identity: dict, folder: Path) -> tuple[dict, dict]:
@@ -271,8 +267,10 @@ def _differences(saved: dict, config: TrainConfig, identity: dict, folder: Path)
     try:
         there = TrainConfig(**{name: value for name, value in saved["config"].items() if name in known})
         saved = {**_IN_EARLIER_VERSIONS, **saved}
-        values = {name: (saved[name], identity[name]) for name in identity if name != "config"}
-        windows = [_windows_per_step(*run) for run in ((there, saved["world_size"]), (config, identity["world_size"]))]
+        values = {
+            name: (saved[name], identity[name]) for name in identity if name not in ("config", "windows_per_step")
+        }
+        windows = _windows_per_step(saved, config, identity)
     except (KeyError, AttributeError, TypeError):
         raise UserError(f"{folder / 'state.json'} is not a state of mori; take another checkpoint") from None
     same_model = values.pop("model_sha256")
@@ -304,8 +302,15 @@ def _listed(differing: dict) -> str:
     return "; ".join(f"{name} {values}" for name, values in differing.items())
 
 
-def _windows_per_step(config: TrainConfig, world_size: int) -> int:
-    return config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size
+def _windows_per_step(saved: dict, config: TrainConfig, identity: dict) -> tuple[int, int]:
+    """The windows in a step of a checkpoint, and of the run that resumes from it.
+
+    They are the same if the user's settings are: another number of ranks, such as after a node was lost, shares them otherwise.
+    """
+    layout = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    there, now = [saved["config"][name] for name in layout], [getattr(config, name) for name in layout]
+    before = saved.get("windows_per_step") or math.prod(there) * saved["world_size"]
+    return before, before if there == now else math.prod(now) * identity["world_size"]
 
 
 def finished_summary(

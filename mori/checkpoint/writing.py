@@ -170,7 +170,8 @@ def publish(root: Path, step: int, *parts: Mapping[str, dict]) -> Path:
         checkpoints.write_manifest(staged, step, *parts)
         checkpoints.read_manifest(staged)
         for folder in {(staged / name).parent for name in files}:
-            sync(folder)
+            if folder.exists():  # another node's disk may hold the files in it
+                sync(folder)
         set_aside(final)
         rename_folder(staged, final)
         sync(root)

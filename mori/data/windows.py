@@ -142,18 +142,26 @@ class Batches:
     """The micro-batches of every optimizer step, as a pure function of the step's number.
 
     Each epoch visits every window once, in a permutation drawn from `seed` and the epoch's number: of a list of the windows,
-    or for very many windows computed at the places that a step takes (`permuted`). A step takes the next
-    `batch_size * accumulation * world_size` windows; the last step of an epoch takes those that are left. The step's number
+    or for very many windows computed at the places that a step takes (`permuted`). A step takes the next `windows_per_step`
+    windows, by default `batch_size * accumulation * world_size`, and shares them evenly among the ranks; the last step of an epoch takes those that are left. The step's number
     is therefore the position in the data, and resuming needs no other state. `batch_size` may be changed at any time: the
     windows of a step stay the same and are cut into more or fewer micro-batches.
     """
 
     def __init__(
-        self, windows: int, *, batch_size: int, accumulation: int, seed: int, rank: int = 0, world_size: int = 1
+        self,
+        windows: int,
+        *,
+        batch_size: int,
+        accumulation: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        windows_per_step: int | None = None,
     ):
         self.windows, self.batch_size, self.accumulation, self.seed = windows, batch_size, accumulation, seed
         self.rank, self.world_size = rank, world_size
-        self.windows_per_step = batch_size * accumulation * world_size
+        self.windows_per_step = windows_per_step or batch_size * accumulation * world_size
         self.steps_per_epoch = -(-windows // self.windows_per_step)
         self._epoch, self._order = -1, None
 
@@ -175,10 +183,11 @@ class Batches:
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         first = step_in_epoch * self.windows_per_step
         windows = self.order(epoch, first, first + self.windows_per_step)
-        all_ranks, offset = self.batch_size * self.world_size, self.rank * self.batch_size
+        micro_batches = -(-self.windows_per_step // (self.batch_size * self.world_size))
+        size = -(-self.windows_per_step // (micro_batches * self.world_size))
+        all_ranks, offset = size * self.world_size, self.rank * size
         return [
-            windows[start : start + all_ranks][offset : offset + self.batch_size]
-            for start in range(0, len(windows), all_ranks)
+            windows[start : start + all_ranks][offset : offset + size] for start in range(0, len(windows), all_ranks)
         ]
 
     def windows_in(self, step: int) -> int:

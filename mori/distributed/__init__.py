@@ -2,7 +2,16 @@
 
 from mori.distributed.memory import BatchSize, out_of_memory
 from mori.distributed.randomness import random_state, rng_state, set_random_state, set_rng_state, set_seed
-from mori.distributed.ranks import Runtime, for_children, lost_a_rank, restarted, restored_backends, start
+from mori.distributed.ranks import (
+    Runtime,
+    for_children,
+    lost_a_rank,
+    restarted,
+    restored_backends,
+    start,
+    tell_others,
+    told_by_others,
+)
 from mori.distributed.signals import StopSignals
 
 __all__ = [
@@ -20,4 +29,6 @@ __all__ = [
     "set_rng_state",
     "set_seed",
     "start",
+    "tell_others",
+    "told_by_others",
 ]

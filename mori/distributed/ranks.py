@@ -1,9 +1,11 @@
 """The device and precision of a process, and its place among the ranks."""
 
 import contextlib
-import itertools
 import os
 import re
+import socket
+import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,7 +20,9 @@ from mori.cli import UserError, plural
 from mori.distributed.randomness import random_state, set_random_state
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_starts = itertools.count()
+_MISTAKE = "mistake"  # the key in the store of a mistake that one rank alone has made
+_stores: list[dist.Store] = []  # of this process's runs with several ranks
+_POLL_SECONDS = 0.02
 _GLOO_SOURCE = re.compile(r"\bgloo/[\w/]+\.(?:cc|h):\d+\]")  # gloo raises RuntimeError with its source line
 
 
@@ -32,6 +36,8 @@ class Runtime:
     precision: str
     control: dist.ProcessGroup | None = None  # gloo: messages between hosts that do not wait for the device
     sharded: bool = False  # whether each rank holds a part of the weights, so that all ranks must compute together
+    writer: int = 0  # the first rank that sees the run's folder as this one does, see `nodes.first_that_sees`
+    publisher: int = 0  # the first rank that sees the place of the trained model as this one does
 
     @property
     def device_name(self) -> str:
@@ -40,13 +46,23 @@ class Runtime:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the rank that prints and writes."""
+        """Whether this is the rank that prints and logs."""
         return self.rank == 0
 
     @property
     def ranks_of_node(self) -> int:
         """The number of ranks on this machine, as torchrun tells."""
         return _variable("LOCAL_WORLD_SIZE", self.world_size)
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this rank writes the run's folder: the main rank, and without a shared disk the first rank of each node."""
+        return self.rank == self.writer
+
+    @property
+    def is_publisher(self) -> bool:
+        """Whether this rank writes the trained model: the main rank, and without a shared disk the first rank of each node."""
+        return self.rank == self.publisher
 
     @property
     def dtype(self) -> torch.dtype:
@@ -128,35 +144,52 @@ class Runtime:
         if self.world_size == 1:
             return [value]
         values = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.control)
         return values
 
-    def on_main(self, action):
-        """Run `action` on the main rank only; every rank returns its result, or raises its UserError."""
+    def from_main(self, value):
+        """The main rank's value."""
+        if self.world_size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, 0, group=self.control)
+        return values[0]
+
+    def agreed(self, action: Callable, here: bool = True) -> list:
+        """Run `action` on the ranks where `here` is true; every rank returns the results of all, or raises the first UserError."""
         result, mistake = None, None
-        if self.is_main:
-            try:
-                result = action()
-            except UserError as raised:
-                mistake = raised
-            except OSError as raised:
-                mistake = UserError(f"{raised.filename}: {raised.strerror}")
-        result, mistake = self.gather((result, mistake))[0]
-        if mistake:
+        try:
+            result = action() if here else None
+        except UserError as raised:
+            mistake = raised
+        except OSError as raised:
+            mistake = UserError(f"{raised.filename}: {raised.strerror}")
+        if mistake and not self.is_main:
+            mistake = UserError(f"{_place(self.rank)}: {mistake}")
+        outcomes = self.gather((result, mistake))
+        if mistake := next((mistake for _, mistake in outcomes if mistake), None):
             mistake.reported_by_main_rank = not self.is_main
             raise mistake
-        return result
+        return [result for result, _ in outcomes]
 
-    def main_first(self, action):
-        """Run `action` on the main rank, then on the others; all ranks raise the main rank's UserError."""
+    def on_main(self, action: Callable):
+        """Run `action` on the main rank only; every rank returns its result, or raises its UserError."""
+        return self.agreed(action, self.is_main)[0]
+
+    def on_writers(self, action: Callable):
+        """Run `action` on the writers; every rank returns the result of its file system's, or raises the first UserError."""
+        return self.agreed(action, self.is_writer)[self.writer]
+
+    def writers_first(self, action: Callable):
+        """Run `action` on the writers, then on the other ranks; all raise the writers' first UserError."""
         results = []
-        self.on_main(lambda: results.append(action()))
-        return results[0] if self.is_main else action()
+        self.agreed(lambda: results.append(action()), self.is_writer)
+        return results[0] if self.is_writer else action()
 
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.world_size > 1:
-            dist.barrier()
+            dist.barrier(group=self.control)
 
     def synchronize(self) -> None:
         """Wait until the device has finished all queued work."""
@@ -165,6 +198,7 @@ class Runtime:
 
     def close(self) -> None:
         """Leave the group of ranks."""
+        _stores.clear()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -183,10 +217,9 @@ def start(device: str = "auto", precision: str = "fp32", timeout: int = 1800) ->
         torch.cuda.set_device(resolved)
     limit = timedelta(seconds=timeout)
     if world_size > 1 and not dist.is_initialized():
-        # torchrun keeps one store for all restarts (torch 2.13) and all runs of a process: a prefix hides earlier addresses.
         store, rank, size = next(dist.rendezvous("env://", timeout=limit))
-        prefix = f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}, run {next(_starts)}"
-        store = dist.PrefixStore(prefix, store)
+        store = _store_of_this_start(store, rank, size, timeout)
+        _stores.append(store)
         gpu = resolved if resolved.type == "cuda" else None  # bound to its GPU, NCCL connects at once
         backend = "nccl" if gpu else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit, device_id=gpu)
@@ -198,6 +231,52 @@ def start(device: str = "auto", precision: str = "fp32", timeout: int = 1800) ->
         return Runtime(resolved, 0, 1, precision)
     control = dist.new_group(backend="gloo", timeout=limit)
     return Runtime(resolved, dist.get_rank(), world_size, precision, control)
+
+
+def _store_of_this_start(store: dist.Store, rank: int, size: int, timeout: int) -> dist.PrefixStore:
+    """The part of `store` that the processes of this start share with nobody else.
+
+    torchrun keeps one store for all its restarts (torch 2.13), and nodes that joined at different times count their restarts
+    differently. So each process leaves a name that was never used, and rank 0 answers it with the prefix of its keys.
+    Raises DistStoreError if the ranks have not all come within `timeout` seconds.
+    """
+    name, prefix, answered, deadline = uuid.uuid4().hex, "", set(), time.monotonic() + timeout
+    store.append("arrivals", f"{name} ")
+    while not prefix or store.add(f"{prefix}/present", 0) < size:
+        if rank == 0:
+            for arrival in set(store.get("arrivals").decode().split()) - answered:
+                answered.add(arrival)
+                store.set(f"answer to {arrival}", name)
+        if not prefix and store.check([f"answer to {name}"]):
+            prefix = store.get(f"answer to {name}").decode()
+            store.add(f"{prefix}/present", 1)
+        if time.monotonic() > deadline:
+            raise dist.DistStoreError(f"not all {size} ranks have come within {timeout} seconds")
+        time.sleep(_POLL_SECONDS)  # no wait inside the store, which a signal would not interrupt
+    return dist.PrefixStore(prefix, store)
+
+
+def tell_others(mistake: UserError) -> None:
+    """Leave a mistake for the other ranks, which otherwise learn only that this one has exited."""
+    if _stores and not getattr(mistake, "reported_by_main_rank", False):
+        with contextlib.suppress(RuntimeError):
+            _stores[-1].set(
+                _MISTAKE, f"{_place(dist.get_rank())}: {mistake}" if dist.is_initialized() else str(mistake)
+            )
+
+
+def told_by_others() -> UserError | None:
+    """The mistake that another rank has left, reported by the main rank; None if there is none."""
+    with contextlib.suppress(RuntimeError):
+        if _stores and _stores[-1].check([_MISTAKE]):
+            mistake = UserError(_stores[-1].get(_MISTAKE).decode())
+            mistake.reported_by_main_rank = os.environ.get("RANK") != "0"
+            return mistake
+    return None
+
+
+def _place(rank: int) -> str:
+    return f"rank {rank} on {socket.gethostname()}"
 
 
 def lost_a_rank(error: BaseException) -> bool:

@@ -33,7 +33,7 @@ def save(model: nn.Module, tokenizer, folder: Path, *, rehearsal: bool = False) 
     else:
         options = {"state_dict": lora.merged_state_dict(model)} if lora.adapted(model) else {}
     try:
-        with _published_generation_config(model, folder):
+        with _published_generation_config(model, folder), _on_any_rank(model):
             model.save_pretrained(folder, **options)
     except SafetensorError as error:  # safetensors' error for a full disk
         failure = OSError(str(error))
@@ -44,6 +44,16 @@ def save(model: nn.Module, tokenizer, folder: Path, *, rehearsal: bool = False) 
         raise UserError(f"the model cannot be saved: {one_line(error)}") from None
     guarded("the tokenizer cannot be saved", lambda: tokenizer.save_pretrained(folder))
     _add_names_of_transformers_4(folder)
+
+
+@contextlib.contextmanager
+def _on_any_rank(model: nn.Module) -> Iterator[None]:
+    """The context in which transformers (5.24) writes on every rank that saves, because each node may have its own disk."""
+    model.should_save_on_this_rank = lambda is_main_process: True
+    try:
+        yield
+    finally:
+        del model.should_save_on_this_rank
 
 
 def save_divided(model: nn.Module, tokenizer, folder: Path, writers: int) -> None:

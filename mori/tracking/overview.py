@@ -57,6 +57,7 @@ def introduction(
     steps_per_epoch: int,
     evaluations: str,
     faster: str,
+    windows_per_step: int,
     special: str,
     run_dir: Path,
     resumed: tuple[int, Path] | None = None,
@@ -70,6 +71,7 @@ def introduction(
         parameters: of the model.
         evaluations: how much text is evaluated, and when, in words.
         faster: what speeds up this run, in words.
+        windows_per_step: on all ranks together.
         special: the special tokens of documents, prompts and answers, in words.
         resumed: the step and the checkpoint that the run resumes from.
         notes: further lines.
@@ -77,7 +79,10 @@ def introduction(
     accumulation, ranks = config.gradient_accumulation_steps, environment["world_size"]
     batch = [plural(config.per_device_train_batch_size, "window")]
     batch += [plural(accumulation, "micro-batch", "micro-batches")] * (accumulation > 1)
-    batch += [plural(ranks, "rank")] * (ranks > 1) + [plural(config.block_size, "token")]
+    batch += [plural(ranks, "rank")] * (ranks > 1)
+    if windows_per_step != config.per_device_train_batch_size * accumulation * ranks:  # the run began on other ranks
+        batch = [f"{plural(windows_per_step, 'window')} on {plural(ranks, 'rank')}"]
+    batch.append(plural(config.block_size, "token"))
     board = f" (tensorboard --logdir {shlex.quote(config.logging_dir)})" * ("tensorboard" in config.loggers)
     rows = {
         "reads": text,

@@ -1,0 +1,186 @@
+"""Nodes without a shared disk: three ranks, each with a folder that the others do not see."""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as multiprocessing
+
+from mori import distributed
+from mori.checkpoint import checkpoints, writing
+from mori.cli import UserError
+from mori.distributed import nodes
+
+RANKS = 3
+
+
+def save(root: Path, step: int, value: float = 0.0) -> Path:
+    """A checkpoint whose weights are `value`."""
+    model = torch.nn.Linear(600, 400)  # more than one block
+    torch.nn.init.constant_(model.weight, value)
+    torch.nn.init.constant_(model.bias, value)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return writing.save(root, step, model=model, optimizer=optimizer, state={}, beside={"a/b.txt": b"", "c.txt": b"c"})
+
+
+def damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def one_rank_lacks_it(rank: int, root: Path) -> None:
+    if rank != 1:
+        save(root, 4)
+        save(root, 8)
+
+
+def the_main_rank_lacks_all(rank: int, root: Path) -> None:
+    if rank == 2:
+        save(root, 4)
+
+
+def each_has_another_damage(rank: int, root: Path) -> None:
+    save(root, 4)
+    damage(save(root, 8) / ["model.safetensors", "optimizer.safetensors", "c.txt"][rank])
+
+
+def each_has_a_part(rank: int, root: Path) -> None:
+    folder = save(root, 8)
+    for name in {"model.safetensors", "optimizer.safetensors", "state.json"} - {sorted(checkpoints.read_manifest(folder)["files"])[rank + 2]}:  # fmt: skip
+        (folder / name).unlink()
+
+
+def a_manifest_is_damaged(rank: int, root: Path) -> None:
+    folder = save(root, 8)
+    if rank == 0:
+        damage(folder / "manifest.json")
+
+
+def the_newest_is_damaged_everywhere(rank: int, root: Path) -> None:
+    save(root, 4)
+    damage(save(root, 8) / "model.safetensors")
+
+
+def a_part_is_on_no_rank(rank: int, root: Path) -> None:
+    (save(root, 8) / "optimizer.safetensors").unlink()
+
+
+def they_rounded_otherwise(rank: int, root: Path) -> None:
+    save(root, 8, value=float(rank == 1))
+
+
+def there_is_none(rank: int, root: Path) -> None:
+    pass
+
+
+CASES = {
+    one_rank_lacks_it: 8,
+    the_main_rank_lacks_all: 4,
+    each_has_another_damage: 8,
+    each_has_a_part: 8,
+    a_manifest_is_damaged: 8,
+    the_newest_is_damaged_everywhere: 4,
+    they_rounded_otherwise: 8,
+    a_part_is_on_no_rank: "refused",
+    there_is_none: None,
+}
+
+
+def rank_main(rank: int, folder: Path, port: int) -> None:
+    """What each rank does: it finds its writer, and the newest checkpoint in each case; the results go to a JSON file."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    runtime = distributed.start("cpu", timeout=120)
+    own = folder / f"rank-{rank}"
+    results = {"shared": nodes.first_that_sees(runtime, folder), "own": nodes.first_that_sees(runtime, own)}
+    runtime.writer = results["own"]
+    for case in CASES:
+        root, lines = own / case.__name__ / "checkpoints", []
+        case(rank, root)
+        try:
+            found = nodes.newest_checkpoint(runtime, root, lines.append)
+            found = found and found.relative_to(folder).as_posix()
+            if found:
+                checkpoints.verify(folder / found)
+        except UserError as error:
+            found = f"refused: {error}"
+        results[case.__name__] = {"found": found, "lines": lines}
+    with contextlib.suppress(UserError):
+        nodes.check_same(runtime, {"seed": 42 + (rank == 2)}, "give all the same")
+        results["same"] = True
+    mistakes = []
+    try:
+        runtime.agreed((own / "x" / "y").touch, rank == 1)
+    except UserError as error:
+        mistakes.append(str(error))
+    results["mistakes"] = mistakes
+    (folder / f"{rank}.json").write_text(json.dumps(results))
+    runtime.barrier()
+    runtime.close()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What each rank found."""
+    from tests.faults.common import free_port
+
+    folder = tmp_path_factory.mktemp("nodes")
+    for rank in range(RANKS):
+        (folder / f"rank-{rank}").mkdir()
+    multiprocessing.start_processes(rank_main, (folder, free_port()), RANKS, start_method="spawn")
+    return folder, [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS)]
+
+
+def test_first_that_sees_is_the_main_rank_of_a_shared_folder_and_each_of_its_own(results):
+    folder, ranks = results
+    assert [rank["shared"] for rank in ranks] == [0, 0, 0] and [rank["own"] for rank in ranks] == [0, 1, 2]
+    assert not [path for path in folder.rglob(".*") if path.is_file()]
+
+
+@pytest.mark.parametrize("case, step", [(case.__name__, step) for case, step in CASES.items()])
+def test_newest_checkpoint_is_the_same_on_every_node(case, step, results):
+    folder, ranks = results
+    found = [rank[case]["found"] for rank in ranks]
+    if step == "refused":
+        assert all(
+            "no whole checkpoint is left" in f and "step 8 has optimizer.safetensors on no node" in f for f in found
+        )
+        return
+    assert found == [step and f"rank-{r}/{case}/checkpoints/step-{step:08d}" for r in range(RANKS)]
+    if step:
+        contents = [
+            {
+                path.relative_to(folder / f).as_posix(): path.read_bytes()
+                for path in (folder / f).rglob("*")
+                if path.is_file()
+            }
+            for f in found
+        ]
+        assert contents[0] == contents[1] == contents[2] and "a/b.txt" in contents[0]
+    assert not [path for path in folder.rglob("*.partial")]
+
+
+def test_newest_checkpoint_says_which_rank_fetches_and_why(results):
+    _, ranks = results
+    assert "rank 1 on" in ranks[0]["one_rank_lacks_it"]["lines"][0] and "fetches 5 files of step-00000008" in ranks[0]["one_rank_lacks_it"]["lines"][0]  # fmt: skip
+    lines = "\n".join(ranks[0]["each_has_another_damage"]["lines"])
+    assert lines.count("SHA-256 differs") == 3 and "optimizer.safetensors" in lines
+
+
+def test_newest_checkpoint_sets_aside_what_no_node_has_whole(results):
+    folder, _ = results
+    for rank in range(RANKS):
+        names = {path.name for path in (folder / f"rank-{rank}/the_newest_is_damaged_everywhere/checkpoints").iterdir()}
+        assert names == {"step-00000004", "step-00000008.corrupt"}
+
+
+def test_ranks_agree_on_mistakes(results):
+    _, ranks = results
+    assert not any("same" in rank for rank in ranks)
+    messages = [rank["mistakes"] for rank in ranks]
+    assert messages[0] == messages[1] == messages[2] and len(messages[0]) == 1
+    assert messages[0][0].startswith("rank 1 on ") and messages[0][0].endswith("No such file or directory")
