@@ -35,12 +35,12 @@ def main() -> int:
     import torch
     import transformers
 
-    from . import damage, going_bad, inputs, ranks, stopping
+    from . import damage, going_bad, inputs, nodes, ranks, stopping
     from .common import Lab
 
     torch.set_num_threads(1)
     campaigns = {
-        c.__name__: c for room in (ranks, stopping, damage, going_bad) for c in room.CAMPAIGNS
+        c.__name__: c for room in (nodes, ranks, stopping, damage, going_bad) for c in room.CAMPAIGNS
     }  # the long ones first
     campaigns["inputs"] = lambda lab, full, seed: inputs.run(full, seed)
     unknown = set(options.only) - set(campaigns)
