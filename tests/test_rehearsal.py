@@ -111,7 +111,7 @@ def test_disk_without_room_for_a_checkpoint_and_the_model_is_told(run_train, tmp
 
 def test_room_that_the_check_asks_for_is_what_a_run_takes(run_train, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr("mori.output.check_room", asked.append)
+    monkeypatch.setattr("mori.preflight.check_room", asked.append)
     run_train(max_steps=1)
     [sizes] = asked
     saved = sum(path.stat().st_size for path in (tmp_path / "runs/run/checkpoints/step-00000001").iterdir())
