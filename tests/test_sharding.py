@@ -59,6 +59,7 @@ CASES = {
     "adapters": {"model": "llama", "use_peft": True, "lora_r": 4, "save_merged": True},
     "last layer": {"model": "gpt2", "freeze_trainable_layers": 1},
     "recomputed activations": {"model": "llama", "gradient_checkpointing": True},
+    "compiled layers": {"model": "llama", "torch_compile": True},
     "own loss and attention": {"model": "gpt2", "chunked_loss": False, "mask_free_attention": False},
     "no clipping, another optimizer": {"model": "gpt2", "max_grad_norm": 0.0, "optim": "adamw_torch"},
 }

@@ -5,11 +5,13 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import pad
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from mori.data.windows import IGNORE_INDEX
+from mori.model.adapters.trainable import layers
 from mori.model.loss import chunked_cross_entropy_sum, cross_entropy_sum
 from mori.speed.attention import attention_by_blocks, suits_blocks
 from mori.speed.matmul import matmul_context
@@ -172,13 +174,18 @@ class CausalLMLoss(nn.Module):
             self.compiled = compiled
 
     def compile_trunk(self, rows: int, backend="inductor") -> None:
-        """Compile the trunk in place (`torch.nn.Module.compile`) for training on batches of `rows` windows.
+        """Compile the trunk in place (`torch.nn.Module.compile`) for training on batches of `rows` windows; of a sharded one each layer.
 
         The compiler benchmarks no kernels: a resumed run must choose the same ones. Set `compiled` to False to run without
         the compiled code from then on.
         """
         options = {"options": {"deterministic": True}} if backend == "inductor" else {}
-        self.trunk.compile(backend=backend, dynamic=False, **options)
+        options |= {"backend": backend, "dynamic": False}
+        if isinstance(self, FSDPModule):  # which gathers the weights of a layer around its forward pass
+            for layer in layers(self.model)[1]:
+                layer.forward = torch.compile(layer.forward, **options)
+        else:
+            self.trunk.compile(**options)
         self.compiled, self._has_compiled_code, self.rows = True, True, rows
 
     def _eager(self) -> contextlib.AbstractContextManager:
