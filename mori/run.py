@@ -251,7 +251,7 @@ def check(config: TrainConfig, locks: contextlib.ExitStack) -> Run:
         silence = runtime.on_main(lambda: hub.check(config, config.output_dir))
         if silence and runtime.is_main:
             say(f"WARNING: {silence}; the upload is tried at the end of the run")
-    if runtime.device.type == "cpu":
+    if runtime.device.type == "cpu" and not runtime.sharded:  # gathered weights of many sizes would leave holes
         keep_freed_memory()
     data = prepare(config, runtime)
     run = Run(config, runtime, data, run_dir, output_dir, started)
