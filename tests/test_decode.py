@@ -1,12 +1,15 @@
 """Decoding: greedy ids equal those of `generate()`, with and without replay."""
 
+import functools
+
 import pytest
 import torch
 import transformers
 from families import FAMILIES, expected, greedy, prompts_of, small_config
 from families import small_model as model_of
 from packaging.version import Version
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mori.config import SamplingConfig
 from mori.generation.decode import decode
@@ -17,6 +20,7 @@ from mori.speed import matmul
 OLD = Version(transformers.__version__) < Version("5.4")
 CACHE = "past_key_values" if Version(transformers.__version__) < Version("5.24") else "cache"
 REPLAYED = set("gpt2 gpt_neox phi llama qwen2 qwen3 gemma granite cohere olmo2 stablelm smollm3".split())
+REPLAYED |= set("gpt_neo opt falcon olmoe qwen3_moe".split())
 if CACHE == "cache":
     REPLAYED.add("gptj")
 needs_replay = pytest.mark.skipif(OLD, reason="this release of transformers computes positions in Python: no replay")
@@ -57,11 +61,12 @@ def test_decode_replays_sliding_windows_while_the_text_fits(family, replays):
 
 
 def test_decode_does_not_record_a_model_again_that_cannot_be_replayed(monkeypatch):
-    """Which experts compute depends on the values. Padded texts are tried by themselves."""
+    """Its logits depend on a value. Padded texts are tried by themselves."""
     recorded, original = [], ReplayingReader._recorded
     monkeypatch.setattr(ReplayingReader, "_recorded", lambda self, *a: recorded.append(1) or original(self, *a))
-    config = small_config("mixtral", 97, sliding_window=None, output_router_logits=False)
-    model, again = (AutoModelForCausalLM.from_config(config).eval() for _ in range(2))
+    model, again = model_of("llama", 97).eval(), model_of("llama", 97).eval()
+    forward = model.lm_head.forward
+    monkeypatch.setattr(model.lm_head, "forward", lambda x: forward(x) + (1 if forward(x)[0, 0, 0] > 0 else 2))
     counts = []
     for prompts in (prompts_of(5), prompts_of(7), prompts_of(5, 7), prompts_of(4, 6)):
         assert greedy(model, prompts, 12) == expected(model, prompts, 12)
@@ -101,6 +106,24 @@ def test_decode_replayed_logits_equal_the_model_to_the_bit(family, replays):
             cache, logits = out[CACHE], [*logits, out.logits[:, -1]]
     # All steps but the prompt and two recordings; the last token is not read.
     assert len(replays) == 17 and all(map(torch.equal, replays, logits[3:-1]))
+
+
+@needs_replay
+@pytest.mark.parametrize("change, replayed", [(lambda n: n, 17), (lambda n: min(n, 15), 0), (lambda n: n % 15, 0)])
+def test_decode_replays_numbers_that_grow_with_the_text_to_its_end(change, replayed, replays, monkeypatch):
+    """Every third logit is raised by a number that the length of the text decides."""
+    model, forward = model_of("llama", 97).eval(), LlamaForCausalLM.forward
+
+    @functools.wraps(forward)
+    def changed(self, *args, **inputs):
+        output = forward(self, *args, **inputs)
+        raised = change(inputs[CACHE].get_seq_length()) * (torch.arange(97) % 3 == 0)
+        return CausalLMOutputWithPast(logits=output.logits + raised, **{CACHE: inputs[CACHE]})
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", changed)
+    prompts = prompts_of(5)
+    assert greedy(model, prompts, 20) == expected(model, prompts, 20)
+    assert len(replays) == replayed
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,26 @@ import torch
 from mori.speed.replay import Recording, Replay
 
 
+def test_replay_adds_to_numbers_that_grow():
+    """A number and the bounds of slices grow with the text; a factor stays."""
+    rows, table = torch.randn(1, 4), torch.randn(20, 4)
+
+    def function(row: torch.Tensor, length: int) -> torch.Tensor:
+        return (row * 3 + length) @ table[length - 1 : length].t() + table[:length].sum()
+
+    recordings, results = [], []
+    for length in (5, 6):
+        recordings.append(Recording([rows]))
+        with recordings[-1]:
+            results.append(function(rows, length))
+    assert not recordings[1].same_as(recordings[0]) and recordings[1].same_as(recordings[0], growing=True)
+    assert not recordings[0].same_as(recordings[1], growing=True)
+    replay = Replay(recordings[1], recordings[0], results[1])
+    for row, length in ((torch.randn(1, 4), length) for length in (6, 7, 9, 20)):
+        replay.ahead = length - 6
+        assert torch.equal(replay(row), function(row, length))
+
+
 def replay_of(function, first: torch.Tensor, second: torch.Tensor) -> Replay:
     """The replay of `function`, recorded on two inputs."""
     recordings, results = [], []

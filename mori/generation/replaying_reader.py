@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.nn.functional import pad
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from mori.generation.reader import MARGIN, Reader, alike
@@ -82,7 +83,7 @@ def open_reader(model: nn.Module, pads: torch.Tensor, context: int | None, lengt
         return reader
     if _circumstances(reader) in _not_replayed.get(model, ()):
         return reader
-    return (GraphReader if uses_graphs(pads.device) else ReplayingReader)(model, pads, context)
+    return (GraphReader if uses_graphs(pads.device) else ReplayingReader)(model, pads, context, length)
 
 
 def _keeps_all(layer: DynamicLayer, length: int) -> bool:
@@ -104,11 +105,15 @@ def uses_graphs(device: torch.device) -> bool:
 
 class ReplayingReader(Reader):
     """Records two steps in a row. If both made the same calls, and the replay gives the model's own logits, the later steps
-    are replayed; otherwise every step runs the model.
+    are replayed; otherwise every step runs the model. If numbers grow from step to step, the replay must give the model's own
+    logits at the end of the text, `longest` tokens, too.
     """
 
-    def __init__(self, model: nn.Module, pads: torch.Tensor, context: int | None):
+    may_grow = True  # numbers in the calls
+
+    def __init__(self, model: nn.Module, pads: torch.Tensor, context: int | None, longest: int):
         super().__init__(model, pads, context)
+        self.longest, self.recorded_length = longest, 0
         self.layers = [BufferedLayer() for _ in self.cache.layers]
         self.cache.layers = self.layers
         self.recordable = self.splits = True
@@ -124,6 +129,7 @@ class ReplayingReader(Reader):
     @torch.inference_mode()
     def replayed(self, newest: torch.Tensor) -> torch.Tensor:
         """The logits `(B, V)` after the newest token, by the replay."""
+        self.replay.ahead = self.length - self.recorded_length
         return self.replay(*self.step_inputs(newest))
 
     def step_inputs(self, newest: torch.Tensor) -> list[torch.Tensor]:
@@ -164,12 +170,12 @@ class ReplayingReader(Reader):
         for layer in self.layers:
             layer.recording = layer.column = None
         own = logits if own is None else own
+        own = None if own is None else own.clone()  # the replay may write into this tensor
         self.recordable = logits is not None and self.matches(logits, own)
         if self.recordable and self.recording:
             self._set_length(self.length - 1)
-            self.recordable = recording.same_as(self.recording) and self._start_replaying(
-                recording, logits, inputs, own
-            )
+            is_same, self.recorded_length = recording.same_as(self.recording, self.may_grow), self.length
+            self.recordable = is_same and self._start_replaying(recording, logits, inputs, own)
         self.recording = recording
         if not self.recordable:
             self.replay, self.splits = None, False
@@ -184,12 +190,31 @@ class ReplayingReader(Reader):
         self, recording: Recording, logits: torch.Tensor, inputs: list[torch.Tensor], own: torch.Tensor
     ) -> bool:
         """Make the replay; returns whether it gives the model's own logits."""
-        own = own.clone()  # the replay may write into this tensor
         try:
             self.replay = self.make_replay(recording, logits, inputs)
-            return self.matches(self.replay(*inputs), own)
+            if not self.matches(self.replay(*inputs), own):
+                return False
+            return not getattr(self.replay, "grows", False) or self._replays_the_end()
         except (RuntimeError, TypeError, ValueError):
             return False
+
+    def _replays_the_end(self) -> bool:
+        """Whether the replay gives the model's own logits after the longest text, which has empty keys behind the present one."""
+        length, input_ids = self.length, self.input_ids
+        newest = input_ids[:, -1:]
+        self.length, self.input_ids = self.longest, pad(input_ids, (0, self.longest - length))
+        if self.length > len(self.columns):
+            self._allocate(self.length)
+        for layer in self.layers:
+            layer.reserve(self.length)
+        try:
+            self._set_length(self.length - 1)
+            own = self.forward(newest).clone()
+            self._set_length(self.length - 1)
+            self.replay.ahead = self.length - self.recorded_length
+            return self.matches(self.replay(*self.step_inputs(newest)), own)
+        finally:
+            self.length, self.input_ids = length, input_ids
 
     def _set_length(self, length: int) -> None:
         for layer in self.layers:
@@ -199,8 +224,10 @@ class ReplayingReader(Reader):
 class GraphReader(ReplayingReader):
     """Captures the replay as a CUDA graph: every step reads the whole buffers, masked, so that no shape changes."""
 
-    def __init__(self, model: nn.Module, pads: torch.Tensor, context: int | None):
-        super().__init__(model, pads, context)
+    may_grow = False
+
+    def __init__(self, model: nn.Module, pads: torch.Tensor, context: int | None, longest: int):
+        super().__init__(model, pads, context, longest)
         self.capacity = 0  # of the buffers that were recorded
 
     def step(self, newest: torch.Tensor) -> torch.Tensor:

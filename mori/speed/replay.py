@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 # Functions that turn a tensor's values into Python values or into a shape: the list of calls would depend on the values.
 _READS_VALUES = frozenset(
     "item tolist numpy equal allclose is_nonzero __bool__ __int__ __float__ __index__ __contains__ "
-    "nonzero argwhere unique unique_consecutive masked_select bincount histc".split()
+    "nonzero argwhere unique unique_consecutive masked_select bincount".split()
 )
 # Functions that return their argument if there is nothing to do.
 _MAY_DO_NOTHING = frozenset("contiguous dropout expand float to type type_as".split())
@@ -105,12 +105,15 @@ class Recording(TorchFunctionMode):
         self.calls.append(call)
         self.results.update(_flat(call[3]))
 
-    def same_as(self, other: "Recording") -> bool:
-        """Whether both recorded the same functions, on the same slots, with the same constants."""
+    def same_as(self, other: "Recording", growing: bool = False) -> bool:
+        """Whether both recorded the same functions, on the same slots, with the same constants.
+
+        With `growing`, numbers may be larger by one than those of `other`, as the length of a text is.
+        """
         if self.calls != other.calls or self.results != other.results or len(self.values) != len(other.values):
             return False
         return all(
-            slot in self.results or _same_constant(mine, theirs)
+            slot in self.results or _same_constant(mine, theirs) or growing and bool(_growth(mine, theirs))
             for slot, (mine, theirs) in enumerate(zip(self.values, other.values, strict=True))
         )
 
@@ -119,7 +122,12 @@ class Replay:
     """The calls of a recording as a function of its inputs; it returns the tensor that stands for `result`.
 
     Args:
-        recording, earlier: equal recordings at different positions in the text: a shape that both share never changes.
+        recording, earlier: equal recordings at successive positions in the text: a shape that both share never changes, and a
+            number that grew by one goes on growing.
+
+    Attributes:
+        ahead: by how many positions the next call is ahead of the recording.
+        grows: whether numbers grow.
 
     A result whose shape never changes is written into the tensor of the recording if its function can; views of it need no
     second call. The next replay overwrites the returned tensor.
@@ -129,7 +137,14 @@ class Replay:
         self._values = list(recording.values)
         self._inputs = recording.inputs
         self._result = recording.slot_of[id(result)]
-        self._variable = set(recording.results)  # slots that hold another tensor in every replay
+        pairs = enumerate(zip(recording.values, earlier.values, strict=True))
+        growths = {slot: _growth(*pair) for slot, pair in pairs if slot not in recording.results}
+        self._growing = [(slot, recording.values[slot], growth) for slot, growth in growths.items() if growth]
+        self.ahead, self.grows = 0, bool(self._growing)
+        self._variable = {
+            *recording.results,
+            *(slot for slot, *_ in self._growing),
+        }  # slots that differ in every replay
         self._program = []
         for function, args, kwargs, result in recording.calls:
             if self._is_fixed_view(function, args, kwargs, result):
@@ -146,6 +161,8 @@ class Replay:
         values = self._values
         for slot, tensor in zip(self._inputs, inputs, strict=True):
             values[slot] = tensor
+        for slot, value, growth in self._growing:
+            values[slot] = _grown(value, growth, self.ahead)
         for function, arguments, slot, several in self._program:
             if several:
                 for part, value in zip(slot, function(*arguments(values)), strict=True):
@@ -253,6 +270,26 @@ def _same_constant(mine, theirs) -> bool:
     if mine is theirs:
         return True
     return not isinstance(mine, torch.Tensor) and type(mine) is type(theirs) and mine == theirs
+
+
+def _growth(mine, theirs):
+    """By how much a whole number is larger than another, if that is one, or the numbers of a slice, None among them; else 0."""
+    if isinstance(mine, slice) and isinstance(theirs, slice):
+        pairs = (mine.start, theirs.start), (mine.stop, theirs.stop)
+        grows = tuple(_growth(*pair) for pair in pairs)
+        is_same = (
+            all(growth or a == b for growth, (a, b) in zip(grows, pairs, strict=True)) and mine.step == theirs.step
+        )
+        return grows if is_same and any(grows) else 0
+    return int(type(mine) is type(theirs) is int and mine == theirs + 1)
+
+
+def _grown(value, growth, steps: int):
+    """The number or slice `value` after `steps` more positions."""
+    if isinstance(value, slice):
+        bounds = zip((value.start, value.stop), growth, strict=True)
+        return slice(*(bound + steps if grows else bound for bound, grows in bounds), value.step)
+    return value + steps
 
 
 def _map(function: Callable, value):
