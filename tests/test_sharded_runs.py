@@ -123,3 +123,39 @@ def test_checkpoint_of_shared_weights_resumes_in_one_process_and_back(lab):
     found, expected = (tensors(lab.folder / name / "brain") for name in ("changing", "two"))
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def losses(lab: Lab, name: str) -> dict[int, float]:
+    """The logged training losses by step."""
+    lines = (lab.run_dir(name) / "metrics.jsonl").read_text().splitlines()
+    return {record["step"]: record["train/loss"] for record in map(json.loads, lines) if "train/loss" in record}
+
+
+def test_run_goes_on_with_other_numbers_of_ranks_that_share_weights_or_not(lab):
+    """4 ranks, 2, 3 and 1: a step keeps its eight windows, and the sums another order."""
+    options = {
+        "eval_steps": 12,
+        "per_device_train_batch_size": 2,
+        "dropout": 0.0,
+        "logging_steps": 1,
+        "max_eval_windows": 0,
+    }
+    run(lab, "four", ranks=4, **SHARED, **options)
+    stop = patched(optim, "set_learning_rate", 3, lambda: signal.raise_signal(signal.SIGTERM))
+    for step, ranks, kind in [(3, 4, SHARED), (6, 2, {}), (9, 3, SHARED), (12, 1, {})]:
+        run(
+            lab,
+            "elastic",
+            ranks=ranks,
+            before=stop if step < 12 else lambda: None,
+            code=130 if step < 12 else 0,
+            **kind,
+            **options,
+        )
+        assert last(lab, "elastic").name == f"step-{step:08}"
+    found, expected = losses(lab, "elastic"), losses(lab, "four")
+    assert list(found) == list(range(1, 13)) == list(expected)
+    for step, loss in expected.items():
+        assert found[step] == pytest.approx(loss, rel=1e-6), step
+    ledgers = [json.loads((lab.run_dir(name) / "summary.json").read_text())["ledger"] for name in ("elastic", "four")]
+    assert ledgers[0] == ledgers[1]
