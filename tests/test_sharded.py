@@ -233,6 +233,20 @@ def test_damage_to_any_file_of_any_rank_sets_the_checkpoint_aside(saved, number,
     assert len(messages) == 1 and names[number] in messages[0] and (tmp_path / "step-00000005.corrupt").is_dir()
 
 
+def test_manifest_says_that_its_files_are_those_of_one_rank_or_of_several(saved, tmp_path):
+    for number, replaced in (("2", "1"), ("1", "2"), ("2", "3")):
+        folder = tmp_path / number / replaced / "step-00000005"
+        if number == "2":
+            shutil.copytree(saved, folder)
+        else:
+            model, optimizer = whole_model()
+            writing.save(folder.parent, 5, model=model, optimizer=optimizer, state={})
+        text = (folder / "manifest.json").read_text()
+        (folder / "manifest.json").write_text(text.replace(f'"format": {number}', f'"format": {replaced}'))
+        with pytest.raises(checkpoints.CorruptCheckpoint, match=f"has format {replaced}"):
+            checkpoints.verify(folder)
+
+
 def test_manifest_of_several_ranks_is_sealed_with_who_wrote_what(saved, tmp_path):
     folder = shutil.copytree(saved, tmp_path / "step-00000005")
     manifest = json.loads((folder / "manifest.json").read_text())

@@ -73,7 +73,7 @@ def read_manifest(folder: Path) -> dict:
         if _plain_file(path).stat().st_size > _LARGEST_MANIFEST:
             raise CorruptCheckpoint(f"{path} is too large for a manifest")
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        if manifest["format"] not in _FORMATS:
+        if manifest["format"] != _FORMATS["files_of_ranks" in manifest]:
             raise CorruptCheckpoint(f"{folder} has format {manifest['format']}, this mori reads {_FORMATS[-1]}")
         seal = _seal(manifest["files"], manifest.get("files_of_ranks"))
         if manifest["seal"] != seal or not _are_files_of_a_checkpoint(manifest["files"]):

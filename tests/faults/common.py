@@ -41,6 +41,7 @@ APART = (
     "tokens",
     "samples_before",
     "samples_after",
+    "peak_memory_bytes",
 )  # what a checkpoint in the middle may hold otherwise; see the summary
 
 
@@ -142,9 +143,9 @@ class Lab:
         lines = [[line.get(n) for n in names] for line in read_metrics(self.run_dir(name) / "metrics.jsonl")]
         lines = [line for line in lines if any(line[1:])]
         return {
-            "brain": files.hashes(self.folder / name / "brain")["model.safetensors"],
-            "model": described[WEIGHTS]["sha256"],
-            "optimizer": described["optimizer.safetensors"]["sha256"],
+            "brain": _tensors(files.hashes(self.folder / name / "brain"), ""),
+            "model": _tensors(described, WEIGHTS),
+            "optimizer": _tensors(described, "optimizer"),
             "state": {k: v for k, v in state["progress"].items() if isinstance(v, (int, list)) and k not in APART},
             "random": [state["ranks"], state["scaler"]],
             "found": [summary["eval"], summary["samples"], summary["skipped_steps"]],
@@ -161,6 +162,15 @@ class Lab:
     def drop(self, name: str) -> None:
         """Remove a case's folder."""
         shutil.rmtree(self.folder / name, ignore_errors=True)
+
+
+def _tensors(files: dict, name: str) -> dict:
+    """The files of tensors whose names begin as `name` does: one, or those of several ranks."""
+    return {
+        file: content
+        for file, content in files.items()
+        if file.startswith(name.removesuffix(".safetensors")) and file.endswith(".safetensors")
+    }
 
 
 def on_the_board(run_dir: Path) -> list[int]:

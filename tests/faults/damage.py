@@ -18,7 +18,7 @@ from mori import optim
 from mori.checkpoint import checkpoints as checkpoint
 from mori.checkpoint import files
 
-from .common import STEPS, WEIGHTS, Case, Ended, Lab, patched, row, run, seeds
+from .common import STEPS, WEIGHTS, Case, Ended, Lab, patched, row, run, seeds, together
 
 FILES = (WEIGHTS, "optimizer.safetensors", "state.json", "manifest.json")
 
@@ -134,6 +134,31 @@ def corruptions(lab: Lab, full: bool, seed: int) -> list[dict]:
     ]  # fmt: skip
 
 
+def corruptions_of_shared_weights(lab: Lab, full: bool, seed: int) -> list[dict]:
+    """Damage to each file of the newest checkpoint of two ranks that share the weights."""
+    shared, started = {"fsdp": "full_shard"}, time.perf_counter()
+    whole = lab.whole(2, **shared)
+    at_step = patched(optim, "set_learning_rate", 10, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    assert together(lab.config("stopped", **shared), 2, at_step).code == -signal.SIGKILL
+    names = sorted(path.name for path in (lab.checkpoints("stopped") / "step-00000008").iterdir())
+    pairs = [(kind, name) for kind in ("bit flip", "zeroed page", "truncation", "deletion") for name in names]
+    cases = []
+    for (kind, name), case_seed in zip(
+        pairs if full else pairs[:: len(pairs) // 2], seeds(seed, len(pairs)), strict=False
+    ):
+        shutil.copytree(lab.folder / "stopped", lab.folder / "damaged")
+        newest = lab.checkpoints("damaged") / "step-00000008"
+        DAMAGES[kind](newest / name, random.Random(case_seed))
+        ended = together(lab.config("damaged", **shared), 2)
+        problem = ended.problem(0) or lab.differs("damaged", whole)
+        if not problem and not re.search(rf"set aside as step-00000008.corrupt: .*{re.escape(name)}", ended.text):
+            problem = f"not named: {ended.text[:300]}"
+        cases.append(Case(f"{kind} in {name}", case_seed, problem))
+        lab.drop("damaged")
+    title = "damage to a file of the newest checkpoint of two ranks that share the weights: the one before used"
+    return [row(title, seed, cases, started)]
+
+
 @contextlib.contextmanager
 def _small_disk(folder: Path, kib: int) -> Iterator[Callable[[str], None] | None]:
     """A file system of `kib` KiB at `folder`, and a function that gives it another size; None where mounting is not allowed."""
@@ -242,4 +267,4 @@ def no_space(lab: Lab, full: bool, seed: int) -> list[dict]:
     ]
 
 
-CAMPAIGNS = [corruptions, no_space]
+CAMPAIGNS = [corruptions, corruptions_of_shared_weights, no_space]

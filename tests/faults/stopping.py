@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -137,6 +138,7 @@ class Disk:
         self.count = mmap.mmap(-1, 8)  # shared with the parent
         self.synced: dict[str, int] = {}  # path -> bytes of it that are safe, for files with others
         self.renamed: list[tuple[str, str, bytes | None]] = []  # from, to, and what was there before
+        self.lock = threading.Lock()
 
     @property
     def changes(self) -> int:
@@ -151,8 +153,9 @@ class Disk:
 
     def _watched(self, name: str, real: Callable) -> Callable:
         def call(*arguments, **keywords):
-            number = self.changes + 1
-            self.count[:8] = number.to_bytes(8, "little")
+            with self.lock:
+                number = self.changes + 1
+                self.count[:8] = number.to_bytes(8, "little")
             if number == self.at:
                 if self.torn and name == "write":
                     real(arguments[0], arguments[1][: len(arguments[1]) // 2])
@@ -164,7 +167,8 @@ class Disk:
             if name in ("rename", "replace") and os.path.isfile(arguments[1]):
                 replaced = Path(arguments[1]).read_bytes()
             result = real(*arguments, **keywords)
-            self._note(name, arguments, replaced)
+            with self.lock:
+                self._note(name, arguments, replaced)
             return result
 
         return call
@@ -221,19 +225,48 @@ def changes(lab: Lab, full: bool, seed: int) -> list[dict]:
     return rows
 
 
-def _stopped_at(lab: Lab, number: int, seed: int, unplugged: bool) -> Case:
+def changes_in_background(lab: Lab, full: bool, seed: int) -> list[dict]:
+    """The same of a run that saves in the background."""
+    return [_every_change(lab, full, seed, "a save in the background", async_save=True)]
+
+
+def changes_of_shared_weights(lab: Lab, full: bool, seed: int) -> list[dict]:
+    """The same of two ranks that share the weights, of which one is killed."""
+    shared = {"ranks": 2, "fsdp": "full_shard"}
+    return [
+        _every_change(lab, full, seed, "a save of two ranks that share the weights", **shared),
+        _every_change(lab, full, seed, "a save of two such ranks in the background", **shared, async_save=True),
+    ]
+
+
+def _every_change(lab: Lab, full: bool, seed: int, what: str, **options) -> dict:
+    ranks, watched, started = options.get("ranks", 1), Disk(at=0), time.perf_counter()
+    settings = {name: value for name, value in options.items() if name != "ranks"}
+    ended = together(lab.config("counted", save_total_limit=1, **settings), ranks, watched.attach)
+    assert ended.code == 0 and watched.changes > 60, (ended.text, watched.changes)
+    lab.drop("counted")
+    every = range(1, watched.changes + 1) if full else range(9, watched.changes, watched.changes // 2)
+    cases = [
+        _stopped_at(lab, number, case_seed, False, **options)
+        for number, case_seed in zip(every, seeds(seed, len(every)), strict=True)
+    ]
+    return row(f"kill before each change on disk of {what}", seed, cases, started)
+
+
+def _stopped_at(lab: Lab, number: int, seed: int, unplugged: bool, ranks: int = 1, **options) -> Case:
     draw = random.Random(seed)
     name = f"change-{number}"
-    config, whole = lab.config(name, save_total_limit=1), lab.whole(save_total_limit=1)
+    settings = {"save_total_limit": 1, **options}
+    config, whole = lab.config(name, **settings), lab.whole(ranks, **settings)
     disk = Disk(number, torn=draw.random() < 0.5, unplugged=draw if unplugged else None)
-    ended = run(config, disk.attach)
-    problem = ended.problem(-signal.SIGKILL)
-    # Saves are at 4, 8 and 12: with step 6 logged, the first is published.
-    problem = problem or (
-        "no whole checkpoint is left" if done(lab, name) > SAVE_STEPS and not newest(lab, name) else ""
-    )
+    ended = together(config, ranks, disk.attach)
+    # Threads and ranks take turns as they like: the last change may come a little earlier.
+    problem = ended.problem(-signal.SIGKILL, *[0] * bool(options))
+    # Saves are at 4, 8 and 12: with the step after logged, the first is published; in the background, with the step after 8.
+    first = SAVE_STEPS * (2 if options.get("async_save") else 1)
+    problem = problem or ("no whole checkpoint is left" if done(lab, name) > first and not newest(lab, name) else "")
     if not problem:
-        ended = run(config)
+        ended = together(config, ranks)
         problem = ended.problem(0) or lab.differs(name, whole)
         problem = problem or ("a checkpoint was taken for damaged" if "checkpoint set aside" in ended.text else "")
     lab.drop(name)
@@ -370,5 +403,5 @@ def _bytes(path: Path) -> bytes:
     return path.read_bytes()
 
 
-CAMPAIGNS = [kills, changes, kills_in_saves, signals, cuts]
+CAMPAIGNS = [kills, changes, changes_in_background, changes_of_shared_weights, kills_in_saves, signals, cuts]
 assert STEPS == 3 * SAVE_STEPS

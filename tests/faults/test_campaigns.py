@@ -8,7 +8,7 @@ import pytest
 
 from tests.faults.common import ROOT
 
-CAMPAIGNS = "kills changes kills_in_saves signals cuts corruptions no_space numbers memory one_of_many".split()
+CAMPAIGNS = "kills changes changes_in_background changes_of_shared_weights kills_in_saves signals cuts corruptions corruptions_of_shared_weights no_space numbers memory one_of_many".split()
 
 
 @pytest.mark.parametrize("name", CAMPAIGNS)
