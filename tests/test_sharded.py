@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 from mori.checkpoint import checkpoints, shards, writing
 from mori.checkpoint.tensors import HostMemory
+from mori.distributed import Runtime, nodes
 
 LAYOUTS = {"2 ranks": (2,), "3 ranks": (3,), "2 x 2 ranks": (2, 2)}  # the last: two replicas of two parts
 CONFIG = GPT2Config(vocab_size=33, n_positions=8, n_embd=6, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
@@ -254,3 +255,26 @@ def test_manifest_of_several_ranks_is_sealed_with_who_wrote_what(saved, tmp_path
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(checkpoints.CorruptCheckpoint, match="its seal differs"):
         checkpoints.verify(folder)
+
+
+def test_ranks_share_the_hashing_of_a_checkpoint_and_agree_on_what_is_damaged(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "step-00000005")
+    model, optimizer = whole_model()
+    writing.save(tmp_path, 4, model=model, optimizer=optimizer, state={})
+    path = tmp_path / "step-00000005" / "optimizer-00002-of-00003.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    files = sorted(json.loads((saved / "manifest.json").read_text())["files"])
+
+    def action(rank: int) -> None:
+        hashed, describe, messages = [], checkpoints.describe, []
+        checkpoints.describe = lambda file: (hashed.append(file.name), describe(file))[1]
+        runtime = Runtime(torch.device("cpu"), rank, 3, "fp32")
+        nodes.verify_together(runtime, saved)
+        everywhere = runtime.gather(hashed)
+        assert sorted(name for names in everywhere for name in names) == files
+        assert min(map(len, everywhere)) >= 2  # of nine files
+        assert nodes.newest_checkpoint(runtime, tmp_path, messages.append).name == "step-00000004"
+        assert len(messages) == (rank == 0) and path.name in "".join([*messages, path.name * (rank > 0)])
+
+    in_ranks(3, action)
+    assert (tmp_path / "step-00000005.corrupt").is_dir()

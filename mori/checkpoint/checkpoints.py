@@ -108,11 +108,17 @@ def _damage(path: Path, error: Exception) -> Exception:
     return CorruptCheckpoint(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}")
 
 
-def newest(root: Path, say: Callable[[str], None]) -> Path | None:
-    """The newest verified checkpoint under `root`, None if there is no checkpoint at all.
+def newest(
+    root: Path,
+    say: Callable[[str], None],
+    verify: Callable[[Path], None] = verify,
+    put_aside: Callable[..., None] | None = None,
+) -> Path | None:
+    """The newest checkpoint under `root` that `verify` does not refuse, None if there is no checkpoint at all.
 
     A damaged checkpoint is renamed to `<name>.corrupt`, never deleted, and told to `say`; then the one before it is tried.
-    Raises UserError if all are damaged, because only the user can decide to start over.
+    `put_aside` is called instead of `set_damaged_aside`, with its arguments. Raises UserError if all are damaged, because only the
+    user can decide to start over.
     """
     any_damaged = any(root.glob("*.corrupt*"))
     for folder in published(root)[::-1]:
@@ -121,7 +127,7 @@ def newest(root: Path, say: Callable[[str], None]) -> Path | None:
             return folder
         except CorruptCheckpoint as error:
             any_damaged = True
-            set_damaged_aside(folder, error, say)
+            (put_aside or set_damaged_aside)(folder, error, say)
     if any_damaged:
         raise UserError(
             f"no whole checkpoint is left under {root}; --resume_from_checkpoint none starts the run from the beginning"

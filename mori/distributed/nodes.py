@@ -173,8 +173,12 @@ def newest_checkpoint(runtime: Runtime, root: Path, say: Callable[[str], None]) 
     Raises UserError if no checkpoint is complete, because only the user can start another node, or start over.
     """
     if len(set(runtime.gather(runtime.writer))) == 1:
-        newest = runtime.on_main(lambda: checkpoints.newest(root, say))
-        return newest and root / newest.name
+        put_aside = None if runtime.is_main else lambda *_: None
+        try:
+            return checkpoints.newest(root, say, partial(verify_together, runtime), put_aside)
+        except UserError as error:
+            error.reported_by_main_rank = not runtime.is_main
+            raise
     any_damaged = runtime.any(any(root.glob("*.corrupt*")))
     steps = runtime.gather([path.name for path in checkpoints.published(root)] if runtime.is_writer else [])
     incomplete = {}
@@ -193,6 +197,19 @@ def newest_checkpoint(runtime: Runtime, root: Path, say: Callable[[str], None]) 
             remedy = f"start the nodes that have them too; {remedy}"
         runtime.on_main(partial(_refuse, f"no whole checkpoint is left under {root}{reasons}; {remedy}"))
     return None
+
+
+def verify_together(runtime: Runtime, folder: Path) -> None:
+    """`checkpoints.verify`, of which each rank does a share; every rank raises the first error. For a shared disk. Collective."""
+    error = None
+    try:
+        files = checkpoints.read_manifest(folder)["files"]
+        by_size = sorted(files, key=lambda name: -files[name]["bytes"])
+        checkpoints.verify_files(folder, {name: files[name] for name in by_size[runtime.rank :: runtime.world_size]})
+    except (CorruptCheckpoint, UserError) as raised:
+        error = raised
+    if first := next(filter(None, runtime.gather(error)), None):
+        raise first
 
 
 def bring_everywhere(runtime: Runtime, folder: Path, say: Callable[[str], None]) -> str:

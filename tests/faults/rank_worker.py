@@ -13,8 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from mori import distributed as runtime  # noqa: E402
-from mori import optim  # noqa: E402
+from mori import optim, output  # noqa: E402
 from mori.checkpoint import writing  # noqa: E402
 from tests.faults.common import patched  # noqa: E402
 
@@ -36,7 +35,7 @@ if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         slowly = (lambda: (time.sleep(1), strike())) if mine and rank == "0" else lambda: time.sleep(3)
         patched(writing, "publish", 3, slowly)()
         if mine and rank != "0":
-            patched(runtime.Runtime, "any", 10, strike)()  # once a step, and once in the first save
+            patched(output, "complete_save", 4, strike)()  # twice in each save
     elif mine:
         patched(optim, "set_learning_rate", 7, strike)()
 
