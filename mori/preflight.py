@@ -228,7 +228,9 @@ def _figures(run: Run, state: State, seconds: dict[str, float], planned: Planned
     """What `preflight.json` holds. Collective."""
     runtime, trained = run.runtime, sum(parameter.numel() for parameter in run.weights.in_model)
     peaks = {"host": peak_memory_bytes(torch.device("cpu"))}
-    if run.config.async_save and runtime.is_main:
+    if runtime.sharded:  # a save copies what the rank writes
+        peaks["host"] += planned.checkpoint_bytes // runtime.world_size
+    elif run.config.async_save and runtime.is_writer:
         peaks["host"] += planned.checkpoint_bytes
     if runtime.device.type == "cuda":
         peaks["device"] = peak_memory_bytes(runtime.device)

@@ -74,6 +74,13 @@ def test_run_on_a_gpu_resumes_to_the_same_weights(run_on_gpu, tmp_path, determin
     assert resumed["eval"]["after"] == whole["eval"]["after"] and resumed["samples"] == whole["samples"]
 
 
+def test_async_save_on_a_gpu_resumes_to_the_same_weights(run_on_gpu, tmp_path, deterministic):
+    run_on_gpu(dropout=0.1, run_name="whole", output_dir=str(tmp_path / "whole"))
+    stop_after(6, lambda: run_on_gpu(dropout=0.1, async_save=True))
+    run_on_gpu(dropout=0.1, async_save=True)
+    assert_equal_weights(tmp_path / "whole", tmp_path / "brain")
+
+
 @pytest.mark.parametrize("name", [*RUNS, *SYNCHRONIZING_RUNS])
 def test_losses_on_a_gpu_equal_those_of_a_cpu(run_on_gpu, tmp_path, name):
     """Relative differences: 1e-3 in fp32, 1e-2 in 16 bits."""

@@ -340,6 +340,13 @@ def test_time_is_that_of_steps_evaluations_samples_and_saves(settings, monkeypat
     assert figures["tokens"] == 26 * 64 and figures["tokens_per_parameter"] == 26 * 64 / state.model.num_parameters()
 
 
+def test_dry_run_counts_the_copy_of_a_save_in_the_background(run_train, monkeypatch):
+    monkeypatch.setattr(preflight, "peak_memory_bytes", lambda device: 1000)
+    for async_save in (False, True):
+        figures = run_train(dry_run=True, async_save=async_save)
+        assert figures["peak_memory_bytes"]["host"] == 1000 + async_save * figures["disk"]["checkpoint_bytes"]
+
+
 def test_plan_says_time_memory_disk_and_tokens():
     figures = {
         "seconds": {"training": 124.0, "evaluation": 40.2, "saving": 9.96, "total": 174.0},

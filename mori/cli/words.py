@@ -79,6 +79,7 @@ SAME = {
     "logging_steps": "log_interval log_every log_steps log_freq logging_interval log_every_n_steps steps_per_report print_every",
     "save_steps": "save_interval save_every save_freq checkpoint_interval ckpt_interval checkpoint_every checkpointing_steps",
     "save_total_limit": "max_checkpoints keep_checkpoints",
+    "async_save": "async_checkpointing enable_async_checkpointing",
     "output_dir": "out_dir output output_path save_dir save_path -o",
     "logging_dir": "log_dir runs_dir tensorboard_dir logdir",
     "run_name": "experiment_name exp_name",
