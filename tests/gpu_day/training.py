@@ -12,6 +12,7 @@ import torch.distributed as dist
 from mori.bench.compare import max_weight_difference
 from mori.config import TrainConfig
 from mori.distributed import Runtime
+from mori.distributed.sharding import weights_of
 from mori.model.lm import CausalLMLoss
 from mori.train import train
 from tests.families import small_model
@@ -226,7 +227,7 @@ def _pretend_that_three_windows_are_too_many() -> None:
 
 
 def one_rank(task: Task) -> None:
-    """DDP over NCCL (gloo on a CPU) in a group of one: the constructor, passes with and without exchange, sums, gathering."""
+    """DDP and FSDP2 over NCCL (gloo on a CPU) in a group of one: passes with and without exchange, steps, sums, gathering."""
     device = torch.device("cuda:0" if task.cuda else "cpu")
     started = time.perf_counter()
     store = dist.FileStore(str(task.place / "store"), 1)
@@ -265,4 +266,29 @@ def one_rank(task: Task) -> None:
         return {"ok": values == [{"a": 1}]}
 
     attempt("gather", gathered)
+
+    def losses(runtime: Runtime) -> list[float]:
+        config = TrainConfig(learning_rate=1e-3, max_grad_norm=0.5)
+        module = CausalLMLoss(small_model("gpt2", 97).train().to(device), chunked_loss=True)
+        module.eval()  # without dropout
+        weights = weights_of(module, runtime, "full_shard", None)
+        optimizer, seen = weights.build_optimizer(config), []
+        for _ in range(5):
+            with runtime.autocast():
+                loss = module(input_ids, input_ids, torch.tensor(64.0, device=device))
+            loss.backward()
+            weights.take_gradients(scaled=False)
+            weights.clip_grad_norm_(config.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            seen.append(float(loss))
+        text = weights.call(lambda model: model(input_ids=input_ids).logits.float().sum().item())
+        return [*seen, text]
+
+    def sharded() -> dict:
+        whole, shared = losses(Runtime(device, 0, 1, "bf16")), losses(Runtime(device, 0, 1, "bf16", sharded=True))
+        gap = max(abs(a - b) / abs(a) for a, b in zip(whole[:-1], shared[:-1], strict=True))
+        return {"ok": gap < 1e-2, "gap": gap, "losses": shared}
+
+    attempt("fsdp", sharded)
     runtime.close()
