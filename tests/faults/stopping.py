@@ -65,13 +65,17 @@ def spoiled(lab: Lab, name: str, before: int) -> str:
     return f"{lost} steps are lost" if lost > SAVE_STEPS else ""
 
 
+_SHARED = {"fsdp": "full_shard"}
+# The fields and the ranks of each chain of kills.
+CHAINS: list[tuple[dict, int]] = [
+    *[({}, 1), ({"precision": "fp16"}, 1), ({}, 2), ({"precision": "bf16"}, 1)] * 5,
+    *[(_SHARED, 2), (_SHARED | {"async_save": True}, 2)] * 3,
+]
+
+
 def kills(lab: Lab, full: bool, seed: int) -> list[dict]:
     """Chains of ten kills at random instants, and how each chain ends that is let go on."""
-    chains = (
-        [({}, 1), ({"precision": "fp16"}, 1), ({}, 2), ({"precision": "bf16"}, 1)] * 5
-        if full
-        else [({"precision": "fp16"}, 1)]
-    )
+    chains = CHAINS if full else CHAINS[1:2]
     kinds = ["torchrun" if number in (2, 6) else "" for number in range(len(chains))]
     single, ends, started = [], [], time.perf_counter()
     for number, (case_seed, (options, ranks), kind) in enumerate(
@@ -79,7 +83,7 @@ def kills(lab: Lab, full: bool, seed: int) -> list[dict]:
     ):
         name, draw = f"chain-{number}", random.Random(case_seed)
         config, whole = lab.config(name, **LONG, **options), lab.whole(ranks, **LONG, **options)
-        label = f"{kind or f'{ranks} process(es)'} {options.get('precision', 'fp32')}"
+        label = f"{kind or f'{ranks} process(es)'} {' '.join(map(str, options.values()))}"
         mine = []
         while len(mine) < (10 if full else 4):
             before = newest(lab, name)
