@@ -1,13 +1,17 @@
 """Nodes without a shared disk: three ranks, each with a folder that the others do not see."""
 
-import contextlib
 import json
 import os
+import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
+from conftest import ROOT, flags
 
 from mori import distributed
 from mori.checkpoint import checkpoints, writing
@@ -109,9 +113,10 @@ def rank_main(rank: int, folder: Path, port: int) -> None:
         except UserError as error:
             found = f"refused: {error}"
         results[case.__name__] = {"found": found, "lines": lines}
-    with contextlib.suppress(UserError):
-        nodes.check_same(runtime, {"seed": 42 + (rank == 2)}, "give all the same")
-        results["same"] = True
+    try:
+        nodes.check_same(runtime, {"seed": 42 + (rank == 2), "epochs": 3}, "give all the same")
+    except UserError as error:
+        results["differing"] = str(error)
     mistakes = []
     try:
         runtime.agreed((own / "x" / "y").touch, rank == 1)
@@ -180,7 +185,40 @@ def test_newest_checkpoint_sets_aside_what_no_node_has_whole(results):
 
 def test_ranks_agree_on_mistakes(results):
     _, ranks = results
-    assert not any("same" in rank for rank in ranks)
+    assert len({rank["differing"] for rank in ranks}) == 1
+    assert re.fullmatch(
+        r"rank 2 on \S+ differs from rank 0 on \S+ \(seed 43, not 42\); give all the same", ranks[0]["differing"]
+    )
     messages = [rank["mistakes"] for rank in ranks]
     assert messages[0] == messages[1] == messages[2] and len(messages[0]) == 1
     assert messages[0][0].startswith("rank 1 on ") and messages[0][0].endswith("No such file or directory")
+
+
+@pytest.mark.parametrize(
+    "differing, phrase",
+    [
+        (
+            "corpus",
+            r"rank 1 on \S+ differs from rank 0 on \S+ \(the corpus's SHA-256 .*\); give every node the same text",
+        ),
+        ("seed", r"rank 1 on \S+ differs from rank 0 on \S+ \(seed 7, not 42\); give every node the same command"),
+        ("output_dir", r"rank 1 on \S+: output_dir: \S+ contains something that is not a model"),
+    ],
+)
+def test_nodes_that_differ_are_refused_in_one_line(differing, phrase, settings, tmp_path):
+    """Each rank starts in its own folder, as on a node with its own disk."""
+    for rank in range(2):
+        (tmp_path / f"rank-{rank}" / "brain").mkdir(parents=True)
+        (tmp_path / f"rank-{rank}" / "text.txt").write_text("Halo semua. " * (50 + (differing == "corpus") * rank))
+    if differing == "output_dir":
+        (tmp_path / "rank-1" / "brain" / "notes.txt").write_text("mine")
+    own = {"corpus": ["text.txt"], "logging_dir": "runs", "output_dir": "brain", "seed": 42}
+    words = " ".join(map(shlex.quote, flags({**settings, **own})))
+    other = "--seed $((42 - 35 * RANK))" if differing == "seed" else ""
+    script = f"cd {tmp_path}/rank-$RANK && exec {sys.executable} {ROOT}/scripts/train.py {words} {other}"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
+    done = subprocess.run([*torchrun, "bash", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    [line] = [line for line in done.stderr.splitlines() if "error: " in line and "train.py" in line]
+    assert re.search(phrase, line), line
+    assert done.stderr.count("Traceback") == 1  # torchrun's own
+    assert not list(tmp_path.glob("*/runs/run"))

@@ -60,8 +60,9 @@ def test_resume_from_fp16_in_fp32_drops_the_scaler(run_train, capsys):
     assert "precision ('fp16', 'fp32')" in capsys.readouterr().err
 
 
-def test_resume_from_two_ranks_on_one(run_train, settings, tmp_path, capsys):
-    """The windows of each step are the same, so are the losses."""
+@pytest.mark.parametrize("batch_size", [4, 2])
+def test_resume_from_two_ranks_on_one(run_train, settings, tmp_path, capsys, batch_size):
+    """The windows of each step are the same, so are the losses; also with the flags of the two ranks."""
     run_train(run_name="whole", output_dir=str(tmp_path / "whole"), dropout=0.0, per_device_train_batch_size=4)
     words = flags({**settings, "dropout": 0.0, "per_device_train_batch_size": 2, "logging_steps": 3, "max_steps": 12})
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -72,9 +73,10 @@ def test_resume_from_two_ranks_on_one(run_train, settings, tmp_path, capsys):
     last = checkpoints.published(tmp_path / "runs" / "run" / "checkpoints")[-1]
     if last.name == "step-00000012":  # it was faster than the signal
         shutil.rmtree(last)
-    run_train(dropout=0.0, per_device_train_batch_size=4)
+    run_train(dropout=0.0, per_device_train_batch_size=batch_size)
     told = capsys.readouterr().err
-    assert "world_size (2, 1)" in told and "per_device_train_batch_size (2, 4)" in told and told.count(NOTE) == 1
+    assert "world_size (2, 1)" in told and told.count(NOTE) == 1 and "A step keeps its 4 windows." in told
+    assert ("per_device_train_batch_size (2, 4)" in told) == (batch_size == 4)
     for name, tensor in weights(tmp_path / "whole").items():
         assert torch.allclose(weights(tmp_path / "brain")[name], tensor, atol=1e-4), name
 

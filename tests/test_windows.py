@@ -78,6 +78,23 @@ def test_batches_take_the_same_windows_per_step_in_every_layout():
     assert all(windows == steps[0] for windows in steps)
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5, 8])
+def test_batches_share_the_windows_of_a_step_among_any_number_of_ranks(world_size):
+    """A run that began on three ranks goes on with its six windows in a step, evenly shared in equally many micro-batches."""
+    whole = Batches(22, batch_size=6, accumulation=1, seed=5)
+    ranks = [
+        Batches(22, batch_size=2, accumulation=1, seed=5, rank=rank, world_size=world_size, windows_per_step=6)
+        for rank in range(world_size)
+    ]
+    assert {batches.steps_per_epoch for batches in ranks} == {whole.steps_per_epoch}
+    for step in range(8):
+        groups = [batches[step] for batches in ranks]
+        assert sorted(sum((sum(group, []) for group in groups), [])) == sorted(sum(whole[step], []))
+        assert len({len(group) for group in groups}) == 1
+        assert all(len(indices) <= 2 for group in groups for indices in group)
+    assert max(sum(map(len, batches[0])) for batches in ranks) == -(-6 // world_size)
+
+
 def test_batches_are_a_pure_function_of_the_step():
     batches = Batches(37, batch_size=4, accumulation=2, seed=3)
     forward = [batches[step] for step in range(12)]

@@ -183,12 +183,14 @@ class Batches:
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         first = step_in_epoch * self.windows_per_step
         windows = self.order(epoch, first, first + self.windows_per_step)
-        micro_batches = -(-self.windows_per_step // (self.batch_size * self.world_size))
-        size = -(-self.windows_per_step // (micro_batches * self.world_size))
-        all_ranks, offset = size * self.world_size, self.rank * size
-        return [
-            windows[start : start + all_ranks][offset : offset + size] for start in range(0, len(windows), all_ranks)
-        ]
+        groups, left = [], self.windows_per_step
+        count, start = -(-left // (self.batch_size * self.world_size)), 0
+        while start < len(windows):
+            size = -(-left // (self.world_size * (count - len(groups))))  # of a rank
+            own = start + self.rank * size
+            groups.append(windows[own : min(own + size, start + left)])
+            start, left = start + size * self.world_size, left - size * self.world_size
+        return groups
 
     def windows_in(self, step: int) -> int:
         """The number of windows that all ranks together visit in optimizer step number `step`."""

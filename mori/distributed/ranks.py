@@ -267,7 +267,9 @@ def tell_others(mistake: UserError) -> None:
 
 def told_by_others() -> UserError | None:
     """The mistake that another rank has left, reported by the main rank; None if there is none."""
-    with contextlib.suppress(RuntimeError):
+    with contextlib.suppress(OSError, RuntimeError):
+        # PyTorch would wait long for a store that is gone, and print where in its code.
+        socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=1).close()
         if _stores and _stores[-1].check([_MISTAKE]):
             mistake = UserError(_stores[-1].get(_MISTAKE).decode())
             mistake.reported_by_main_rank = os.environ.get("RANK") != "0"

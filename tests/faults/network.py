@@ -21,7 +21,7 @@ from .node_worker import work
 
 PORT = 29400
 # Timeouts in seconds: of a rendezvous for more hosts once there are enough of them, and of the store.
-RENDEZVOUS = {"last_call_timeout": 5, "join_timeout": 120, "keep_alive_interval": 1, "read_timeout": 20}
+RENDEZVOUS = {"last_call_timeout": 5, "join_timeout": 120, "keep_alive_interval": 3, "read_timeout": 20}
 
 
 def refusal() -> str:

@@ -88,7 +88,8 @@ class Trial:
         for host in hosts:
             code = host.wait(SECONDS)
             if code != 0:
-                return f"host {host.number} ended with {code}: {host.text()[-3000:]}"
+                texts = [f"host {other.number}, code {other.code}: {other.text()[-2500:]}" for other in self.hosts]
+                return "\n".join([f"host {host.number} ended with {code}", *texts])
         return "; ".join(filter(None, [*self._differing(hosts), self._weights(hosts[0], exact, whole), self._windows(), self._lost()]))  # fmt: skip
 
     def _differing(self, hosts: list[Host]) -> list[str]:
@@ -109,7 +110,7 @@ class Trial:
 
     def _weights(self, host: Host, exact: bool, whole: dict | None) -> str:
         """How the weights differ from those of a run of three ranks that nothing happened to."""
-        if whole is None:
+        if whole is None or self.events()[0]["of"] != 3:  # a step of two ranks has fewer windows
             return ""
         found = load_file(host.folder / "brain" / "model.safetensors")
         if exact:
@@ -216,15 +217,14 @@ def short_cut(trial: Trial) -> tuple:
 
 
 def long_cut(trial: Trial) -> tuple:
-    trial.begin(0, 1, 2)
+    trial.begin(0, 1, 2, STEP_SECONDS=2)
     trial.reaches(0, 6)
     trial.strike()
     trial.hosts[2].cut()
-    trial.reaches(0, 6, of=2)
-    trial.hosts[2].wait(SECONDS)
+    trial.hosts[2].wait(SECONDS)  # its torchrun gives up, and what started it starts it again
     trial.hosts[2].cut(False)
     trial.strike()
-    trial.begin(2)  # what a supervisor does
+    trial.begin(2)
     return (0, 1, 2), False
 
 
@@ -361,7 +361,7 @@ def nodes(lab: Lab, full: bool, seed: int) -> list[dict]:
         cases.append(Case(name, seed, problem))
         costs[name] = trial.costs
         figures = ", ".join(f"{cost['seconds']:.1f} s and {cost['steps_lost']} steps" for cost in trial.costs)
-        print(f"{'FAILED ' * bool(problem)}{name}: {figures} {problem[:3000]}", flush=True)
+        print(f"{'FAILED ' * bool(problem)}{name}: {figures} {problem}", flush=True)
         for host in network.hosts:
             shutil.rmtree(host.folder, ignore_errors=True)
     result = row("three nodes in network namespaces, each with its own disk", seed, cases, started)
