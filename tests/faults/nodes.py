@@ -40,7 +40,7 @@ class Trial:
             shutil.copy(lab.text, host.folder / "text.txt")
         self.struck_at = [0.0]
         self.costs: list[dict] = []
-        self.uses_torchrun = False
+        self.uses_torchrun, self.most_lost = False, SAVE_STEPS
 
     def begin(self, *numbers: int, **environment) -> None:
         """Start torchrun on these hosts; again if not all of them have come to the first rendezvous in time."""
@@ -153,7 +153,7 @@ class Trial:
                 "imports": begun["at"] - begun["launched"], "joining": joined - begun["at"], "to_the_first_step": first - joined,
                 "seconds": first - struck_at,
             })  # fmt: skip
-            if lost > SAVE_STEPS:
+            if lost > self.most_lost:
                 problems.append(f"{lost} steps lost")
         return "; ".join(problems)
 
@@ -287,7 +287,8 @@ def replaced_node(trial: Trial) -> tuple:
     return (0, 1, 3), False
 
 
-def damaged(trial: Trial, *places: tuple[int, str]) -> tuple:
+def damaged(trial: Trial, *places: tuple[int, str], intervals: int = 1) -> tuple:
+    trial.most_lost = intervals * SAVE_STEPS
     trial.begin(0, 1, 2)
     trial.reaches(0, 9)
     for number, name in places:
@@ -303,8 +304,10 @@ def damaged(trial: Trial, *places: tuple[int, str]) -> tuple:
 def one_after_another(trial: Trial) -> tuple:
     trial.begin(0, 1, 2)
     trial.reaches(0, 5)
+    trial.strike()
     trial.hosts[2].kill()
     trial.reaches(0, 7, of=2)
+    trial.strike()
     trial.hosts[1].kill()
     trial.reaches(0, 9, of=1)
     trial.strike()
@@ -336,7 +339,7 @@ CASES: dict[str, Callable[[Trial], tuple]] = {
         trial, (0, "model.safetensors"), (1, "optimizer.safetensors"), (2, "state.json")
     ),
     "the newest checkpoint damaged on every node": lambda trial: damaged(
-        trial, *[(number, "model.safetensors") for number in range(3)]
+        trial, *[(number, "model.safetensors") for number in range(3)], intervals=2
     ),
     "two nodes are killed one after another, and return": one_after_another,
 }
