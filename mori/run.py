@@ -239,7 +239,7 @@ def check(config: TrainConfig, locks: contextlib.ExitStack) -> Run:
     runtime = distributed.start(config.device, config.precision, config.ddp_timeout)
     runtime.sharded = config.fsdp != "none" and runtime.world_size > 1
     nodes.introduce(runtime, config, run_dir, output_dir)
-    if runtime.any(distributed.restarted()):  # `none`, or a named checkpoint, was meant for the first start
+    if runtime.any(nodes.started_before(run_dir)):  # `none`, or a named checkpoint, was meant for the first start
         config = replace(config, resume_from_checkpoint="auto")
     if config.dtype == "bfloat16" and runtime.precision != "bf16":
         raise UserError(

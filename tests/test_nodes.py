@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
-from conftest import ROOT, flags
+from conftest import ROOT, flags, stop_after
 
 from mori import distributed
 from mori.checkpoint import checkpoints, writing
@@ -222,3 +222,14 @@ def test_nodes_that_differ_are_refused_in_one_line(differing, phrase, settings, 
     assert re.search(phrase, line), line
     assert done.stderr.count("Traceback") == 1  # torchrun's own
     assert not list(tmp_path.glob("*/runs/run"))
+
+
+def test_ranks_that_torchrun_starts_again_for_a_node_that_joins_do_not_begin_anew(run_train, tmp_path, monkeypatch):
+    """torchrun counts no restart then, and the command says `none` still."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    stop_after(8, lambda: run_train(resume_from_checkpoint="none"))
+    assert run_train(resume_from_checkpoint="none")["steps"] == 12
+    assert {path.name for path in (tmp_path / "runs").glob("[!.]*")} == {"run"}
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another job")
+    run_train(resume_from_checkpoint="none")
+    assert {path.name for path in (tmp_path / "runs").glob("[!.]*")} == {"run", "run.1"}

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import re
 import tempfile
 import time
@@ -106,6 +107,8 @@ def lock(run_dir: Path) -> IO:
     while True:
         try:
             locks.lock(file, "two processes that train this run at once would not notice each other")
+            file.write(_torchrun())
+            file.flush()
             return file
         except BlockingIOError:
             if time.monotonic() > deadline:
@@ -113,6 +116,19 @@ def lock(run_dir: Path) -> IO:
                     f"another process is writing {run_dir}; wait for it, or use another --run_name"
                 ) from None
             time.sleep(0.1)
+
+
+def is_of_this_torchrun(run_dir: Path) -> bool:
+    """Whether the torchrun that started this process has opened the folder before: it starts its ranks again when nodes join."""
+    with contextlib.suppress(OSError, ValueError):
+        return bool(_torchrun()) and (run_dir / ".lock").read_text(encoding="utf-8") == _torchrun()
+    return False
+
+
+def _torchrun() -> str:
+    """The torchrun that started this process; "" if none did."""
+    run = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return run and f"{run} {os.getppid()}"
 
 
 def remember_batch_size(run_dir: Path, rank: int, size: int) -> None:

@@ -24,7 +24,7 @@ from mori.checkpoint.checkpoints import CorruptCheckpoint
 from mori.checkpoint.files import advice, stays_in_place, sync, write
 from mori.cli import RunFailed, UserError, plural, print_error
 from mori.config import TrainConfig
-from mori.distributed.ranks import Runtime
+from mori.distributed.ranks import Runtime, restarted
 
 _BLOCK = 1 << 22  # bytes that are sent at once; no rank waits longer for another
 _PLACES = (
@@ -95,6 +95,11 @@ def introduce(runtime: Runtime, config: TrainConfig, run_dir: Path, output_dir: 
     in_place = stays_in_place(output_dir)
     place = output_dir if in_place else next(folder for folder in output_dir.parents if folder.exists())
     runtime.publisher = first_that_sees(runtime, place)
+
+
+def started_before(run_dir: Path) -> bool:
+    """Whether torchrun starts this process again, after a failure (`--max-restarts`) or because a node has joined or left."""
+    return restarted() or run_folder.is_of_this_torchrun(run_dir)
 
 
 def _settings(config: TrainConfig) -> dict:
