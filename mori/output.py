@@ -220,7 +220,7 @@ def finish(run: Run, state: State, signals: distributed.StopSignals) -> dict:
     if runtime.is_main:
         run.monitor.report(run_summary, finished=True)
         is_last_step = run_summary["published_step"] == state.step
-        same = runtime.precision == "fp32" and is_last_step and bool(state.samples_after)
+        same = runtime.samples_in_fp32(state.model) and is_last_step and bool(state.samples_after)
         say(results(run_summary, sample_command(config, model_settings(state.model)), same_text=same))
     runtime.barrier()
     runtime.close()  # the others do not wait for the upload

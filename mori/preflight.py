@@ -201,7 +201,7 @@ def _seconds_per_evaluation(run: Run, state: State) -> float:
     began = _now(run)
     if runtime.is_main or runtime.sharded:
         draw = partial(generate, tokenizer=run.data.tokenizer, prompts=config.prompt, seed=config.seed, **sampling)
-        with contextlib.suppress(UserError), run.module.as_loaded(), runtime.autocast():
+        with contextlib.suppress(UserError), run.module.as_loaded() as loaded, runtime.autocast_for_samples(loaded):
             run.weights.call(lambda model: guarded("no sample", partial(draw, model)))
     return seconds + (_now(run) - began) * config.max_new_tokens / tokens
 

@@ -182,7 +182,7 @@ def draw_samples(run: Run, state: State) -> dict[str, float]:
     """Continue the prompts of the config with the model as it is now; returns, by tag, how much of the text is copied."""
     config, tokenizer = run.config, run.data.tokenizer
     try:
-        with run.module.as_loaded(), run.runtime.autocast():
+        with run.module.as_loaded() as loaded, run.runtime.autocast_for_samples(loaded):
             settings = {"seed": config.seed, **config.sampling()}
             completions = run.weights.call(
                 lambda model: guarded("no sample", partial(generate, model, tokenizer, config.prompt, **settings))

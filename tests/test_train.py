@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
+import mori
 from mori import optim
 from mori.cli import UserError
 from mori.config import TrainConfig
@@ -404,3 +405,18 @@ def test_folder_whose_name_is_not_utf8_is_refused_before_the_run(run_train, tmp_
     with pytest.raises(UserError, match="is not UTF-8"):
         run_train(output_dir=str(tmp_path / "caf\udce9"))
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_sample_of_the_last_evaluation_is_what_generate_writes(precision, run_train, settings, monkeypatch):
+    """On a CPU samples are drawn in fp32, as the trained model is saved, in whichever precision it trained."""
+    converted, real = [], mori.train.generate
+    monkeypatch.setattr(
+        mori.train, "generate", lambda *a, **k: (converted.append(torch.is_autocast_enabled("cpu")), real(*a, **k))[1]
+    )
+    changed = {"max_new_tokens": 40, "seed": 3}
+    summary = run_train(precision=precision, learning_rate=0.02, **changed)
+    assert converted and not any(converted)
+    controls = TrainConfig(**{**settings, **changed}).sampling()
+    again = mori.generate(settings["output_dir"], settings["prompt"], seed=3, **controls)
+    assert again == summary["samples"]["after"]

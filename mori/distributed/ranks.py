@@ -75,6 +75,18 @@ class Runtime:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=_DTYPES[self.precision])
 
+    def samples_in_fp32(self, model: nn.Module) -> bool:
+        """Whether samples are drawn in fp32, as `generate` draws them: in fp32, and on a CPU if the weights are in fp32 and whole.
+
+        A token reads every weight once, so that a CPU gains nothing by converting them first.
+        """
+        whole = self.device.type == "cpu" and not self.sharded
+        return self.precision == "fp32" or whole and all(p.dtype == torch.float32 for p in model.parameters())
+
+    def autocast_for_samples(self, model: nn.Module):
+        """The context of drawing samples from `model`."""
+        return contextlib.nullcontext() if self.samples_in_fp32(model) else self.autocast()
+
     @contextlib.contextmanager
     def unchanged_random_state(self) -> Iterator[None]:
         """The context of work whose random numbers must not move those of the training."""
