@@ -13,6 +13,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser
 
 from mori.__main__ import COMMANDS
 from mori.cli import parse
@@ -31,8 +32,10 @@ TRAINING_STEP = re.compile(
 BENCHMARKS = {name: command.config for name, command in COMMANDS.members["bench"].members.items()}
 CONFIGS = {name: command.config for name, command in COMMANDS.members.items() if name != "bench"}
 CONFIGS["sweep"] = runpy.run_path(str(ROOT / "scripts" / "sweep.py"))["SweepConfig"]
-OTHER_PROGRAMS_FLAGS = {"help", "version", "config", "logdir", "nproc_per_node", "max_restarts", "full", "jobs"}
-LAUNCHERS = ([], ["python"], ["python", "-m"], ["torchrun", "--nproc-per-node=2"])
+TORCHRUN = {action.dest for action in get_args_parser()._actions}
+SLURM = {"nodes", "ntasks_per_node", "gpus_per_node"}
+OTHER_PROGRAMS_FLAGS = {"help", "version", "config", "logdir", "full", "jobs"} | TORCHRUN | SLURM
+LAUNCHERS = ([], ["python"], ["python", "-m"])
 
 
 def commands(page: str) -> list[str]:
@@ -99,7 +102,10 @@ def test_command_parses(command):
         assert set(words[3:]) <= {"--full", "--jobs", "4"}
     else:
         place = next(n for n, word in enumerate(words) if word == "mori" or word.startswith("scripts/"))
-        assert words[:place] in LAUNCHERS
+        if words[0] == "torchrun":
+            get_args_parser().parse_args(words[1 : place + 1])
+        else:
+            assert words[:place] in LAUNCHERS
         name, *arguments = (
             words[place + 1 :] if words[place] == "mori" else [Path(words[place]).stem, *words[place + 1 :]]
         )
