@@ -91,6 +91,15 @@ def test_pages_name_every_script():
     assert [path.name for path in (ROOT / "scripts").glob("*.py") if f"python scripts/{path.name}" not in PAGES] == []
 
 
+def test_readme_has_the_commands_that_ci_takes_from_it():
+    """Each is a line of a block, not a part of a sentence."""
+    patterns = re.findall(r"grep -m1 '(.+)' README.md", (ROOT / ".ci/run").read_text())
+    assert len(patterns) == 2
+    for pattern in patterns:
+        line = next(line for line in README.splitlines() if re.search(pattern, line))
+        assert line in [command for block in CODE_BLOCK.findall(README) for command in block[1].splitlines()], line
+
+
 @pytest.mark.parametrize("command", commands(PAGES))
 def test_command_parses(command):
     words = shlex.split(command)
