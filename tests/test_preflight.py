@@ -38,7 +38,8 @@ def everything(run, state) -> dict:
     """All that a step changes, to the bit."""
     moments, plain = optimizer_state.pack(state.optimizer)
     saved = state.state_dict()
-    saved["progress"].pop("wall_seconds")
+    for name in ("wall_seconds", "peak_memory_bytes"):
+        saved["progress"].pop(name)
     return {
         "weights": {name: bits(tensor) for name, tensor in state.model.state_dict().items()},
         "buffers": {name: bits(buffer) for name, buffer in state.model.named_buffers()},

@@ -51,7 +51,7 @@ def check_finite(tensors: dict[str, torch.Tensor], buffers: Container[str] = ())
     for name, tensor in tensors.items():
         # Parts that stay in the cache, and in this thread: another thread may be training.
         parts = tensor.detach().flatten().split(_PART) if tensor.is_cpu else [tensor]
-        if not all(part.isfinite().all() for part in parts) and (name not in buffers or tensor.isnan().any()):
+        if any(part.isnan().any() if name in buffers else not part.isfinite().all() for part in parts):
             raise FloatingPointError(f"{name} is not finite")
 
 
