@@ -50,6 +50,7 @@ def models(tmp_path_factory, tokenizer) -> dict[str, str]:
 
 
 STEPS = 50
+in_one_worker = pytest.mark.xdist_group("sharding")  # the tests of `sharded`, whose runs take minutes
 # What each case changes; the windows of a step are eight in all.
 CASES = {
     "gpt2": {"model": "gpt2"},
@@ -130,6 +131,7 @@ def whole(tmp_path_factory, common, models):
     return of
 
 
+@in_one_worker
 @pytest.mark.parametrize("ranks, name", [*((2, name) for name in CASES), (4, "gpt2"), (4, "llama"), (4, "hybrid")])
 def test_ranks_that_share_a_model_train_as_one_process(ranks, name, sharded, whole):
     result, expected = sharded[ranks][name], whole(name)
@@ -144,6 +146,7 @@ def test_ranks_that_share_a_model_train_as_one_process(ranks, name, sharded, who
         assert result["samples"][when] == expected["samples"][when]
 
 
+@in_one_worker
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_that_share_a_model_repeat_a_run_to_the_bit(ranks, sharded):
     first, second = sharded[ranks]["gpt2"], sharded[ranks]["repeated"]
@@ -152,6 +155,7 @@ def test_ranks_that_share_a_model_repeat_a_run_to_the_bit(ranks, sharded):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@in_one_worker
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_each_rank_holds_its_share_of_weights_and_moments(ranks, sharded):
     for name in ("gpt2", "llama"):
@@ -160,11 +164,13 @@ def test_each_rank_holds_its_share_of_weights_and_moments(ranks, sharded):
         assert moment_bytes == 2 * weight_bytes
 
 
+@in_one_worker
 def test_shared_model_in_bf16_stays_near_fp32(sharded):
     in_16, in_32 = (torch.tensor(sharded[2][name]["losses"]) for name in ("bf16", "llama"))
     torch.testing.assert_close(in_16, in_32, rtol=1e-2, atol=0)
 
 
+@in_one_worker
 def test_overflow_on_one_rank_skips_the_step_on_all(sharded):
     """The gradient scaler of each rank sees its own part of the gradient alone."""
     result = sharded[2]["fp16"]
