@@ -451,7 +451,7 @@ def test_introduction_says_what_is_read_trained_and_written(tmp_path):
     config = TrainConfig(model="m", block_size=16, per_device_train_batch_size=4, gradient_accumulation_steps=3)
     values = {
         "environment": environment, "device": torch.device("cpu"), "text": "the text", "parameters": 2_500_000,
-        "total_steps": 12, "steps_per_epoch": 5, "faster": "nothing", "run_dir": tmp_path,
+        "total_steps": 12, "windows_per_step": 24, "steps_per_epoch": 5, "faster": "nothing", "run_dir": tmp_path,
         "evaluations": "all held-out windows", "special": "none",
     }  # fmt: skip
     lines = overview.introduction(config, **values).splitlines()
