@@ -256,7 +256,7 @@ def no_space(lab: Lab, full: bool, seed: int) -> list[dict]:
             Case(
                 f"logs and output full from step {step}",
                 step,
-                ended.problem(0) or ("" if weights == whole["brain"] else "brain differs"),
+                ended.problem(0) or ("" if weights == whole["brain"]["model.safetensors"] else "brain differs"),
             )
         )
         lab.drop(name)

@@ -200,7 +200,7 @@ def memory(lab: Lab, full: bool, seed: int) -> list[dict]:
                 "killed" in kind
             ):  # taken up before the step in which memory ran out, or after it, with what was remembered
                 ended = run(config, lambda call=call: _room_for(2, "forward", max(1, call - call // 4 * 4)))
-            ends[kind] = ended.problem(0) or lab.left_by(name)["brain"]
+            ends[kind] = ended.problem(0) or lab.left_by(name)["brain"]["model.safetensors"]
             lab.drop(name)
         cases += [
             Case(f"{kind}, in step {call}", seed, "" if found == ends["forward"] and len(found) == 64 else found)
