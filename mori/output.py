@@ -16,7 +16,7 @@ from torch import nn
 from mori import distributed
 from mori.checkpoint import checkpoints, files, run_folder, shards, writing
 from mori.checkpoint.files import advice, publish, rehearse_publication, staging_folder
-from mori.checkpoint.tensors import check_finite
+from mori.checkpoint.tensors import HostMemory, check_finite
 from mori.cli import RunFailed, UserError, one_line, plural
 from mori.config import TrainConfig
 from mori.distributed import nodes
@@ -295,10 +295,13 @@ def _write_model(run: Run, model: nn.Module, folder: Path, run_summary: dict, re
         saving.save(model, run.data.tokenizer, folder, rehearsal=rehearsal)
     else:
         adapters = adapter_files.tensors(model)
-        whole = {name: shards.local(t) for name, t in adapters.items()} if rehearsal else run.weights.whole(adapters)
+        if rehearsal:
+            adapters = {name: shards.local(tensor) for name, tensor in adapters.items()}
+        elif runtime.sharded:
+            adapters = shards.owned(adapter_files.WEIGHTS, adapters, dict.fromkeys(adapters, 0), HostMemory())
         if runtime.is_publisher:
-            check_finite({} if rehearsal else whole)
-            adapter_files.save(model, whole, run.data.tokenizer, folder, base)
+            check_finite({} if rehearsal else adapters)
+            adapter_files.save(model, adapters, run.data.tokenizer, folder, base)
     if not runtime.is_publisher:
         return
     card = model_card(

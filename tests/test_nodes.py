@@ -106,13 +106,13 @@ def rank_main(rank: int, folder: Path, port: int) -> None:
         root, lines = own / case.__name__ / "checkpoints", []
         case(rank, root)
         try:
-            found = nodes.newest_checkpoint(runtime, root, lines.append)
-            found = found and found.relative_to(folder).as_posix()
-            if found:
-                checkpoints.verify(folder / found)
+            actual = nodes.newest_checkpoint(runtime, root, lines.append)
+            actual = actual and actual.relative_to(folder).as_posix()
+            if actual:
+                checkpoints.verify(folder / actual)
         except UserError as error:
-            found = f"refused: {error}"
-        results[case.__name__] = {"found": found, "lines": lines}
+            actual = f"refused: {error}"
+        results[case.__name__] = {"actual": actual, "lines": lines}
     try:
         nodes.check_same(runtime, {"seed": 42 + (rank == 2), "epochs": 3}, "give all the same")
     except UserError as error:
@@ -130,7 +130,7 @@ def rank_main(rank: int, folder: Path, port: int) -> None:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """What each rank found."""
+    """What each rank took."""
     from tests.faults.common import free_port
 
     folder = tmp_path_factory.mktemp("nodes")
@@ -149,13 +149,13 @@ def test_first_that_sees_is_the_main_rank_of_a_shared_folder_and_each_of_its_own
 @pytest.mark.parametrize("case, step", [(case.__name__, step) for case, step in CASES.items()])
 def test_newest_checkpoint_is_the_same_on_every_node(case, step, results):
     folder, ranks = results
-    found = [rank[case]["found"] for rank in ranks]
+    actual = [rank[case]["actual"] for rank in ranks]
     if step == "refused":
         assert all(
-            "no whole checkpoint is left" in f and "step 8 has optimizer.safetensors on no node" in f for f in found
+            "no whole checkpoint is left" in f and "step 8 has optimizer.safetensors on no node" in f for f in actual
         )
         return
-    assert found == [step and f"rank-{r}/{case}/checkpoints/step-{step:08d}" for r in range(RANKS)]
+    assert actual == [step and f"rank-{r}/{case}/checkpoints/step-{step:08d}" for r in range(RANKS)]
     if step:
         contents = [
             {
@@ -163,7 +163,7 @@ def test_newest_checkpoint_is_the_same_on_every_node(case, step, results):
                 for path in (folder / f).rglob("*")
                 if path.is_file()
             }
-            for f in found
+            for f in actual
         ]
         assert contents[0] == contents[1] == contents[2] and "a/b.txt" in contents[0]
     assert not [path for path in folder.rglob("*.partial")]

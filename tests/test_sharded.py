@@ -128,10 +128,10 @@ def test_checkpoint_of_several_ranks_resumes_in_one_process(saved):
     assert checkpoints.load_state(saved)["note"] == 1
 
 
-def assert_equal_states(found: dict, expected: dict) -> None:
-    assert found.keys() == expected.keys()
+def assert_equal_states(actual: dict, expected: dict) -> None:
+    assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor), name
+        assert torch.equal(actual[name], tensor), name
 
 
 @pytest.mark.parametrize("source", ["one process", "3 ranks"])

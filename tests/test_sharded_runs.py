@@ -34,10 +34,10 @@ def last(lab: Lab, name: str):
     return checkpoints.published(lab.checkpoints(name))[-1]
 
 
-def assert_equal(found: dict, expected: dict) -> None:
-    assert found.keys() == expected.keys() and expected
+def assert_equal(actual: dict, expected: dict) -> None:
+    assert actual.keys() == expected.keys() and expected
     for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor), name
+        assert torch.equal(actual[name], tensor), name
 
 
 def test_shared_weights_are_published_in_parts_that_transformers_loads(lab):
@@ -120,9 +120,9 @@ def test_checkpoint_of_shared_weights_resumes_in_one_process_and_back(lab):
     run(lab, "changing", ranks=1, before=stop, code=130, **alone)
     assert last(lab, "changing").name == "step-00000008"
     run(lab, "changing", **SHARED, **options)
-    found, expected = (tensors(lab.folder / name / "brain") for name in ("changing", "two"))
+    actual, expected = (tensors(lab.folder / name / "brain") for name in ("changing", "two"))
     for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
+        torch.testing.assert_close(actual[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
 
 
 def losses(lab: Lab, name: str) -> dict[int, float]:
@@ -153,9 +153,9 @@ def test_run_goes_on_with_other_numbers_of_ranks_that_share_weights_or_not(lab):
             **options,
         )
         assert last(lab, "elastic").name == f"step-{step:08}"
-    found, expected = losses(lab, "elastic"), losses(lab, "four")
-    assert list(found) == list(range(1, 13)) == list(expected)
+    actual, expected = losses(lab, "elastic"), losses(lab, "four")
+    assert list(actual) == list(range(1, 13)) == list(expected)
     for step, loss in expected.items():
-        assert found[step] == pytest.approx(loss, rel=1e-6), step
+        assert actual[step] == pytest.approx(loss, rel=1e-6), step
     ledgers = [json.loads((lab.run_dir(name) / "summary.json").read_text())["ledger"] for name in ("elastic", "four")]
     assert ledgers[0] == ledgers[1]

@@ -143,9 +143,9 @@ class Batches:
 
     Each epoch visits every window once, in a permutation drawn from `seed` and the epoch's number: of a list of the windows,
     or for very many windows computed at the places that a step takes (`permuted`). A step takes the next `windows_per_step`
-    windows, by default `batch_size * accumulation * world_size`, and shares them evenly among the ranks; the last step of an epoch takes those that are left. The step's number
-    is therefore the position in the data, and resuming needs no other state. `batch_size` may be changed at any time: the
-    windows of a step stay the same and are cut into more or fewer micro-batches.
+    windows, by default `batch_size * accumulation * world_size`, and shares them evenly among the ranks; the last step of an
+    epoch takes those that are left. The step's number is therefore the position in the data, and resuming needs no other state.
+    `batch_size` may be changed at any time: the windows of a step stay the same and are cut into more or fewer micro-batches.
     """
 
     def __init__(

@@ -27,15 +27,8 @@ from mori.config import TrainConfig
 from mori.distributed.ranks import Runtime, restarted
 
 _BLOCK = 1 << 22  # bytes that are sent at once; no rank waits longer for another
-_PLACES = (
-    "model",
-    "corpus",
-    "output_dir",
-    "logging_dir",
-    "resume_from_checkpoint",
-    "device",
-)  # may differ between nodes
-
+# Settings that may differ between nodes.
+_PLACES = ("model", "corpus", "output_dir", "logging_dir", "resume_from_checkpoint", "device")
 _DATA = {
     "documents_sha256": "the corpus's SHA-256", "tokenizer_sha256": "the tokenizer's SHA-256",
     "model_sha256": "the SHA-256 of the model's configuration", "base_sha256": "the identity of the frozen weights",
@@ -276,9 +269,8 @@ def _complete(runtime: Runtime, folder: Path, manifest: dict, copies: list, say:
             source = next(rank for rank, names in whole.items() if name in names)
             targets = [rank for rank, names in lacking.items() if name in names]
             _transfer(runtime, folder, staged, name, manifest["files"][name], source, targets)
-        if (
-            own and copies[runtime.rank].seal == manifest["seal"]
-        ):  # filled in place: its other files may be the only ones
+        # A folder of the same checkpoint is filled in place: its other files may be the only ones.
+        if own and copies[runtime.rank].seal == manifest["seal"]:
             for name in own:
                 os.replace(staged / name, folder / name)
             sync(folder)

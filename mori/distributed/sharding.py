@@ -51,10 +51,6 @@ class Weights:
         """`action(model)`, which may call the model as transformers loaded it. Collective if the weights are sharded."""
         return action(self.module.model)
 
-    def whole(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Some tensors of the model, whole on the main rank. Collective if the weights are sharded."""
-        return tensors
-
     def as_saved(self, index: int, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor of the optimizer's state for parameter number `index`, as checkpoints save and load it."""
         return tensor
@@ -146,15 +142,6 @@ class ShardedWeights(Weights):
         _reshard(self.module)
         if mistakes:
             raise mistakes[0]
-        return result
-
-    def whole(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Some tensors of the model, gathered one at a time; in host memory on the main rank, empty on the others."""
-        result = {}
-        for name, tensor in tensors.items():
-            full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            if dist.get_rank() == 0:
-                result[name] = full.detach().cpu()
         return result
 
     def as_saved(self, index: int, tensor: torch.Tensor) -> torch.Tensor:

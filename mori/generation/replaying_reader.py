@@ -76,9 +76,8 @@ def open_reader(model: nn.Module, pads: torch.Tensor, context: int | None, lengt
     reader = Reader(model, pads, context)
     layers = reader.cache.layers if reader.cache else []
     ordinary = layers and all(_keeps_all(layer, length) for layer in layers)
-    is_sharded = any(
-        isinstance(parameter, DTensor) for parameter in model.parameters()
-    )  # gathered by each layer's own call
+    # Sharded weights are gathered by each layer's own call.
+    is_sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
     if not ordinary or is_sharded or "position_ids" not in reader.parameters or rope_depends_on_length(model.config):
         return reader
     if _circumstances(reader) in _not_replayed.get(model, ()):

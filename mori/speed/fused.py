@@ -129,11 +129,8 @@ def _with_random_weights(module: nn.Module) -> nn.Module:
     for owner in twin.modules():
         for name, parameter in owner.named_parameters(recurse=False):
             values = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.to_local().device)
-            setattr(
-                owner,
-                name,
-                nn.Parameter(values.normal_(std=0.02, generator=torch.Generator(values.device).manual_seed(0))),
-            )
+            values.normal_(std=0.02, generator=torch.Generator(values.device).manual_seed(0))
+            setattr(owner, name, nn.Parameter(values))
     return twin
 
 

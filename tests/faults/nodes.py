@@ -112,14 +112,14 @@ class Trial:
         """How the weights differ from those of a run of three ranks that nothing happened to."""
         if whole is None or self.events()[0]["of"] != 3:  # a step of two ranks has fewer windows
             return ""
-        found = load_file(host.folder / "brain" / "model.safetensors")
+        actual = load_file(host.folder / "brain" / "model.safetensors")
         if exact:
-            return "" if all(torch.equal(found[n], t) for n, t in whole.items()) else "the weights are not bit-equal"
-        difference = max((found[name] - tensor).abs().max().item() for name, tensor in whole.items())
+            return "" if all(torch.equal(actual[n], t) for n, t in whole.items()) else "the weights are not bit-equal"
+        difference = max((actual[name] - tensor).abs().max().item() for name, tensor in whole.items())
         return "" if difference < 1e-4 else f"the weights differ by {difference}"
 
     def _windows(self) -> str:
-        """Each step must have trained on its windows, whatever ranks did it last."""
+        """Each step must have trained on its windows, whichever ranks did it last."""
         steps = [event for event in self.events() if event["event"] == "step"]
         per_step, count = steps[0]["of"] * WINDOWS, self._training_windows()
         batches = Batches(count, batch_size=per_step, accumulation=1, seed=42)
