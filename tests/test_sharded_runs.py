@@ -1,16 +1,23 @@
 """Runs whose ranks share the weights (`--fsdp`): what they save and publish."""
 
 import json
+import os
+import shutil
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, flags
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from mori import optim
 from mori.checkpoint import checkpoints
-from tests.faults.common import Lab, patched, together
+from tests.faults.common import Lab, end, free_port, patched, together
 
 SHARED = {"fsdp": "full_shard"}
 
@@ -159,3 +166,54 @@ def test_run_goes_on_with_other_numbers_of_ranks_that_share_weights_or_not(lab):
         assert actual[step] == pytest.approx(loss, rel=1e-6), step
     ledgers = [json.loads((lab.run_dir(name) / "summary.json").read_text())["ledger"] for name in ("elastic", "four")]
     assert ledgers[0] == ledgers[1]
+
+
+def on_nodes(folders: list[Path], text_file: Path, wait_for_step: int | None = None) -> None:
+    """Train with torchrun in each of `folders`, which share nothing; kill all of it once a step is logged, if one is given."""
+    port, logs = free_port(), [folder / "runs/run/metrics.jsonl" for folder in folders]
+    config = {
+        "model": "model", "corpus": text_file, "fsdp": "full_shard", "block_size": 16, "max_steps": 40, "save_steps": 4,
+        "logging_steps": 1, "eval_steps": 40, "max_new_tokens": 2, "learning_rate": 1e-3, "dropout": 0.0, "logging_dir": "runs",
+        "run_name": "run", "output_dir": "brain",
+    }  # fmt: skip
+    rendezvous = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=a"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        *rendezvous,
+        str(ROOT / "scripts/train.py"),
+        *flags(config),
+    ]
+    environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    options = {"env": environment, "start_new_session": True, "stdout": subprocess.DEVNULL}
+    nodes = [subprocess.Popen(command, cwd=folder, **options) for folder in folders]
+    try:
+        while wait_for_step and not any(
+            log.exists() and f'"step": {wait_for_step},' in log.read_text() for log in logs
+        ):
+            assert all(node.poll() is None for node in nodes)
+            time.sleep(0.05)
+        assert wait_for_step or [node.wait(timeout=200) for node in nodes] == [0, 0]
+    finally:
+        for node in nodes:
+            end(node)
+
+
+def test_nodes_that_share_weights_but_no_disk_resume_after_both_are_killed(small_model, text_file, tmp_path):
+    """Each keeps the files of its own rank; in the resumed run the other node may be the main one."""
+    whole, killed = ([tmp_path / name / node for node in "ab"] for name in ("whole", "killed"))
+    for folder in [*whole, *killed]:
+        shutil.copytree(small_model, folder / "model")
+    on_nodes(whole, text_file)
+    on_nodes(killed, text_file, wait_for_step=6)
+    names = [
+        {path.name for path in (folder / "runs/run/checkpoints/step-00000004").glob("*.safetensors")}
+        for folder in killed
+    ]
+    assert len(names[0]) == len(names[1]) == 2 and not names[0] & names[1]
+    on_nodes(killed[::-1], text_file)
+    [expected], [resumed] = (
+        [tensors(f / "brain") for f in folders if (f / "brain").exists()] for folders in (whole, killed)
+    )
+    assert_equal(resumed, expected)
