@@ -1,6 +1,7 @@
 """FSDP2: ranks that share one model train as one process that has it whole."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, weights
+from filelock import FileLock
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mori.config import TrainConfig
@@ -50,7 +52,6 @@ def models(tmp_path_factory, tokenizer) -> dict[str, str]:
 
 
 STEPS = 50
-in_one_worker = pytest.mark.xdist_group("sharding")  # the tests of `sharded`, whose runs take minutes
 # What each case changes; the windows of a step are eight in all.
 CASES = {
     "gpt2": {"model": "gpt2"},
@@ -68,7 +69,6 @@ IN_16_BITS = {
     "bf16": {"model": "llama", "precision": "bf16"},
     "fp16": {"model": "gpt2", "precision": "fp16", "overflow_at": 7},
 }
-IN_32_BITS = [*CASES, "repeated"]
 
 
 @pytest.fixture(scope="module")
@@ -96,20 +96,31 @@ def settings_of(case: dict, common: dict, models: dict, folder: Path, name: str,
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory, common, models) -> dict[int, dict]:
-    """The results of all cases on two ranks, and of some on four."""
-    results = {}
-    for ranks, names in {2: [*CASES, *IN_16_BITS], 4: ["gpt2", "llama", "hybrid"]}.items():
-        folder = tmp_path_factory.mktemp(f"{ranks}-ranks")
-        cases = {**CASES, **IN_16_BITS, "repeated": CASES["gpt2"]}
-        names = [*names, "repeated"]
-        runs = [settings_of(cases[name], common, models, folder, name, ranks) for name in names]
-        if ranks == 4:
-            next(run for run in runs if "LOCAL_WORLD_SIZE" in run)["LOCAL_WORLD_SIZE"] = "2"
-        seen = on_ranks(ranks, runs, folder)
-        results[ranks] = {
-            name: {**result, "folder": run["output_dir"]} for name, run, result in zip(names, runs, seen, strict=True)
-        }
-    return results
+    """The results of all cases on two ranks, and of some on four; trained by one of several test processes, for all of them."""
+    is_one_of_many = "PYTEST_XDIST_WORKER" in os.environ
+    folder = (
+        tmp_path_factory.getbasetemp().parent / "sharding" if is_one_of_many else tmp_path_factory.mktemp("sharding")
+    )
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder / "lock"):
+        if not (folder / "2").exists():
+            for ranks, names in {2: [*CASES, *IN_16_BITS], 4: ["gpt2", "llama", "hybrid"]}.items():
+                (folder / str(ranks)).mkdir()
+                train_on(ranks, [*names, "repeated"], common, models, folder / str(ranks))
+    return {ranks: json.loads((folder / f"{ranks}/all.json").read_text()) for ranks in (2, 4)}
+
+
+def train_on(ranks: int, names: list[str], common: dict, models: dict, folder: Path) -> None:
+    """Train some cases on some ranks; `all.json` in `folder` then holds what rank 0 saw, and the folder of each model."""
+    cases = {**CASES, **IN_16_BITS, "repeated": CASES["gpt2"]}
+    runs = [settings_of(cases[name], common, models, folder, name, ranks) for name in names]
+    if ranks == 4:
+        next(run for run in runs if "LOCAL_WORLD_SIZE" in run)["LOCAL_WORLD_SIZE"] = "2"
+    seen = on_ranks(ranks, runs, folder)
+    results = {
+        name: {**result, "folder": run["output_dir"]} for name, run, result in zip(names, runs, seen, strict=True)
+    }
+    (folder / "all.json").write_text(json.dumps(results))
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +142,6 @@ def whole(tmp_path_factory, common, models):
     return of
 
 
-@in_one_worker
 @pytest.mark.parametrize("ranks, name", [*((2, name) for name in CASES), (4, "gpt2"), (4, "llama"), (4, "hybrid")])
 def test_ranks_that_share_a_model_train_as_one_process(ranks, name, sharded, whole):
     result, expected = sharded[ranks][name], whole(name)
@@ -146,7 +156,6 @@ def test_ranks_that_share_a_model_train_as_one_process(ranks, name, sharded, who
         assert result["samples"][when] == expected["samples"][when]
 
 
-@in_one_worker
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_that_share_a_model_repeat_a_run_to_the_bit(ranks, sharded):
     first, second = sharded[ranks]["gpt2"], sharded[ranks]["repeated"]
@@ -155,7 +164,6 @@ def test_ranks_that_share_a_model_repeat_a_run_to_the_bit(ranks, sharded):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-@in_one_worker
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_each_rank_holds_its_share_of_weights_and_moments(ranks, sharded):
     for name in ("gpt2", "llama"):
@@ -164,13 +172,11 @@ def test_each_rank_holds_its_share_of_weights_and_moments(ranks, sharded):
         assert moment_bytes == 2 * weight_bytes
 
 
-@in_one_worker
 def test_shared_model_in_bf16_stays_near_fp32(sharded):
     in_16, in_32 = (torch.tensor(sharded[2][name]["losses"]) for name in ("bf16", "llama"))
     torch.testing.assert_close(in_16, in_32, rtol=1e-2, atol=0)
 
 
-@in_one_worker
 def test_overflow_on_one_rank_skips_the_step_on_all(sharded):
     """The gradient scaler of each rank sees its own part of the gradient alone."""
     result = sharded[2]["fp16"]
