@@ -27,13 +27,17 @@ SHAPES = {
         "model_type": "llama", "num_hidden_layers": 12, "hidden_size": 768, "num_attention_heads": 12,
         "intermediate_size": 2048, "vocab_size": 32_000, "tie_word_embeddings": False,
     },
+    "smollm2-135m": {
+        "model_type": "llama", "num_hidden_layers": 30, "hidden_size": 576, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "intermediate_size": 1536, "vocab_size": 49_152, "tie_word_embeddings": True,
+    },
     "llama-1b": {
         "model_type": "llama", "num_hidden_layers": 16, "hidden_size": 2048, "num_attention_heads": 32,
         "num_key_value_heads": 8, "intermediate_size": 8192, "vocab_size": 128_256, "tie_word_embeddings": True,
     },
 }  # fmt: skip
 # Context lengths of the models that the training benchmarks accept, in tokens.
-CONTEXTS = {"tiny": 1024, "mini": 1024, "124m": 1024, "llama-160m": 2048, "llama-1b": 8192}
+CONTEXTS = {"tiny": 1024, "mini": 1024, "124m": 1024, "llama-160m": 2048, "smollm2-135m": 8192, "llama-1b": 8192}
 
 
 @dataclass
@@ -121,7 +125,7 @@ class DecodeBenchConfig(BenchConfig, DeviceConfig):
     shape: str = flag(
         "small",
         "the model, with random weights; small is a GPT-2 of 4 layers and width 128",
-        choices=("small", "124m", "llama-160m", "llama-1b"),
+        choices=("small", "124m", "llama-160m", "smollm2-135m", "llama-1b"),
     )
     dtype: str = flag("float32", "type of the weights", choices=("float32", "bfloat16"))
     batch_size: int = flag(1, "sequences in a batch", above=0)
