@@ -1,6 +1,7 @@
 """The variants of a training step: each one's loss and gradients are the model's own, and each is off where it is not safe."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -316,15 +317,39 @@ class Norm(nn.Module):
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight
 
 
-@pytest.mark.parametrize("layer, is_replaced", [(Gated, [True, False]), (Norm, [True, False])])
-def test_fuse_layers_replaces_what_computes_the_same_and_nothing_else(layer, is_replaced):
-    layers = nn.ModuleList([layer(False), layer(True)])
-    names = fuse_layers(layers)
-    assert [module.forward.__class__.__name__ == "partial" for module in layers] == is_replaced
-    assert names == ["fused gates" if layer is Gated else "fused norms"]
+class TwoLayers(nn.Module):
+    """An MLP whose dropout comes last, or one that drops before its second layer."""
+
+    def __init__(self, drops_inside: bool):
+        super().__init__()
+        self.first, self.second, self.act = nn.Linear(4, 8), nn.Linear(8, 4), nn.GELU()
+        self.dropout, self.drops_inside = nn.Dropout(0.5), drops_inside
+
+    def forward(self, x):
+        inner = self.act(self.first(x))
+        return self.second(self.dropout(inner)) if self.drops_inside else self.dropout(self.second(inner))
 
 
-@pytest.mark.parametrize("layer", [Gated, Norm])
+@pytest.mark.parametrize("layer, name", [(Gated, "gates"), (Norm, "norms"), (TwoLayers, "MLPs")])
+def test_fuse_layers_replaces_what_computes_the_same_and_nothing_else(layer, name):
+    layers, random_state = nn.ModuleList([layer(False), layer(True)]), torch.get_rng_state()
+    assert fuse_layers(layers) == [f"fused {name}"]
+    assert [module.forward.__class__.__name__ == "partial" for module in layers] == [True, False]
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+class GatedWithDropout(Gated):
+    """A gated MLP whose output is dropped by a function that no child shows."""
+
+    def forward(self, x):
+        return nn.functional.dropout(super().forward(x), 0.5, self.training)
+
+
+def test_fuse_layers_leaves_a_gated_mlp_with_dropout_alone():
+    assert not fuse_layers(nn.ModuleList([GatedWithDropout(False).eval()]))
+
+
+@pytest.mark.parametrize("layer", [Gated, Norm, TwoLayers])
 @pytest.mark.parametrize("x_trains", [True, False])
 def test_fused_layers_have_the_gradients_of_autograd(layer, x_trains):
     own = layer(False).double()
@@ -335,17 +360,20 @@ def test_fused_layers_have_the_gradients_of_autograd(layer, x_trains):
         x = torch.randn(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_(
             x_trains
         )
+        torch.manual_seed(2)  # of dropout
         module(x).sin().sum().backward()
         results.append([x.grad, *(parameter.grad for parameter in module.parameters())])
     torch.testing.assert_close(results[1][not x_trains :], results[0][not x_trains :])
 
 
 @pytest.mark.parametrize(
-    "layer, recompute, kept_rows", [(Gated, True, 2 * 8 + 4), (Gated, False, 2 * 8 + 4 + 8), (Norm, True, 4 + 1)]
+    "layer, recompute, kept_rows",
+    [(Gated, True, 2 * 8 + 4), (Gated, False, 2 * 8 + 4 + 8), (Norm, True, 4 + 1), (TwoLayers, True, 8 + 4)],
 )
 def test_fused_layers_keep_their_inputs_alone(layer, recompute, kept_rows):
-    """Of a gated MLP its input, gate and up, and unless it is computed again their product; of a norm its input and a number a row."""
-    module, x, kept = layer(False), torch.randn(50, 4, requires_grad=True), {}
+    """Of an MLP its input and what the activation takes, of a gated one gate and up, and unless it is computed again their
+    product; of a norm its input and a number a row."""
+    module, x, kept = layer(False).eval(), torch.randn(50, 4, requires_grad=True), {}
     fuse_layers(module, recompute)
 
     def pack(tensor):
@@ -359,13 +387,28 @@ def test_fused_layers_keep_their_inputs_alone(layer, recompute, kept_rows):
 
 
 @pytest.mark.parametrize(
+    "layer, last, recompute", [(Gated, "down_proj", True), (Gated, "down_proj", False), (TwoLayers, "second", True)]
+)
+def test_the_input_of_the_last_layer_is_kept_only_where_it_is_not_computed_again(layer, last, recompute):
+    module, inputs = layer(False), []
+    fuse_layers(module, recompute)
+    getattr(module, last).register_forward_pre_hook(lambda layer, args: inputs.append(weakref.ref(args[0])))
+    y = module(torch.randn(50, 4))
+    assert (inputs[0]() is None) == recompute
+    y.sum().backward()
+
+
+@pytest.mark.parametrize(
     "family, names",
     [
         ("llama", ["fused gates", "fused norms"]),
         ("qwen3", ["fused gates", "fused norms"]),
         ("gemma2", ["fused gates", "fused norms"]),
         ("phi3", ["fused gates", "fused norms"]),
-        ("gpt2", []),
+        ("gpt2", ["fused MLPs"]),
+        ("falcon", ["fused MLPs"]),
+        ("phi", ["fused MLPs"]),
+        ("bloom", []),
     ],
 )
 def test_fuse_layers_recognizes_layers_in_families(family, names):

@@ -15,8 +15,8 @@ from transformers import activations
 
 _TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 4e-3}  # relative, of a replacement; else 1e-5
 _aten = torch.ops.aten
-# The activations of gates: the function, and its gradient from that of its output and its input.
-_GATES: dict[str, tuple[Callable, Callable]] = {
+# The activations of MLPs: the function, and its gradient from that of its output and its input.
+_ACTIVATIONS: dict[str, tuple[Callable, Callable]] = {
     "silu": (F.silu, _aten.silu_backward),
     "gelu": (F.gelu, _aten.gelu_backward),
     "tanh": (partial(F.gelu, approximate="tanh"), partial(_aten.gelu_backward, approximate="tanh")),
@@ -49,11 +49,11 @@ def fuse_activations(model: nn.Module) -> int:
 
 
 def fuse_layers(model: nn.Module, recompute: bool = True) -> list[str]:
-    """Give gated MLPs and RMS norms a forward pass, used while gradients are computed, that keeps only its inputs.
+    """Give MLPs and RMS norms a forward pass, used while gradients are computed, that keeps fewer tensors.
 
-    With `recompute`, the backward pass computes the input of an MLP's last layer again too; not with gradient checkpointing, which
-    keeps nothing there. Returns what was replaced, in words. The gate is `activation(gate) * up` (Shazeer, 2020, arXiv:2002.05202), the norm that of
-    Zhang and Sennrich, 2019, arXiv:1910.07467.
+    With `recompute`, the backward pass computes the input of an MLP's last layer again; not with gradient checkpointing, which
+    keeps nothing there. Returns what was replaced, in words. A gate is `activation(gate) * up` (Shazeer, 2020, arXiv:2002.05202),
+    a norm that of Zhang and Sennrich, 2019, arXiv:1910.07467.
     """
     replaced, verdicts = set(), {}
     for module in model.modules():
@@ -79,12 +79,20 @@ def _candidates(module: nn.Module, recompute: bool) -> list[tuple[str, Callable,
     if kind and {"gate_up_proj", "down_proj"} <= children.keys():
         width = getattr(module.gate_up_proj, "in_features", 0)
         return [(f"gates {kind}", partial(_gated_from_one_projection, module, kind, recompute), width)]
+    projections = [child for child in children.values() if _inputs_of(child)]
+    if kind and len(projections) == 2 and recompute:
+        return [(f"MLPs {kind}", partial(_two_layers, module, *projections, kind), _inputs_of(projections[0]))]
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     weight = getattr(module, "weight", None)
     if children or not isinstance(eps, float) or not isinstance(weight, nn.Parameter) or weight.dim() != 1:
         return []
     # Gemma's weights are the difference from 1.
     return [(f"norms {offset}", partial(_normalized, module, eps, offset), len(weight)) for offset in (0, 1)]
+
+
+def _inputs_of(layer: nn.Module) -> int:
+    """The width of a linear layer's input, of `nn.Linear` or GPT-2's `Conv1D`; 0 for any other module."""
+    return getattr(layer, "in_features", getattr(layer, "nx", 0))
 
 
 def _with_gradients(fused: Callable, own: Callable, *args, **kwargs) -> torch.Tensor:
@@ -104,12 +112,13 @@ def _agrees(module: nn.Module, number: int, recompute: bool) -> bool:
     weight = next(module.parameters())
     generator, is_training = torch.Generator().manual_seed(0), module.training
     x, direction = (torch.randn(1, 2, width, generator=generator).to(weight) for _ in range(2))
-    module.eval()  # without dropout
+    module.train()
     results = []
     try:
         for forward in (module, fused):
             row = x.clone().requires_grad_()
-            with torch.enable_grad():
+            with torch.enable_grad(), torch.random.fork_rng([weight.device] if weight.is_cuda else []):
+                torch.manual_seed(0)  # of dropout
                 y = forward(row)
                 results.append((y, torch.autograd.grad(y, row, direction[..., : y.size(-1)])[0]))
     except (RuntimeError, TypeError, ValueError, AttributeError):
@@ -143,21 +152,34 @@ def _gated_from_one_projection(module: nn.Module, kind: str, recompute: bool, x:
 
 
 def _projected(layer: nn.Module, gate: torch.Tensor, up: torch.Tensor, kind: str, recompute: bool) -> torch.Tensor:
-    """`layer(activation(gate) * up)`; with `recompute`, the product is not kept for the backward pass."""
     product = _Gate.apply(gate, up, kind)
     if not recompute:
         return layer(product)
-    place, size, gate, up = product.data_ptr(), product.numel(), gate.detach(), up.detach()
+    gate, up = gate.detach(), up.detach()
+    return _without_its_input(layer, product, lambda: _ACTIVATIONS[kind][0](gate).mul_(up))
+
+
+def _two_layers(module: nn.Module, first: nn.Module, second: nn.Module, kind: str, x: torch.Tensor) -> torch.Tensor:
+    activation, inner = _ACTIVATIONS[kind][0], first(x)
+    y = _without_its_input(second, activation(inner), partial(activation, inner.detach()))
+    for child in module.children():
+        y = child(y) if isinstance(child, nn.Dropout) else y
+    return y
+
+
+def _without_its_input(layer: nn.Module, x: torch.Tensor, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """`layer(x)`, of which `x` is not kept for the backward pass: `compute()` returns it again."""
+    place, size = x.data_ptr(), x.numel()
 
     def pack(tensor: torch.Tensor) -> torch.Tensor | torch.Size:
-        is_product = tensor.data_ptr() == place and tensor.numel() == size and tensor.is_contiguous()
-        return tensor.shape if is_product else tensor
+        is_x = tensor.data_ptr() == place and tensor.numel() == size and tensor.is_contiguous()
+        return tensor.shape if is_x else tensor
 
     def unpack(packed: torch.Tensor | torch.Size) -> torch.Tensor:
-        return packed if isinstance(packed, torch.Tensor) else _GATES[kind][0](gate).mul_(up).view(packed)
+        return packed if isinstance(packed, torch.Tensor) else compute().view(packed)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        return layer(product)
+        return layer(x)
 
 
 class _Gate(torch.autograd.Function):
@@ -167,13 +189,13 @@ class _Gate(torch.autograd.Function):
     def forward(ctx, gate, up, kind):
         ctx.save_for_backward(gate, up)
         ctx.kind = kind
-        return _GATES[kind][0](gate).mul_(up)
+        return _ACTIVATIONS[kind][0](gate).mul_(up)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         gate, up = ctx.saved_tensors
-        function, gradient = _GATES[ctx.kind]
+        function, gradient = _ACTIVATIONS[ctx.kind]
         return gradient(grad * up, gate), function(gate).mul_(grad), None
 
 
