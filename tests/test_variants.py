@@ -19,7 +19,7 @@ from mori.model.lm import CausalLMLoss, attends_to_all_before
 from mori.model.loss import chunked_cross_entropy_sum
 from mori.model.variants import build_module, may_compile, takes_onednn
 from mori.speed import matmul
-from mori.speed.fused import fuse_layers
+from mori.speed.fused import fuse_activations, fuse_layers
 from mori.speed.peak import flops_per_token
 
 
@@ -412,4 +412,6 @@ def test_the_input_of_the_last_layer_is_kept_only_where_it_is_not_computed_again
     ],
 )
 def test_fuse_layers_recognizes_layers_in_families(family, names):
-    assert fuse_layers(small_model(family, 97)) == names
+    model = small_model(family, 97)
+    fuse_activations(model)
+    assert fuse_layers(model) == names

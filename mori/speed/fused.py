@@ -72,7 +72,7 @@ def fuse_layers(model: nn.Module, recompute: bool = True) -> list[str]:
 def _candidates(module: nn.Module, recompute: bool) -> list[tuple[str, Callable, int]]:
     """The replacements that may compute what `module` does: a name, a forward pass, and the width of its input."""
     children = dict(module.named_children())
-    kind = next((_KINDS[type(child)] for child in children.values() if type(child) in _KINDS), None)
+    kind = next((_kind_of(child) for child in children.values() if type(child) in _KINDS), None)
     if kind and {"gate_proj", "up_proj", "down_proj"} <= children.keys():
         width = getattr(module.gate_proj, "in_features", 0)
         return [(f"gates {kind}", partial(_gated, module, kind, recompute), width)]
@@ -88,6 +88,10 @@ def _candidates(module: nn.Module, recompute: bool) -> list[tuple[str, Callable,
         return []
     # Gemma's weights are the difference from 1.
     return [(f"norms {offset}", partial(_normalized, module, eps, offset), len(weight)) for offset in (0, 1)]
+
+
+def _kind_of(activation: nn.Module) -> str:
+    return "tanh" if getattr(activation, "approximate", "none") == "tanh" else _KINDS[type(activation)]
 
 
 def _inputs_of(layer: nn.Module) -> int:
