@@ -79,9 +79,11 @@ def _candidates(module: nn.Module, recompute: bool) -> list[tuple[str, Callable,
     if kind and {"gate_up_proj", "down_proj"} <= children.keys():
         width = getattr(module.gate_up_proj, "in_features", 0)
         return [(f"gates {kind}", partial(_gated_from_one_projection, module, kind, recompute), width)]
-    projections = [child for child in children.values() if _inputs_of(child)]
+    projections = [name for name, child in children.items() if _inputs_of(child)]
     if kind and len(projections) == 2 and recompute:
-        return [(f"MLPs {kind}", partial(_two_layers, module, *projections, kind), _inputs_of(projections[0]))]
+        return [
+            (f"MLPs {kind}", partial(_two_layers, module, *projections, kind), _inputs_of(children[projections[0]]))
+        ]
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     weight = getattr(module, "weight", None)
     if children or not isinstance(eps, float) or not isinstance(weight, nn.Parameter) or weight.dim() != 1:
@@ -163,9 +165,9 @@ def _projected(layer: nn.Module, gate: torch.Tensor, up: torch.Tensor, kind: str
     return _without_its_input(layer, product, lambda: _ACTIVATIONS[kind][0](gate).mul_(up))
 
 
-def _two_layers(module: nn.Module, first: nn.Module, second: nn.Module, kind: str, x: torch.Tensor) -> torch.Tensor:
-    activation, inner = _ACTIVATIONS[kind][0], first(x)
-    y = _without_its_input(second, activation(inner), partial(activation, inner.detach()))
+def _two_layers(module: nn.Module, first: str, second: str, kind: str, x: torch.Tensor) -> torch.Tensor:
+    activation, inner = _ACTIVATIONS[kind][0], getattr(module, first)(x)
+    y = _without_its_input(getattr(module, second), activation(inner), partial(activation, inner.detach()))
     for child in module.children():
         y = child(y) if isinstance(child, nn.Dropout) else y
     return y
