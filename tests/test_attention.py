@@ -35,8 +35,34 @@ def test_attention_by_blocks_equals_sdpa(length, key_heads, value_size, scale, m
         assert (actual.double() - wanted).norm() <= 0.02 * max(wanted.norm(), 1e-2)
 
 
-@pytest.mark.parametrize("precision, dropout, by_blocks", [("bf16", 0.0, 2), ("bf16", 0.1, 0), ("fp32", 0.0, 0)])
-def test_attention_by_blocks_is_for_bf16_without_dropout(precision, dropout, by_blocks, monkeypatch):
+@pytest.mark.parametrize("length", [1, 8, 27])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 0.02)])
+def test_dropout_of_attention_by_blocks_is_that_of_sdpa(length, dtype, tolerance, monkeypatch):
+    monkeypatch.setattr(attention, "_BLOCK", 8)
+    torch.manual_seed(length)
+    tensors = [torch.randn(2, 4, length, 16).to(dtype).requires_grad_() for _ in range(3)]
+    exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    direction = torch.randn(2, length, 4, 16).to(dtype)
+    torch.manual_seed(1)
+    expected = F.scaled_dot_product_attention(*exact, is_causal=True, dropout_p=0.3).transpose(1, 2)
+    random_state = torch.get_rng_state()
+    torch.manual_seed(1)
+    result = attention_by_blocks(*tensors, dropout=0.3)
+    assert torch.equal(torch.get_rng_state(), random_state) and result.dtype == dtype
+    results = [result, *torch.autograd.grad(result, tensors, direction)]
+    expectations = [expected, *torch.autograd.grad(expected, exact, direction.double())]
+    for actual, wanted in zip(results, expectations, strict=True):
+        assert (actual.double() - wanted).norm() <= tolerance * max(wanted.norm(), 1e-2)
+
+
+@pytest.mark.parametrize(
+    "precision, dropout, block, by_blocks",
+    [("bf16", 0.0, 128, 2), ("bf16", 0.1, 128, 2), ("fp32", 0.0, 8, 0), ("fp32", 0.1, 8, 2), ("fp32", 0.1, 128, 0)],
+)
+def test_attention_by_blocks_is_for_bf16_and_for_dropout_in_long_windows(
+    precision, dropout, block, by_blocks, monkeypatch
+):
+    monkeypatch.setattr(attention, "_BLOCK", block)
     calls, real = [], attention_by_blocks
     monkeypatch.setattr(lm, "attention_by_blocks", lambda *args: calls.append(1) or real(*args))
     runtime = BF16 if precision == "bf16" else CPU
@@ -45,6 +71,7 @@ def test_attention_by_blocks_is_for_bf16_without_dropout(precision, dropout, by_
         layer.self_attn.attention_dropout = dropout
     module, _ = build_module(model, TrainConfig(block_size=24), batch(), runtime)
     calls.clear()
+    module.train()
     with runtime.autocast():
         module(*batch()).backward()
     assert len(calls) == by_blocks
@@ -55,7 +82,7 @@ def test_mask_free_family_is_as_exact_by_blocks(mask_free_family, monkeypatch):
     monkeypatch.setattr(attention, "_BLOCK", 8)
     gradients = []
     for runtime, by_blocks in ((CPU, False), (BF16, False), (BF16, True)):
-        monkeypatch.setattr(lm, "suits_blocks", lambda query, answer=by_blocks: answer)
+        monkeypatch.setattr(lm, "suits_blocks", lambda query, dropout, answer=by_blocks: answer)
         module, description = build_module(
             small_model(mask_free_family, 97), TrainConfig(block_size=24), batch(), runtime
         )

@@ -25,9 +25,9 @@ def mask_free_attention(
 ):
     """transformers' SDPA (`AttentionInterface`), or attention by blocks where it is the same and faster."""
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    plain = attention_mask is None and not dropout and options.get("position_bias") is None
-    if plain and causal and query.size(2) == key.size(2) and suits_blocks(query):
-        return attention_by_blocks(query, key, value, scaling), None
+    plain = attention_mask is None and options.get("position_bias") is None
+    if plain and causal and query.size(2) == key.size(2) and suits_blocks(query, dropout):
+        return attention_by_blocks(query, key, value, scaling, dropout), None
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **options
     )
