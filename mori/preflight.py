@@ -216,6 +216,8 @@ def _seconds_of_saves(run: Run, state: State, saves: int) -> tuple[float, int]:
     planned = planned_files(run, state, size)
     largest = max(tensor.nbytes for tensor in state.stored.state_dict().values())
     per_byte = max(times[1] - times[0], 0.0) / min(largest, _SAVED_BYTES)
+    if run.config.async_save:  # training goes on meanwhile; only the last is waited for
+        saves = min(saves, 1)
     return saves * (times[0] + per_byte * size) + times[0] + per_byte * planned.model_bytes, size
 
 

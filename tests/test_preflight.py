@@ -307,8 +307,10 @@ def test_resumed_run_counts_the_checkpoints_that_are_there(run_train):
     assert run_train(max_steps=40, extend=True, save_total_limit=1, dry_run=True)["disk"]["checkpoints"] == 1
 
 
-def test_time_is_that_of_steps_evaluations_samples_and_saves(settings, monkeypatch):
-    """By hand: 26 steps of 64 tokens; evaluations at 0, 12, 24 and 26; saves at 12, 24 and 26, and the model."""
+@pytest.mark.parametrize("async_save, waits", [(False, 3), (True, 1)])
+def test_time_is_that_of_steps_evaluations_samples_and_saves(async_save, waits, settings, monkeypatch):
+    """By hand: 26 steps of 64 tokens; evaluations at 0, 12, 24 and 26; saves at 12, 24 and 26, and the model. In the background,
+    training waits for the last save alone."""
     clock = [0.0]
     monkeypatch.setattr(preflight, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
 
@@ -327,7 +329,7 @@ def test_time_is_that_of_steps_evaluations_samples_and_saves(settings, monkeypat
     warm_up = iter([100.0])
     step = takes(lambda _: next(warm_up, 2.0), train_step)
     with contextlib.ExitStack() as locks:
-        run = check(TrainConfig(**{**settings, **LONG, "max_new_tokens": 32}), locks)
+        run = check(TrainConfig(**{**settings, **LONG, "max_new_tokens": 32, "async_save": async_save}), locks)
         state = build(run, locks)
         figures = preflight.preflight(run, state, step)
     seconds, disk = figures["seconds"], figures["disk"]
@@ -335,7 +337,7 @@ def test_time_is_that_of_steps_evaluations_samples_and_saves(settings, monkeypat
     assert len(run.data.held_out) == 12 and seconds["evaluation"] == pytest.approx(4 * (3.0 * 12 / 8 + 1.0 * 32 / 16))
     largest = max(tensor.nbytes for tensor in state.model.state_dict().values())
     per_byte = 1.0 / largest
-    by_hand = 3 * (0.5 + per_byte * disk["checkpoint_bytes"]) + 0.5 + per_byte * disk["model_bytes"]
+    by_hand = waits * (0.5 + per_byte * disk["checkpoint_bytes"]) + 0.5 + per_byte * disk["model_bytes"]
     assert seconds["saving"] == pytest.approx(by_hand)
     assert seconds["total"] == pytest.approx(sum(seconds[name] for name in ("training", "evaluation", "saving")))
     assert figures["tokens"] == 26 * 64 and figures["tokens_per_parameter"] == 26 * 64 / state.model.num_parameters()
