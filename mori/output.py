@@ -17,7 +17,7 @@ from mori import distributed
 from mori.checkpoint import checkpoints, files, run_folder, shards, writing
 from mori.checkpoint.files import advice, publish, rehearse_publication, staging_folder
 from mori.checkpoint.tensors import HostMemory, check_finite
-from mori.cli import RunFailed, UserError, one_line, plural
+from mori.cli import RunFailed, UserError, guarded, one_line, plural
 from mori.config import TrainConfig
 from mori.distributed import nodes
 from mori.export import hub
@@ -29,6 +29,7 @@ from mori.state import PendingSave, State
 from mori.tracking.monitor import say
 from mori.tracking.overview import environment, results, sample_command
 from mori.tracking.report.card import CARD, model_card
+from mori.tracking.report.write import Reporter
 
 Result = TypeVar("Result")
 _OF_WHOLE_MODELS = ("config.json", "generation_config.json")
@@ -384,6 +385,8 @@ def finished_summary(run: Run) -> dict | None:
             f"{run.run_dir} is finished ({steps}), its brain is in {config.output_dir}/. {again}, "
             "use another --run_name, or --resume_from_checkpoint none (the old run is set aside)"
         )
+        with contextlib.suppress(UserError):  # the run may have been killed before its last report
+            guarded("no report", partial(Reporter(run.run_dir).write, summary, finished=True))
     if summary:
         runtime.close()
     if summary and runtime.is_main and config.push_to_hub and not config.dry_run:

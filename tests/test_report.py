@@ -198,6 +198,21 @@ def test_killed_run_has_a_report_and_its_end_replaces_it(run_train, tmp_path):
     assert not (folder / "progress.json").exists()
 
 
+def test_run_that_was_killed_in_its_last_report_gets_it_when_it_is_started_again(run_train, tmp_path, monkeypatch):
+    """All else of the run was finished."""
+    write = Reporter.write
+    monkeypatch.setattr(Reporter, "write", lambda self, results, finished=False: finished or write(self, results))
+    run_train()
+    folder = tmp_path / "runs/run"
+    (folder / ".report.html.99.partial").write_text("half of it")
+    assert (folder / "summary.json").exists() and "not finished" in pages(folder)["html"]
+    monkeypatch.undo()
+    run_train()
+    for page in pages(folder).values():
+        assert "not finished" not in page
+    assert not (folder / "progress.json").exists() and not list(folder.glob(".*partial"))
+
+
 def test_run_that_a_signal_stops_has_a_report_of_its_last_step(settings, tmp_path):
     with pytest.raises(Interrupted):
         train(TrainConfig(**settings), on_step=lambda step, _: step == 8 and signal.raise_signal(signal.SIGINT))
