@@ -18,7 +18,7 @@ from mori.model import lm, loading, loss, variants
 from mori.model.lm import CausalLMLoss, attends_to_all_before
 from mori.model.loss import chunked_cross_entropy_sum
 from mori.model.variants import build_module, may_compile, takes_onednn
-from mori.speed import matmul
+from mori.speed import fused, matmul
 from mori.speed.fused import fuse_activations, fuse_layers
 from mori.speed.peak import flops_per_token
 
@@ -351,12 +351,13 @@ def test_fuse_layers_leaves_a_gated_mlp_with_dropout_alone():
 
 @pytest.mark.parametrize("layer", [Gated, Norm, TwoLayers])
 @pytest.mark.parametrize("x_trains", [True, False])
-def test_fused_layers_have_the_gradients_of_autograd(layer, x_trains):
+def test_fused_layers_have_the_gradients_of_autograd(layer, x_trains, monkeypatch):
+    monkeypatch.setattr(fused, "_MIN_RECOMPUTED", 0)
     own = layer(False).double()
-    fused = copy.deepcopy(own)
-    assert fuse_layers(fused)
+    replaced = copy.deepcopy(own)
+    assert fuse_layers(replaced)
     results = []
-    for module in (own, fused):
+    for module in (own, replaced):
         x = torch.randn(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_(
             x_trains
         )
@@ -370,9 +371,10 @@ def test_fused_layers_have_the_gradients_of_autograd(layer, x_trains):
     "layer, recompute, kept_rows",
     [(Gated, True, 2 * 8 + 4), (Gated, False, 2 * 8 + 4 + 8), (Norm, True, 4 + 1), (TwoLayers, True, 8 + 4)],
 )
-def test_fused_layers_keep_their_inputs_alone(layer, recompute, kept_rows):
+def test_fused_layers_keep_their_inputs_alone(layer, recompute, kept_rows, monkeypatch):
     """Of an MLP its input and what the activation takes, of a gated one gate and up, and unless it is computed again their
     product; of a norm its input and a number a row."""
+    monkeypatch.setattr(fused, "_MIN_RECOMPUTED", 0)
     module, x, kept = layer(False).eval(), torch.randn(50, 4, requires_grad=True), {}
     fuse_layers(module, recompute)
 
@@ -389,13 +391,16 @@ def test_fused_layers_keep_their_inputs_alone(layer, recompute, kept_rows):
 @pytest.mark.parametrize(
     "layer, last, recompute", [(Gated, "down_proj", True), (Gated, "down_proj", False), (TwoLayers, "second", True)]
 )
-def test_the_input_of_the_last_layer_is_kept_only_where_it_is_not_computed_again(layer, last, recompute):
+def test_the_input_of_the_last_layer_is_kept_only_where_it_is_not_computed_again(layer, last, recompute, monkeypatch):
+    monkeypatch.setattr(fused, "_MIN_RECOMPUTED", 50 * 8)
     module, inputs = layer(False), []
     fuse_layers(module, recompute)
     getattr(module, last).register_forward_pre_hook(lambda layer, args: inputs.append(weakref.ref(args[0])))
     y = module(torch.randn(50, 4))
     assert (inputs[0]() is None) == recompute
     y.sum().backward()
+    y = module(torch.randn(49, 4))
+    assert (inputs[1]() is None) == (recompute and layer is Gated)  # an activation alone is small enough to be kept
 
 
 @pytest.mark.parametrize(
