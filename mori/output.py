@@ -385,8 +385,9 @@ def finished_summary(run: Run) -> dict | None:
             f"{run.run_dir} is finished ({steps}), its brain is in {config.output_dir}/. {again}, "
             "use another --run_name, or --resume_from_checkpoint none (the old run is set aside)"
         )
-        with contextlib.suppress(UserError):  # the run may have been killed before its last report
-            guarded("no report", partial(Reporter(run.run_dir).write, summary, finished=True))
+        if not config.dry_run:  # the run may have been killed before its last report
+            with contextlib.suppress(UserError):
+                guarded("no report", partial(Reporter(run.run_dir).write, summary, finished=True))
     if summary:
         runtime.close()
     if summary and runtime.is_main and config.push_to_hub and not config.dry_run:

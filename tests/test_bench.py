@@ -157,6 +157,7 @@ def test_shapes_have_the_parameters_of_their_models():
         "small": gpt2(4, 128, 8192),
         "124m": gpt2(12, 768, 50_257),
         "llama-160m": llama(12, 768, 768, 2048, 32_000, 2),
+        "smollm2-135m": llama(30, 576, 192, 1536, 49_152, 1),
         "llama-1b": llama(16, 2048, 512, 8192, 128_256, 1),
     }
 
