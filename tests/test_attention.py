@@ -57,7 +57,14 @@ def test_dropout_of_attention_by_blocks_is_that_of_sdpa(length, dtype, tolerance
 
 @pytest.mark.parametrize(
     "precision, dropout, block, by_blocks",
-    [("bf16", 0.0, 128, 2), ("bf16", 0.1, 128, 2), ("fp32", 0.0, 8, 0), ("fp32", 0.1, 8, 2), ("fp32", 0.1, 128, 0)],
+    [
+        ("bf16", 0.0, 128, 2),
+        ("bf16", 0.1, 128, 2),
+        ("fp32", 0.0, 8, 0),
+        ("fp32", 0.1, 8, 2),
+        ("fp32", 0.1, 128, 0),
+        ("fp32", 1.0, 8, 0),
+    ],
 )
 def test_attention_by_blocks_is_for_bf16_and_for_dropout_in_long_windows(
     precision, dropout, block, by_blocks, monkeypatch

@@ -201,7 +201,7 @@ def on_nodes(folders: list[Path], text_file: Path, wait_for_step: int | None = N
 
 
 def test_nodes_that_share_weights_but_no_disk_resume_after_both_are_killed(small_model, text_file, tmp_path):
-    """Each keeps the files of its own rank; in the resumed run the other node may be the main one."""
+    """Each keeps its rank's files; in the resumed run the other node may be the main one."""
     whole, killed = ([tmp_path / name / node for node in "ab"] for name in ("whole", "killed"))
     for folder in [*whole, *killed]:
         shutil.copytree(small_model, folder / "model")

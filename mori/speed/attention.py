@@ -12,7 +12,7 @@ def suits_blocks(query: torch.Tensor, dropout: float) -> bool:
 
     With dropout, PyTorch keeps several matrices of all probabilities, and computes those of later tokens too.
     """
-    if query.device.type != "cpu" or torch.compiler.is_compiling():
+    if query.device.type != "cpu" or torch.compiler.is_compiling() or dropout >= 1:
         return False
     dtype = _dtype(query)
     return dtype == torch.bfloat16 or dtype == torch.float32 and dropout > 0 and query.size(2) > _BLOCK
@@ -58,7 +58,7 @@ class _Attention(torch.autograd.Function):
             result[:, block] = torch.bmm(probabilities, value[:, before])
         ctx.save_for_backward(query, key, value, kept)
         ctx.factor = 1 / (1 - dropout)
-        return result.mul_(ctx.factor) if dropout else result
+        return result if kept is None else result.mul_(ctx.factor)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

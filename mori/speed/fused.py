@@ -159,6 +159,7 @@ def _gated_from_one_projection(module: nn.Module, kind: str, recompute: bool, x:
 
 
 def _projected(layer: nn.Module, gate: torch.Tensor, up: torch.Tensor, kind: str, recompute: bool) -> torch.Tensor:
+    """`layer(activation(gate) * up)`."""
     product = _Gate.apply(gate, up, kind)
     if not recompute:
         return layer(product)
