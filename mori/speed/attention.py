@@ -72,11 +72,11 @@ class _Attention(torch.autograd.Function):
         for block, before in _blocks(query):
             probabilities = _probabilities(query[:, block], key[:, before])  # (BH, Q, S)
             grad_scores = torch.bmm(grad[:, block], value[:, before].mT)
-            left = probabilities
+            weights = probabilities
             if kept is not None:
-                left = probabilities * kept[:, block, before]
+                weights = probabilities * kept[:, block, before]
                 grad_scores.mul_(kept[:, block, before])
-            grad_value[:, before] += torch.bmm(left.mT, grad[:, block])
+            grad_value[:, before] += torch.bmm(weights.mT, grad[:, block])
             grad_scores = torch.ops.aten._softmax_backward_data(grad_scores, probabilities, -1, grad_scores.dtype)
             grad_query[:, block] = torch.bmm(grad_scores, key[:, before])
             grad_key[:, before] += torch.bmm(grad_scores.mT, query[:, block])
