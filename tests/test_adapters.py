@@ -210,10 +210,11 @@ def test_fused_adapters_of_one_input_keep_it_once():
         return tensor
 
     y = torch.zeros(64, 32)
+    graphs = []  # a graph that was let go would give its memory, and with it the address, to the next
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         for adapter in adapters:
             adapter.fused = True
-            adapter(x, y)
+            graphs.append(adapter(x, y))
     narrow = 3 * (64 * 2 + 32 * 2 + 2 * 32) * 4  # the low-rank product, A and B
     assert sum(kept.values()) == x.nbytes + narrow
 
