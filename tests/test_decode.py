@@ -1,6 +1,7 @@
 """Decoding: greedy ids equal those of `generate()`, with and without replay."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import transformers
 from families import FAMILIES, expected, greedy, prompts_of, small_config
 from families import small_model as model_of
 from packaging.version import Version
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Cache, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mori.config import SamplingConfig
@@ -17,13 +18,14 @@ from mori.generation.replaying_reader import ReplayingReader
 from mori.generation.sampler import Sampler
 from mori.speed import matmul
 
-OLD = Version(transformers.__version__) < Version("5.4")
 CACHE = "past_key_values" if Version(transformers.__version__) < Version("5.24") else "cache"
 REPLAYED = set("gpt2 gpt_neox phi llama qwen2 qwen3 gemma granite cohere olmo2 stablelm smollm3".split())
-REPLAYED |= set("gpt_neo opt falcon olmoe qwen3_moe".split())
-if CACHE == "cache":
-    REPLAYED.add("gptj")
-needs_replay = pytest.mark.skipif(OLD, reason="this release of transformers computes positions in Python: no replay")
+REPLAYED |= set("gpt_neo gptj opt falcon olmoe qwen3_moe bloom mamba".split())
+
+
+def known(families: str) -> list[str]:
+    """Those of `families` that this release of transformers has."""
+    return [family for family in families.split() if family in CONFIG_MAPPING]
 
 
 @pytest.fixture
@@ -44,11 +46,10 @@ def test_decode_greedy_ids_equal_generate(family, replays):
     for lengths, count in (((9,), 40), ((1,), 30), ((30,), 34), ((9, 9, 9), 20), ((3, 9, 6), 30)):
         prompts = prompts_of(*lengths)
         assert greedy(model, prompts, count) == expected(model, prompts, count), lengths
-    assert (len(replays) > 100) == (family in REPLAYED and not OLD), len(replays)
+    assert (len(replays) > 100) == (family in REPLAYED), len(replays)
 
 
-@needs_replay
-@pytest.mark.parametrize("family", ["mistral", "gemma3_text", "phi3", "starcoder2"])
+@pytest.mark.parametrize("family", known("mistral gemma3_text phi3 starcoder2 gemma4_text lfm3 dory inkling_text"))
 def test_decode_replays_sliding_windows_while_the_text_fits(family, replays):
     config = small_config(family, 97, sliding_window=32)
     torch.manual_seed(0)
@@ -58,6 +59,65 @@ def test_decode_replays_sliding_windows_while_the_text_fits(family, replays):
         replays.clear()
         assert greedy(model, prompts_of(*lengths), count) == expected(model, prompts_of(*lengths), count)
         assert bool(replays) == fits, (lengths, count)
+
+
+STATES = "mamba2 falcon_mamba bamba granitemoehybrid jamba lfm2_moe qwen3_5_text qwen3_next falcon_h1 zamba2 nemotron_h"
+
+
+@pytest.mark.parametrize("kind", known(f"{STATES} bart biogpt mpt whisper"))
+def test_decode_replays_states_and_models_that_count_positions_themselves(kind, replays):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(small_config(kind, 97)).eval()
+    model.generation_config.eos_token_id = model.generation_config.forced_eos_token_id = None
+    for prompts in (prompts_of(9), prompts_of(1), prompts_of(6, 6)):
+        replays.clear()
+        assert greedy(model, prompts, 30) == expected(model, prompts, 30)
+        assert len(replays) == 27, "all steps but two, after the prompt's pass, are replayed"
+
+
+def _first_state(cache: Cache) -> torch.Tensor:
+    state = cache.layers[0].recurrent_states[0]
+    return torch.zeros(1) if state is None else state
+
+
+def _halve_unseen(cache: Cache) -> int:
+    with torch._C.DisableTorchFunction():
+        _first_state(cache).mul_(0.5)
+    return 1
+
+
+@pytest.mark.parametrize(
+    "family, factor",
+    [
+        ("bloom", lambda cache: 1 if cache.get_seq_length() < 25 else -1),
+        ("mamba", lambda cache: 1 if _first_state(cache).sum() < 0 else -1),
+        ("mamba", _halve_unseen),
+    ],
+    ids=["it depends on the length", "it depends on a state", "a kernel that PyTorch does not see writes a state"],
+)
+def test_decode_does_not_replay_a_step_that_changes(family, factor, replays, monkeypatch):
+    model = model_of(family, 97).eval()
+    model.generation_config.eos_token_id = None
+    forward = model.base_model.forward
+
+    def changed(*args, **kwargs):
+        by = factor(next(value for value in kwargs.values() if isinstance(value, Cache)))
+        out = forward(*args, **kwargs)
+        return replace(out, last_hidden_state=out.last_hidden_state * by)
+
+    monkeypatch.setattr(model.base_model, "forward", changed)
+    prompts = prompts_of(9)
+    assert greedy(model, prompts, 30) == expected(model, prompts, 30)
+    assert not replays
+
+
+def test_decode_does_not_record_a_model_that_keeps_more_than_a_column_for_each_token(replays):
+    """CPM-Ant puts a prompt that it learned before each text."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(small_config("cpmant", 97)).eval()
+    model.generation_config.eos_token_id = None
+    assert greedy(model, prompts_of(9), 30) == expected(model, prompts_of(9), 30)
+    assert not replays
 
 
 def test_decode_does_not_record_a_model_again_that_cannot_be_replayed(monkeypatch):
@@ -94,7 +154,6 @@ def test_decode_steps_at_once_give_the_same_ids():
     assert greedy(model, prompts, 21, steps_at_once=8) == greedy(model, prompts, 21)
 
 
-@needs_replay
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_decode_replayed_logits_equal_the_model_to_the_bit(family, replays):
     model, [prompt] = model_of(family, 97).eval(), prompts_of(5)
@@ -108,7 +167,6 @@ def test_decode_replayed_logits_equal_the_model_to_the_bit(family, replays):
     assert len(replays) == 17 and all(map(torch.equal, replays, logits[3:-1]))
 
 
-@needs_replay
 @pytest.mark.parametrize("change, replayed", [(lambda n: n, 17), (lambda n: min(n, 15), 0), (lambda n: n % 15, 0)])
 def test_decode_replays_numbers_that_grow_with_the_text_to_its_end(change, replayed, replays, monkeypatch):
     """Every third logit is raised by a number that the length of the text decides."""

@@ -283,7 +283,7 @@ def test_reader_splits_matvecs_of_recorded_steps_only(monkeypatch):
     """A mode intercepts every call of a step in Python; a replay keeps what it chose without it."""
     modes, mode = [], reader_module.SplitMatvec
     monkeypatch.setattr(reader_module, "SplitMatvec", lambda: modes.append(1) or mode())
-    for family, replayed in (("mistral", False), ("mamba", False), ("llama", True)):
+    for family, replayed in (("mistral", False), ("rwkv", False), ("llama", True)):
         modes.clear()
         greedy(model_with(family), prompts_of(5), 20)
         assert bool(modes) == replayed and len(modes) < 10, family

@@ -2,11 +2,9 @@
 
 import pytest
 import torch
-import transformers
 from conftest import needs_a_gpu
 from families import CAPTURED, expected, greedy, prompts_of
 from families import small_model as model_of
-from packaging.version import Version
 from test_decode import change_weights
 from transformers import AutoModelForCausalLM
 
@@ -18,8 +16,6 @@ from mori.speed.replay import Graph, Replay
 
 # Learned positions; rotary positions; a mask only in padded batches; a sliding window, which is not captured.
 REPRESENTATIVES = ["gpt2", "llama", "falcon", "gemma2"]
-OLD = Version(transformers.__version__) < Version("5.4")
-needs_capture = pytest.mark.skipif(OLD, reason="this release of transformers computes positions in Python: no graph")
 
 
 class FakeGraph:
@@ -67,10 +63,9 @@ def test_graph_greedy_ids_equal_generate(family, graphs):
         prompts = prompts_of(*lengths)
         assert greedy(model, prompts, count) == expected(model, prompts, count), lengths
     launches = sum(graph.launches for graph in graphs)
-    assert (launches > 150) == (family in CAPTURED | {"falcon"} and not OLD), launches
+    assert (launches > 150) == (family in CAPTURED | {"falcon"}), launches
 
 
-@needs_capture
 def test_graph_is_captured_again_for_larger_buffers(graphs, long_model):
     prompts = prompts_of(7, 4)
     assert greedy(long_model, prompts, 300) == expected(long_model, prompts, 300)
@@ -78,7 +73,6 @@ def test_graph_is_captured_again_for_larger_buffers(graphs, long_model):
     assert sum(graph.launches for graph in graphs) > 290
 
 
-@needs_capture
 def test_graph_of_each_text_has_its_own_buffers(graphs, long_model):
     """Two texts in turn."""
     [prompt] = prompts_of(9)
@@ -97,7 +91,6 @@ def test_graph_uses_the_weights_of_the_moment(change, graphs, long_model):
     assert greedy(long_model, [prompt], 20) == expected(long_model, [prompt], 20)
 
 
-@needs_capture
 def test_graph_reads_no_uninitialized_memory(graphs, long_model, monkeypatch):
     """What is behind the mask must be a number: zero times NaN is NaN."""
     empty = torch.Tensor.new_empty
@@ -137,7 +130,6 @@ def test_replay_with_other_logits_is_not_used(use_graphs, long_model, request):
     assert greedy(long_model, [prompt], 40) == expected(long_model, [prompt], 40)
 
 
-@needs_capture
 def test_graph_steps_need_no_host_sync(graphs, long_model, monkeypatch):
     """Neither the step nor the usual controls read a value from the device; only each block of ids is read."""
     [prompt] = prompts_of(9)
@@ -170,4 +162,4 @@ def test_graph_on_a_gpu_greedy_ids_equal_generate(family, monkeypatch):
     for lengths, count in (((9,), 40), ((1,), 30), ((9, 9, 9), 20), ((3, 9, 6), 30)):
         prompts = prompts_of(*lengths)
         assert greedy(model, prompts, count, steps_at_once=8) == expected(model, prompts, count), lengths
-    assert OLD or captured
+    assert captured

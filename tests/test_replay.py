@@ -1,16 +1,18 @@
 """Recording functions of tensors and replaying them."""
 
+import pytest
 import torch
 
-from mori.speed.replay import Recording, Replay
+from mori.speed.replay import Recording, Replay, Unrecordable
 
 
-def test_replay_adds_to_numbers_that_grow():
-    """A number and the bounds of slices grow with the text; a factor stays."""
+def test_replay_adds_to_numbers_that_grow_or_fall():
+    """A number and the bounds of slices follow the text; a factor stays."""
     rows, table = torch.randn(1, 4), torch.randn(20, 4)
 
     def function(row: torch.Tensor, length: int) -> torch.Tensor:
-        return (row * 3 + length) @ table[length - 1 : length].t() + table[:length].sum()
+        ends = table[:length].sum() - table[20 - length :].sum() * (2 * length)
+        return (row * 3 + length) @ table[length - 1 : length].t() + ends
 
     recordings, results = [], []
     for length in (5, 6):
@@ -18,7 +20,6 @@ def test_replay_adds_to_numbers_that_grow():
         with recordings[-1]:
             results.append(function(rows, length))
     assert not recordings[1].same_as(recordings[0]) and recordings[1].same_as(recordings[0], growing=True)
-    assert not recordings[0].same_as(recordings[1], growing=True)
     replay = Replay(recordings[1], recordings[0], results[1])
     for row, length in ((torch.randn(1, 4), length) for length in (6, 7, 9, 20)):
         replay.ahead = length - 6
@@ -57,3 +58,23 @@ def test_replay_under_autocast_keeps_the_types():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         replay = replay_of(function, *rows[:2])
         assert all(torch.equal(replay(row), function(row)) for row in rows)
+
+
+@pytest.mark.parametrize("reads", ["input", "state", "view of the state", "constant"])
+def test_values_may_be_read_that_depend_neither_on_inputs_nor_on_states(reads):
+    """A mask of ones may choose the path, the text and what the step before left may not."""
+    row, state = torch.ones(1, 4), torch.ones(1, 4)
+
+    def function() -> torch.Tensor:
+        read = {"input": row * 2, "state": state, "view of the state": state[0] + 1, "constant": torch.ones(3)}[reads]
+        state.add_(row)
+        return row + 1 if read.all() else row
+
+    recording = Recording([row], [state])
+    if reads == "constant":
+        with recording:
+            result = function()
+        assert torch.equal(result, row + 1)
+    else:
+        with recording, pytest.raises(Unrecordable, match="__bool__"):
+            function()

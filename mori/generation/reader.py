@@ -138,12 +138,12 @@ def alike(logits: torch.Tensor, expected: torch.Tensor) -> bool:
 
 def _new_cache(model: nn.Module, parameters: set[str]) -> dict | None:
     """The cache for the first pass, by the name of its parameter; empty if the model makes its own, None if it must have none."""
-    if "cache_params" in parameters and "cache_position" in parameters:
-        return None  # wants positions of its state that only generate() computes
-    name = "cache" if "cache" in parameters else "past_key_values"  # the first since transformers 5.24
-    if name not in parameters or not model._supports_default_dynamic_cache():
+    names = [
+        name for name in ("cache", "past_key_values", "cache_params") if name in parameters
+    ]  # the first since 5.24
+    if not names or not model._supports_default_dynamic_cache():
         return {}
     try:
-        return {name: DynamicCache(config=model.config)}
+        return {names[0]: DynamicCache(config=model.config)}
     except AttributeError:  # the layers are described in the configurations of the model's parts
         return None

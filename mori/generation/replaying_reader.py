@@ -1,7 +1,7 @@
-"""A faster reader for models with an ordinary key-value cache: their step is recorded, then replayed without its Python.
+"""A faster reader for models whose cache holds keys, values and states: their step is recorded, then replayed without its Python.
 
 On a GPU the step has one shape (attention reads whole buffers behind a mask) and is captured as a CUDA graph. Sliding windows
-that a text does not fit in, state spaces and experts whose path depends on the values keep the plain `Reader`.
+that a text does not fit in, caches of a model's own class and experts whose path depends on the values keep the plain `Reader`.
 """
 
 import contextlib
@@ -11,7 +11,14 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionLayer,
+)
 
 from mori.generation.reader import MARGIN, Reader, alike
 from mori.model.context import rope_depends_on_length
@@ -71,25 +78,47 @@ class BufferedLayer(DynamicLayer):
         return self.length
 
 
+class BufferedLayerWithStates(BufferedLayer, LinearAttentionAndFullAttentionLayer):
+    """A buffered layer that has the states of linear attention beside its keys and values."""
+
+    def lazy_initialization(self, *keys_and_values: torch.Tensor, **states) -> None:
+        """Note type and device of keys and values, or allocate states."""
+        kind = BufferedLayer if keys_and_values else LinearAttentionLayer
+        kind.lazy_initialization(self, *keys_and_values, **states)
+
+
 def open_reader(model: nn.Module, pads: torch.Tensor, context: int | None, length: int) -> Reader:
     """The fastest reader for the model, its device and texts of up to `length` tokens; other arguments as for `Reader`."""
     reader = Reader(model, pads, context)
     layers = reader.cache.layers if reader.cache else []
-    ordinary = layers and all(_keeps_all(layer, length) for layer in layers)
+    ordinary = layers and all(_buffered(layer, length) for layer in layers)
     # Sharded weights are gathered by each layer's own call.
     is_sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
-    if not ordinary or is_sharded or "position_ids" not in reader.parameters or rope_depends_on_length(model.config):
+    if not ordinary or is_sharded or rope_depends_on_length(model.config):
         return reader
     if _circumstances(reader) in _not_replayed.get(model, ()):
         return reader
     return (GraphReader if uses_graphs(pads.device) else ReplayingReader)(model, pads, context, length)
 
 
-def _keeps_all(layer: DynamicLayer, length: int) -> bool:
-    """Whether a layer of the cache keeps a text of `length` tokens, as a sliding window does that the text fits in."""
-    if type(layer) is DynamicSlidingWindowLayer:
-        return layer.sliding_window > length
-    return type(layer) is DynamicLayer
+def _buffered(layer, length: int):
+    """What stands for an empty layer of transformers' cache in a recording, or None if its step cannot be recorded.
+
+    States are written in place and stay as they are; a sliding window that `length` tokens fit in is like full attention.
+    """
+    kind = type(layer)
+    if kind is LinearAttentionLayer or not isinstance(layer, CacheLayerMixin):  # the latter keeps nothing
+        return layer
+    if kind in (DynamicSlidingWindowLayer, LinearAttentionAndSlidingWindowAttentionLayer):
+        if layer.sliding_window <= length:
+            return None
+    elif kind not in (DynamicLayer, LinearAttentionAndFullAttentionLayer):
+        return None
+    if not isinstance(layer, LinearAttentionLayer):
+        return BufferedLayer()
+    buffered = BufferedLayerWithStates()
+    vars(buffered).update(vars(layer))  # how many states it has
+    return buffered
 
 
 def _circumstances(reader: Reader) -> tuple[bool, bool]:
@@ -113,16 +142,22 @@ class ReplayingReader(Reader):
     def __init__(self, model: nn.Module, pads: torch.Tensor, context: int | None, longest: int):
         super().__init__(model, pads, context)
         self.longest, self.recorded_length = longest, 0
-        self.layers = [BufferedLayer() for _ in self.cache.layers]
-        self.cache.layers = self.layers
+        self.cache.layers = [_buffered(layer, longest) for layer in self.cache.layers]
         self.recordable = self.splits = True
         self.recording: Recording | None = None  # of the step before
         self.replay: Replay | Graph | None = None
+
+    @property
+    def layers(self) -> list[BufferedLayer]:
+        """The layers that keep keys and values; a model may add some in its first pass."""
+        return [layer for layer in self.cache.layers if isinstance(layer, BufferedLayer)]
 
     def step(self, newest: torch.Tensor) -> torch.Tensor:
         """The logits `(B, V)` after the newest token `(B, 1)`."""
         if self.replay:
             return self.replayed(newest)
+        if any(layer.length != self.length - 1 for layer in self.layers):  # it keeps more than a column for each token
+            self.recordable = self.splits = False
         return self._recorded(newest) if self.recordable else self.forward(newest)
 
     @torch.inference_mode()
@@ -151,20 +186,22 @@ class ReplayingReader(Reader):
         """Whether `recordable_step` leaves its inputs to the model, so that its logits need no check."""
         return not self.padded and not self.prepares_inputs
 
-    def make_replay(self, recording: Recording, logits: torch.Tensor, inputs: list[torch.Tensor]) -> Replay | Graph:
+    def make_replay(
+        self, recording: Recording, logits: torch.Tensor, inputs: list[torch.Tensor], writes: bool
+    ) -> Replay | Graph:
         """The replay of two equal recordings, the second of which gave `logits` for `inputs`."""
-        return Replay(recording, self.recording, logits)
+        return Replay(recording, self.recording, logits, writes)
 
     def _recorded(self, newest: torch.Tensor) -> torch.Tensor:
         """The logits of a step that is recorded; at the second one, make and check the replay."""
-        own = None
+        own, before = None, [state.clone() for state in self.states()]
         if not self.gets_own_mask():
             own = self.forward(newest)
-            self._set_length(self.length - 1)
+            self._rewind(before)
         inputs = self.step_inputs(newest)
-        recording, logits = Recording(inputs), None
+        recording, logits = Recording(inputs, self.states()), None
         # The calls may depend on values (Unrecordable), or the model may reject the mask.
-        with contextlib.suppress(RuntimeError, ValueError, TypeError), recording:
+        with contextlib.suppress(RuntimeError, ValueError, TypeError, LookupError), recording:
             logits = self.recordable_step(inputs, recording)
         for layer in self.layers:
             layer.recording = layer.column = None
@@ -172,36 +209,42 @@ class ReplayingReader(Reader):
         own = None if own is None else own.clone()  # the replay may write into this tensor
         self.recordable = logits is not None and self.matches(logits, own)
         if self.recordable and self.recording:
-            self._set_length(self.length - 1)
             is_same, self.recorded_length = recording.same_as(self.recording, self.may_grow), self.length
-            self.recordable = is_same and self._start_replaying(recording, logits, inputs, own)
+            self.recordable = is_same and self._start_replaying(recording, logits, inputs, own, before)
         self.recording = recording
         if not self.recordable:
             self.replay, self.splits = None, False
             _not_replayed.setdefault(self.model, set()).add(_circumstances(self))
-            self._set_length(self.length - 1)
+            self._rewind(before)
             return self.forward(newest)
         self._set_length(self.length)
         return own
 
     @torch.inference_mode()
     def _start_replaying(
-        self, recording: Recording, logits: torch.Tensor, inputs: list[torch.Tensor], own: torch.Tensor
+        self,
+        recording: Recording,
+        logits: torch.Tensor,
+        inputs: list[torch.Tensor],
+        own: torch.Tensor,
+        before: list[torch.Tensor],
     ) -> bool:
-        """Make the replay; returns whether it gives the model's own logits."""
-        try:
-            self.replay = self.make_replay(recording, logits, inputs)
-            if not self.matches(self.replay(*inputs), own):
-                return False
-            return not getattr(self.replay, "grows", False) or self._replays_the_end()
-        except (RuntimeError, TypeError, ValueError):
-            return False
+        """Make the replay; returns whether it gives the model's own logits and states, which were `before` the step."""
+        states = [state.clone() for state in self.states()]
+        for writes in (True, False):
+            with contextlib.suppress(RuntimeError, TypeError, ValueError):
+                self.replay = self.make_replay(recording, logits, inputs, writes)
+                self._rewind(before)
+                if self.matches(self.replay(*inputs), own) and all(map(self.matches, self.states(), states)):
+                    return not getattr(self.replay, "grows", False) or self._replays_the_end()
+        return False
 
     def _replays_the_end(self) -> bool:
         """Whether the replay gives the model's own logits after the longest text, which has empty keys behind the present one."""
-        length, input_ids = self.length, self.input_ids
+        length, input_ids, before = self.length, self.input_ids, [state.clone() for state in self.states()]
         newest = input_ids[:, -1:]
-        self.length, self.input_ids = self.longest, pad(input_ids, (0, self.longest - length))
+        between = pad(input_ids[:, :-1], (0, self.longest - length))
+        self.length, self.input_ids = self.longest, torch.cat([between, newest], 1)
         if self.length > len(self.columns):
             self._allocate(self.length)
         for layer in self.layers:
@@ -209,11 +252,25 @@ class ReplayingReader(Reader):
         try:
             self._set_length(self.length - 1)
             own = self.forward(newest).clone()
-            self._set_length(self.length - 1)
+            self._rewind(before)
             self.replay.ahead = self.length - self.recorded_length
             return self.matches(self.replay(*self.step_inputs(newest)), own)
         finally:
             self.length, self.input_ids = length, input_ids
+            self._rewind(before)
+
+    def states(self) -> list[torch.Tensor]:
+        """The tensors of the cache that each step overwrites."""
+        layers = [layer for layer in self.cache.layers if isinstance(layer, LinearAttentionLayer)]
+        kept = [kept for layer in layers for kept in (layer.conv_states, layer.recurrent_states)]
+        several = [state for states in kept for state in (states.values() if isinstance(states, dict) else [states])]
+        return [state for state in several if state is not None]
+
+    def _rewind(self, states: list[torch.Tensor]) -> None:
+        """Return to the step before, when the cache had these states."""
+        self._set_length(self.length - 1)
+        for state, earlier in zip(self.states(), states, strict=True):
+            state.copy_(earlier)
 
     def _set_length(self, length: int) -> None:
         for layer in self.layers:
@@ -233,11 +290,13 @@ class GraphReader(ReplayingReader):
         """The logits `(B, V)` after the newest token; larger buffers need a new recording."""
         for layer in self.layers:
             layer.reserve(self.length)
-        if self.capacity != self.layers[0].capacity:
-            self.capacity = self.layers[0].capacity
+        capacity = max((layer.capacity for layer in self.layers), default=MARGIN)
+        if self.capacity != capacity:
+            self.capacity = capacity
             self.slots = torch.arange(self.capacity, device=self.pads.device)
+            if self.replay:  # it did not count
+                self._set_length(self.length - 1)
             self.replay, self.recording = None, None
-            self._set_length(self.length - 1)
         return super().step(newest)
 
     def step_inputs(self, newest: torch.Tensor) -> list[torch.Tensor]:
@@ -249,7 +308,9 @@ class GraphReader(ReplayingReader):
         newest, column, pads = inputs
         for layer in self.layers:
             layer.column = column
-        visible = ((self.slots >= pads) & (self.slots <= column))[:, None, None]  # (B, 1, 1, S)
+        visible = (
+            ((self.slots >= pads) & (self.slots <= column))[:, None, None] if self.layers else None
+        )  # (B, 1, 1, S)
         return self.forward(newest, visible, (column - pads).clamp(0, self.last_position))
 
     def matches(self, logits: torch.Tensor, own: torch.Tensor) -> bool:
@@ -260,9 +321,11 @@ class GraphReader(ReplayingReader):
         """Never: the mask covers the whole buffers."""
         return False
 
-    def make_replay(self, recording: Recording, logits: torch.Tensor, inputs: list[torch.Tensor]) -> Replay | Graph:
+    def make_replay(
+        self, recording: Recording, logits: torch.Tensor, inputs: list[torch.Tensor], writes: bool
+    ) -> Replay | Graph:
         """The graph; the plain replay if the calls cannot be captured."""
-        replay = super().make_replay(recording, logits, inputs)
+        replay = super().make_replay(recording, logits, inputs, writes)
         with contextlib.suppress(RuntimeError):
             return Graph(replay, inputs)
         return replay

@@ -58,15 +58,17 @@ class Recording(TorchFunctionMode):
 
     Args:
         inputs: the tensors that a replay replaces; all other tensors from outside stay the same.
+        states: tensors that the function overwrites, so that the next call sees other values there.
     """
 
-    def __init__(self, inputs: list[torch.Tensor]):
+    def __init__(self, inputs: list[torch.Tensor], states: Sequence[torch.Tensor] = ()):
         super().__init__()
         self.calls: list[tuple[Callable, tuple, dict, object]] = []  # function, arguments, keywords, result
         self.values: list = []  # slot -> value; tensors stay alive, so that their id() is not reused
         self.slot_of: dict[int, int] = {}
         self.inputs = [self._slot(tensor) for tensor in inputs]
         self.results: set[int] = set(self.inputs)  # slots that every replay fills
+        self.varying = {*self.inputs, *map(self._slot, states)}  # slots whose values depend on inputs and states
         self._within = False
 
     def call(self, function: Callable, *args):
@@ -86,7 +88,7 @@ class Recording(TorchFunctionMode):
         if self._within or (name in _MAY_DO_NOTHING and result is args[0]):
             return result
         reads_values = name in _READS_VALUES or _shaped_by_values(name, args)
-        if reads_values and any(self.slot_of.get(id(value)) in self.results for value in _flat((args, kwargs))):
+        if reads_values and any(self.slot_of.get(id(value)) in self.varying for value in _flat((args, kwargs))):
             raise Unrecordable(f"{name} depends on the values")
         if name == "__setitem__" or any(isinstance(value, torch.Tensor) for value in _flat(result)):
             self._record(function, args, kwargs, result)
@@ -104,11 +106,13 @@ class Recording(TorchFunctionMode):
         call = (function, _map(self._slot, args), _map(self._slot, kwargs), _map(self._slot, result))
         self.calls.append(call)
         self.results.update(_flat(call[3]))
+        if not self.varying.isdisjoint(_flat(call[1:3])):
+            self.varying.update([call[1][0]] if _name(function) == "__setitem__" else _flat(call[3]))
 
     def same_as(self, other: "Recording", growing: bool = False) -> bool:
         """Whether both recorded the same functions, on the same slots, with the same constants.
 
-        With `growing`, numbers may be larger by one than those of `other`, as the length of a text is.
+        With `growing`, whole numbers may differ from those of `other`, as the length of a text does.
         """
         if self.calls != other.calls or self.results != other.results or len(self.values) != len(other.values):
             return False
@@ -123,7 +127,9 @@ class Replay:
 
     Args:
         recording, earlier: equal recordings at successive positions in the text: a shape that both share never changes, and a
-            number that grew by one goes on growing.
+            number that differs goes on changing by as much.
+        writes: whether calls may write into the recorded results. PyTorch rounds some products otherwise then (`linear` of a
+            tensor whose rows are not one after another).
 
     Attributes:
         ahead: by how many positions the next call is ahead of the recording.
@@ -133,7 +139,7 @@ class Replay:
     second call. The next replay overwrites the returned tensor.
     """
 
-    def __init__(self, recording: Recording, earlier: Recording, result: torch.Tensor):
+    def __init__(self, recording: Recording, earlier: Recording, result: torch.Tensor, writes: bool = True):
         self._values = list(recording.values)
         self._inputs = recording.inputs
         self._result = recording.slot_of[id(result)]
@@ -151,7 +157,7 @@ class Replay:
                 self._variable.difference_update(_flat(result))
                 continue
             into = _INTO.get(_name(function).removeprefix("__").removesuffix("__"))
-            if into and self._can_be_written(args, result, earlier):
+            if into and writes and self._can_be_written(args, result, earlier):
                 function, kwargs = into, {**kwargs, "out": result}
                 self._variable.discard(result)
             self._program.append(self._instruction(function, args, kwargs, result))
@@ -273,7 +279,7 @@ def _same_constant(mine, theirs) -> bool:
 
 
 def _growth(mine, theirs):
-    """By how much a whole number is larger than another, if that is one, or the numbers of a slice, None among them; else 0."""
+    """By how much a whole number is larger than another, or the numbers of a slice, None among them; 0 for all else."""
     if isinstance(mine, slice) and isinstance(theirs, slice):
         pairs = (mine.start, theirs.start), (mine.stop, theirs.stop)
         grows = tuple(_growth(*pair) for pair in pairs)
@@ -281,15 +287,15 @@ def _growth(mine, theirs):
             all(growth or a == b for growth, (a, b) in zip(grows, pairs, strict=True)) and mine.step == theirs.step
         )
         return grows if is_same and any(grows) else 0
-    return int(type(mine) is type(theirs) is int and mine == theirs + 1)
+    return mine - theirs if type(mine) is type(theirs) is int else 0
 
 
 def _grown(value, growth, steps: int):
     """The number or slice `value` after `steps` more positions."""
     if isinstance(value, slice):
         bounds = zip((value.start, value.stop), growth, strict=True)
-        return slice(*(bound + steps if grows else bound for bound, grows in bounds), value.step)
-    return value + steps
+        return slice(*(bound + by * steps if by else bound for bound, by in bounds), value.step)
+    return value + growth * steps
 
 
 def _map(function: Callable, value):
