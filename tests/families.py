@@ -149,7 +149,8 @@ MASK_FREE = [
 ]  # fmt: skip
 # The families whose decoding step makes the same calls at every position, so that a GPU can capture it. Falcon's does too, but
 # it indexes by a list, which is copied from the host.
-CAPTURED = set("gpt2 gpt_neox opt phi llama qwen2 qwen3 gemma granite cohere olmo2 stablelm smollm3".split())
+CAPTURED = set("gpt2 gpt_neox opt phi llama qwen2 qwen3 gemma granite cohere olmo2 stablelm smollm3 mamba".split())
+CAPTURED.update({"mamba2", "qwen3_5_text"} & set(CONFIG_MAPPING))
 if Version(transformers.__version__) >= Version("5.24"):
     MASK_FREE.append("gptj")
     CAPTURED.add("gptj")

@@ -14,18 +14,19 @@ from mori.generation.decode import decode
 from mori.generation.sampler import Sampler
 from mori.speed.replay import Graph, Replay
 
-# Learned positions; rotary positions; a mask only in padded batches; a sliding window, which is not captured.
-REPRESENTATIVES = ["gpt2", "llama", "falcon", "gemma2"]
+# Learned positions; rotary positions; a mask only in padded batches; a sliding window, which is not captured; states.
+REPRESENTATIVES = ["gpt2", "llama", "falcon", "gemma2", "mamba", "qwen3_5_text"]
 
 
 class FakeGraph:
-    """Like a graph: copies the inputs to their places, then runs only the recorded calls, on the same tensors."""
+    """Like a graph: warms up, copies the inputs to their places, then runs only the recorded calls, on the same tensors."""
 
     created: list["FakeGraph"] = []
 
     def __init__(self, replay: Replay, inputs: list[torch.Tensor]):
         self.replay, self.inputs, self.launches = replay, [tensor.clone() for tensor in inputs], 0
         self.created.append(self)
+        replay(*self.inputs)
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         self.launches += 1
@@ -63,7 +64,7 @@ def test_graph_greedy_ids_equal_generate(family, graphs):
         prompts = prompts_of(*lengths)
         assert greedy(model, prompts, count) == expected(model, prompts, count), lengths
     launches = sum(graph.launches for graph in graphs)
-    assert (launches > 150) == (family in CAPTURED | {"falcon"}), launches
+    assert (launches > 100) == (family in CAPTURED | {"falcon"}), launches
 
 
 def test_graph_is_captured_again_for_larger_buffers(graphs, long_model):
