@@ -75,6 +75,17 @@ def test_decode_replays_states_and_models_that_count_positions_themselves(kind, 
         assert len(replays) == 27, "all steps but two, after the prompt's pass, are replayed"
 
 
+def test_decode_tries_growing_numbers_once_for_the_same_lengths(replays, monkeypatch):
+    """Bloom's numbers grow with the text; a longer text is tried again, and one that begins earlier."""
+    tried, replays_the_end = [], ReplayingReader._replays_the_end
+    monkeypatch.setattr(ReplayingReader, "_replays_the_end", lambda self: tried.append(1) or replays_the_end(self))
+    model, checks = model_of("bloom", 97).eval(), []
+    for prompt, count in ((9, 20), (9, 20), (12, 10), (9, 30), (9, 20), (5, 20), (5, 24)):
+        greedy(model, prompts_of(prompt), count)
+        checks.append(len(tried))
+    assert checks == [1, 1, 1, 2, 2, 3, 4]
+
+
 def _first_state(cache: Cache) -> torch.Tensor:
     state = cache.layers[0].recurrent_states[0]
     return torch.zeros(1) if state is None else state

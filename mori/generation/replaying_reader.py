@@ -26,6 +26,8 @@ from mori.speed.replay import Graph, Recording, Replay
 
 # The models whose recordings were of no use, with the circumstances: later texts are read without recording.
 _not_replayed: WeakKeyDictionary[nn.Module, set[tuple[bool, bool]]] = WeakKeyDictionary()
+# The lengths, first and last, between which growing numbers were right, for the same circumstances: no need to try again there.
+_replayed_between: WeakKeyDictionary[nn.Module, dict[tuple[bool, bool], tuple[int, int]]] = WeakKeyDictionary()
 
 
 class BufferedLayer(DynamicLayer):
@@ -236,8 +238,19 @@ class ReplayingReader(Reader):
                 self.replay = self.make_replay(recording, logits, inputs, writes)
                 self._rewind(before)
                 if self.matches(self.replay(*inputs), own) and all(map(self.matches, self.states(), states)):
-                    return not getattr(self.replay, "grows", False) or self._replays_the_end()
+                    return not getattr(self.replay, "grows", False) or self._keeps_growing()
         return False
+
+    def _keeps_growing(self) -> bool:
+        """Whether numbers that grow do so until the end of the text, or did in a text that began earlier and ended later."""
+        tried = _replayed_between.setdefault(self.model, {})
+        first, last = tried.get(_circumstances(self), (0, 0))
+        if first <= self.length and self.longest <= last:
+            return True
+        if not self._replays_the_end():
+            return False
+        tried[_circumstances(self)] = self.length, self.longest
+        return True
 
     def _replays_the_end(self) -> bool:
         """Whether the replay gives the model's own logits after the longest text, which has empty keys behind the present one."""
