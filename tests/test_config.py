@@ -190,6 +190,29 @@ def test_run_script_ends_in_a_line_whatever_the_streams_are(redirection, code, t
         assert done.stderr.splitlines()[-1].startswith("x.py: failed: standard output") and "No space" in done.stderr
 
 
+@pytest.mark.parametrize("ending, code", [("pass", 0), ("raise UserError('wrong')", 2)])
+def test_rank_ends_with_its_code_although_threads_still_hold_tensors(ending, code, tmp_path):
+    """As Gloo's do. They abort an interpreter that is taken apart, and torchrun starts the run again. Other exit hooks are called."""
+    program = (
+        "import atexit, sys, threading, time\n"
+        "from mori.cli import UserError, run_script\n"
+        "def main():\n"
+        "    import torch\n"
+        "    def loop():\n"
+        "        tensor = torch.ones(100_000)\n"
+        "        while True: tensor + tensor\n"
+        "    for _ in range(3): threading.Thread(target=loop, daemon=True).start()\n"
+        "    atexit.register(lambda: open(sys.argv[1], 'w').write('called'))\n"
+        "    print('the end', end='')\n"
+        f"    {ending}\n"
+        "run_script('x.py', main)\n"
+    )
+    words = [sys.executable, "-c", program, tmp_path / "hook"]
+    done = subprocess.run(words, cwd=ROOT, env={**os.environ, "RANK": "0"}, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert done.stdout == "the end" and (tmp_path / "hook").read_text() == "called"
+
+
 @pytest.mark.parametrize(
     "classes, package", [(TrainConfig, "train"), (GenerateConfig, "generate"), (ExportConfig, "export")]
 )

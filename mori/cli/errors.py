@@ -1,5 +1,6 @@
 """Errors, exit codes, and how a script ends: a mistake is one line on standard error, never a traceback."""
 
+import atexit
 import contextlib
 import errno
 import os
@@ -74,6 +75,9 @@ def one_line(error: BaseException) -> str:
 
 def run_script(name: str, main: Callable[[], int | None]) -> None:
     """Run a script's `main()` and exit with its code; a user's mistake is one line on standard error and code 2."""
+    codes: list[int] = []
+    if "RANK" in os.environ:  # of torchrun
+        atexit.register(_leave, codes)  # the first hook is the last that is called
     _open_closed_streams()
     sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode still shows the rest
     try:
@@ -104,7 +108,19 @@ def run_script(name: str, main: Callable[[], int | None]) -> None:
     except OSError:  # a closed pipe or a full disk: Python would flush again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     threading.Thread(target=_exit_at_last, args=[code], daemon=True).start()
+    codes.append(code)
     sys.exit(code)
+
+
+def _leave(codes: list[int]) -> None:
+    """End a rank after the other exit hooks, without taking the interpreter apart: a thread of Gloo that is late to let go of a
+    tensor would abort it, and torchrun would take a finished run for a failed one (https://github.com/pytorch/pytorch/issues/190489).
+    """
+    if codes:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(codes[0])
 
 
 _EXIT_SECONDS = 30
