@@ -1,5 +1,7 @@
 """Training and generation on a GPU, or on the simulated one (`python -m tests.sim`)."""
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import assert_equal_weights, needs_a_gpu, stop_after
@@ -137,11 +139,12 @@ def test_memory_running_out_on_a_gpu_gives_the_weights_of_the_smaller_batch(
 @pytest.mark.parametrize("cuda_graphs", [False, True])
 def test_overflowing_steps_on_a_gpu_are_skipped(run_on_gpu, monkeypatch, cuda_graphs):
     """The scale of the loss halves until the gradients fit into fp16."""
-    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**26)
-    monkeypatch.setattr(Runtime, "grad_scaler", lambda runtime: scaler)
+    scalers = []  # that of the training, then that of the preflight
+    create = partial(torch.amp.GradScaler, "cuda", init_scale=2.0**26)
+    monkeypatch.setattr(Runtime, "grad_scaler", lambda runtime: scalers.append(create()) or scalers[-1])
     summary = run_on_gpu(precision="fp16", cuda_graphs=cuda_graphs, max_steps=20)
     assert 0 < summary["skipped_steps"] < 20
-    assert scaler.get_scale() == 2.0 ** (26 - summary["skipped_steps"])
+    assert scalers[0].get_scale() == 2.0 ** (26 - summary["skipped_steps"])
     assert summary["eval"]["after"]["loss"] < summary["eval"]["before"]["loss"]
 
 

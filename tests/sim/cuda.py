@@ -120,6 +120,11 @@ def _pin_memory(tensor: torch.Tensor, *_) -> torch.Tensor:
     return pinned
 
 
+def _empty(*shape, pin_memory: bool = False, empty=torch.empty, **options) -> torch.Tensor:
+    tensor = empty(*shape, **options)
+    return _pin_memory(tensor) if pin_memory else tensor
+
+
 def _set_sync_debug_mode(mode: str) -> None:
     Device.sync_debug_mode = mode
 
@@ -171,7 +176,7 @@ def install() -> None:
         setattr(torch.cuda, name, replacement)
     torch.utils._foreach_utils._foreach_supported_types.append(SimulatedTensor)
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
-    torch.Tensor.pin_memory, torch.Generator = _pin_memory, Generator
+    torch.Tensor.pin_memory, torch.Generator, torch.empty = _pin_memory, Generator, _empty
     torch.__future__.set_swap_module_params_on_conversion(True)  # assigning `.data` leaves a subclass as it is
     torch.inference_mode = lambda mode=True: torch.no_grad()  # an inference tensor cannot be wrapped
     torch._C._set_only_lift_cpu_tensors(True)
