@@ -138,12 +138,11 @@ def alike(logits: torch.Tensor, expected: torch.Tensor) -> bool:
 
 def _new_cache(model: nn.Module, parameters: set[str]) -> dict | None:
     """The cache for the first pass, by the name of its parameter; empty if the model makes its own, None if it must have none."""
-    names = [
-        name for name in ("cache", "past_key_values", "cache_params") if name in parameters
-    ]  # the first since 5.24
-    if not names or not model._supports_default_dynamic_cache():
+    names = ("cache", "past_key_values", "cache_params")  # the first since transformers 5.24
+    name = next((name for name in names if name in parameters), None)
+    if name is None or not model._supports_default_dynamic_cache():
         return {}
     try:
-        return {names[0]: DynamicCache(config=model.config)}
+        return {name: DynamicCache(config=model.config)}
     except AttributeError:  # the layers are described in the configurations of the model's parts
         return None

@@ -321,10 +321,10 @@ class GraphReader(ReplayingReader):
         newest, column, pads = inputs
         for layer in self.layers:
             layer.column = column
-        visible = (
-            ((self.slots >= pads) & (self.slots <= column))[:, None, None] if self.layers else None
-        )  # (B, 1, 1, S)
-        return self.forward(newest, visible, (column - pads).clamp(0, self.last_position))
+        positions, visible = (column - pads).clamp(0, self.last_position), None
+        if self.layers:
+            visible = ((self.slots >= pads) & (self.slots <= column))[:, None, None]  # (B, 1, 1, S)
+        return self.forward(newest, visible, positions)
 
     def matches(self, logits: torch.Tensor, own: torch.Tensor) -> bool:
         """Up to rounding: other kernels sum over whole buffers."""
