@@ -200,10 +200,11 @@ def test_fused_adapter_has_autograds_output_and_gradients(p):
     torch.testing.assert_close(results[1], results[0])
 
 
-def test_fused_adapters_of_one_input_keep_it_once():
-    x = torch.randn(64, 32, requires_grad=True)
-    adapters = [lora.LoRA(nn.Linear(32, 32), lora.LoRASettings(r=2, lora_alpha=4.0)) for _ in range(3)]
-    kept = {}
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_fused_adapters_of_one_input_keep_it_once(dropout):
+    x, kept = torch.randn(64, 32, requires_grad=True), {}
+    settings = lora.LoRASettings(r=2, lora_alpha=4.0, lora_dropout=dropout)
+    adapters = [lora.LoRA(nn.Linear(32, 32), settings) for _ in range(3)]
 
     def pack(tensor):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
@@ -216,7 +217,8 @@ def test_fused_adapters_of_one_input_keep_it_once():
             adapter.fused = True
             graphs.append(adapter(x, y))
     narrow = 3 * (64 * 2 + 32 * 2 + 2 * 32) * 4  # the low-rank product, A and B
-    assert sum(kept.values()) == x.nbytes + narrow
+    masks = 3 * x.numel() if dropout else 0  # one byte an element
+    assert sum(kept.values()) == x.nbytes + narrow + masks
 
 
 @pytest.mark.parametrize(
