@@ -60,13 +60,16 @@ def test_replay_under_autocast_keeps_the_types():
         assert all(torch.equal(replay(row), function(row)) for row in rows)
 
 
-@pytest.mark.parametrize("reads", ["input", "state", "view of the state", "constant"])
+@pytest.mark.parametrize("reads", ["input", "state", "view of the state", "written view", "constant"])
 def test_values_may_be_read_that_depend_neither_on_inputs_nor_on_states(reads):
     """A mask of ones may choose the path, the text and what the step before left may not."""
     row, state = torch.ones(1, 4), torch.ones(1, 4)
 
     def function() -> torch.Tensor:
-        read = {"input": row * 2, "state": state, "view of the state": state[0] + 1, "constant": torch.ones(3)}[reads]
+        rows = torch.ones(2, 4)
+        rows[0].copy_(row[0])
+        values = {"input": row * 2, "state": state, "view of the state": state[0] + 1, "written view": rows}
+        read = {**values, "constant": torch.ones(3)}[reads]
         state.add_(row)
         return row + 1 if read.all() else row
 

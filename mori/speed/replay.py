@@ -107,7 +107,15 @@ class Recording(TorchFunctionMode):
         self.calls.append(call)
         self.results.update(_flat(call[3]))
         if not self.varying.isdisjoint(_flat(call[1:3])):
-            self.varying.update([call[1][0]] if _name(function) == "__setitem__" else _flat(call[3]))
+            self.varying.update(_flat(call[3]))
+            if args and (result is args[0] or _name(function) == "__setitem__"):
+                self.varying.update(self._slots_in_memory_of(args[0]))
+
+    def _slots_in_memory_of(self, written: torch.Tensor) -> list[int]:
+        """The slots of a tensor that was written into, of its views and of what it is a view of."""
+        memory, slots = written.untyped_storage().data_ptr(), enumerate(self.values)
+        tensors = [(slot, value) for slot, value in slots if isinstance(value, torch.Tensor)]
+        return [slot for slot, tensor in tensors if tensor.untyped_storage().data_ptr() == memory]
 
     def same_as(self, other: "Recording", growing: bool = False) -> bool:
         """Whether both recorded the same functions, on the same slots, with the same constants.
